@@ -1,0 +1,1 @@
+"""qwrap: quantize any ONNX model in PyTorch, exactly as onnxruntime will run it."""

@@ -1,0 +1,29 @@
+"""What qwrap raises when the user's input, not qwrap, is wrong."""
+
+
+class QwrapError(Exception):
+    """Base of every error that qwrap raises on purpose."""
+
+
+class ModelError(QwrapError):
+    """The file or graph is not a model that qwrap can take."""
+
+
+class UnsupportedOpError(ModelError):
+    """The graph holds operators without an implementation; the message lists all of them."""
+
+
+class InputError(QwrapError):
+    """A batch does not fit the graph inputs, or holds values that cannot be used."""
+
+
+class ConfigError(QwrapError):
+    """A setting contradicts itself, the graph or the target."""
+
+
+class NotCalibratedError(QwrapError):
+    """A quantized tensor has no scale yet: no value has reached its observer."""
+
+
+class ExportError(QwrapError):
+    """The quantized file cannot be written as asked."""
