@@ -1,1 +1,40 @@
-"""TBD."""
+"""What each operator computes: plain torch functions, no state, no graph."""
+
+from qwrap.ops import (
+    activation,
+    cast,
+    conv,
+    generate,
+    logic,
+    math,
+    matmul,
+    norm,
+    pad,
+    pool,
+    reduce,
+    select,
+    shape,
+)
+from qwrap.ops.registry import Operator, find, op, operators, registered, revision
+
+__all__ = [
+    "Operator",
+    "activation",
+    "cast",
+    "conv",
+    "find",
+    "generate",
+    "logic",
+    "math",
+    "matmul",
+    "norm",
+    "op",
+    "operators",
+    "pad",
+    "pool",
+    "reduce",
+    "registered",
+    "revision",
+    "select",
+    "shape",
+]

@@ -6,7 +6,7 @@ Softmax has the revisions 1, 11 and 13, so a model of opset 17 uses Softmax-13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,30 +23,64 @@ class Operator:
         function: inputs positional, attributes keyword-only with the schema's names and defaults.
         host: indices of the inputs that the function wants as Python numbers or (nested) lists,
             because they steer shapes. A negative ``-1`` entry means all inputs.
+        literal: indices of the inputs that the function wants as a Python number if they are
+            constants of rank 0, else as the tensor they are: it has a faster way for numbers.
+        ignored: attributes that never change the result and are no parameters of the function.
+        returns_tuple: the function returns a tuple, else one tensor.
         wants_output_count: the function has a keyword ``output_count``: how many of the outputs
             the node names.
+        wants_device: the function has a keyword ``device``: where to create what it returns,
+            because no input tells.
+        wants_dtype: the function has a keyword ``dtype``: the element type of its first output,
+            because Python numbers do not tell.
     """
 
     function: Callable[..., Any]
     host: tuple[int, ...]
+    literal: tuple[int, ...]
+    ignored: frozenset[str]
+    returns_tuple: bool
     wants_output_count: bool
+    wants_device: bool
+    wants_dtype: bool
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
         return index in self.host or -1 in self.host
+
+    def keywords(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the attributes of a node that the function takes as keywords."""
+        return {name: value for name, value in attributes.items() if name not in self.ignored}
 
 
 _OPERATORS: dict[tuple[str, str, int], Operator] = {}
 
 
 def op(
-    op_type: str, since: Sequence[int], *, domain: str = "", host: tuple[int, ...] = ()
+    op_type: str,
+    since: Sequence[int],
+    *,
+    domain: str = "",
+    host: tuple[int, ...] = (),
+    literal: tuple[int, ...] = (),
+    ignored: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register the decorated function for the revisions ``since`` of ``domain::op_type``."""
 
     def register(function: Function) -> Function:
-        names = function.__kwdefaults__ or {}
-        record = Operator(function, host, "output_count" in names)
+        # Functions of torch itself are registered as they are; they have neither dictionary.
+        names = getattr(function, "__kwdefaults__", None) or {}
+        returned = getattr(function, "__annotations__", {}).get("return", "")
+        record = Operator(
+            function=function,
+            host=host,
+            literal=literal,
+            ignored=frozenset((*ignored, "consumed_inputs")),  # opset 1: a hint to work in place
+            returns_tuple=str(returned).startswith("tuple"),
+            wants_output_count="output_count" in names,
+            wants_device="device" in names,
+            wants_dtype="dtype" in names,
+        )
         for version in since:
             key = (domain, op_type, version)
             assert key not in _OPERATORS, f"{key} registered twice"
@@ -74,3 +108,8 @@ def find(domain: str, op_type: str, opset: int) -> Operator | None:
     """Return what computes ``op_type`` in a model importing ``opset``, None if nothing does."""
     since = revision(domain, op_type, opset)
     return None if since is None else _OPERATORS.get((domain, op_type, since))
+
+
+def operators() -> Iterator[tuple[str, str, int]]:
+    """Yield ``(domain, op_type, since_version)`` of everything registered."""
+    yield from _OPERATORS

@@ -1,0 +1,91 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwrap.errors import UnsupportedOpError
+from qwrap.ops.registry import op
+from qwrap.ops.window import split_padding, torch_pads, window
+
+CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+)
+
+
+def _for_rank(functions: tuple[Callable[..., Tensor], ...], rank: int) -> Callable[..., Tensor]:
+    if not 1 <= rank <= len(functions):
+        raise UnsupportedOpError(f"convolution over {rank} spatial axes; torch has 1 to 3")
+    return functions[rank - 1]
+
+
+@op("Conv", since=(1, 11, 22), ignored=("kernel_shape",))
+def conv(
+    X: Tensor,
+    W: Tensor,
+    B: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Convolve ``X`` ``[N, C, ...]`` with ``W`` ``[M, C / group, ...]``."""
+    rank = W.ndim - 2
+    function = _for_rank(CONVOLUTIONS, rank)
+    step, dilation = strides or 1, dilations or 1
+    if auto_pad == "NOTSET":
+        if not pads:
+            return function(X, W, B, step, 0, dilation, group)
+        if pads[:rank] == pads[rank:] and min(pads) >= 0:
+            return function(X, W, B, step, pads[:rank], dilation, group)
+    place = window(X, W.shape[2:], strides, dilations, pads, auto_pad)
+    if place.symmetric:
+        return function(X, W, B, step, place.begin, dilation, group)
+    padded = F.pad(X, torch_pads(place.begin, place.end))
+    return function(padded, W, B, step, 0, dilation, group)
+
+
+@op("ConvTranspose", since=(1, 11, 22), ignored=("kernel_shape",))
+def conv_transpose(
+    X: Tensor,
+    W: Tensor,
+    B: Tensor | None = None,
+    *,
+    auto_pad: str = "NOTSET",
+    dilations: Sequence[int] | None = None,
+    group: int = 1,
+    output_padding: Sequence[int] | None = None,
+    output_shape: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Transpose of the convolution with ``W`` ``[C, M / group, ...]``, applied to ``X``."""
+    rank = W.ndim - 2
+    function = _for_rank(TRANSPOSED, rank)
+    step = tuple(strides) if strides else (1,) * rank
+    dilation = tuple(dilations) if dilations else (1,) * rank
+    extra = tuple(output_padding) if output_padding else (0,) * rank
+    begin, end = (0,) * rank, (0,) * rank
+    if pads:
+        begin, end = tuple(pads[:rank]), tuple(pads[rank:])
+    if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        wanted = output_shape or [n * s for n, s in zip(X.shape[2:], step, strict=True)]
+        full = [
+            (n - 1) * s + p + (k - 1) * d + 1
+            for n, s, p, k, d in zip(X.shape[2:], step, extra, W.shape[2:], dilation, strict=True)
+        ]
+        totals = [f - w for f, w in zip(full, wanted[-rank:], strict=True)]
+        begin, end = split_padding(totals, auto_pad)
+    if begin == end and min(begin) >= 0:
+        return function(X, W, B, step, begin, extra, group, dilation)
+    y = function(X, W, B, step, 0, extra, group, dilation)
+    return F.pad(y, torch_pads([-p for p in begin], [-p for p in end]))
