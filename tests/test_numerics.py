@@ -46,11 +46,8 @@ def session(
     node = onnx.helper.make_node(op, ["x", "scale", "zero_point"], ["y"])
     if axis is not None:
         node.attribute.append(onnx.helper.make_attribute("axis", axis))
-    inputs = [
-        info("x", ends[op][0], None),
-        info("scale", real, shape),
-        info("zero_point", dtype.onnx_type, shape),
-    ]
+    types = zip(("x", "scale", "zero_point"), (ends[op][0], real, dtype.onnx_type), strict=True)
+    inputs = [info(n, t, None if n == "x" else shape) for n, t in types]
     graph = onnx.helper.make_graph([node], op, inputs, [info("y", ends[op][1], None)])
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10

@@ -16,9 +16,10 @@ _LOWEST_EXPONENT = -60
 class DyadicHistogram:
     """Counts of values in ``2 * bins`` equal bins over ``[-2^k, 2^k)``.
 
-    A value's bin is the floor of its product with a power of two, which float32 computes exactly;
-    doubling the range sums neighbouring bins. So the counts do not depend on the order in which
-    values came, nor on the ranges in between.
+    A value's bin is the floor of its product with a power of two, which float32 computes exactly
+    (only a product that underflows may land on the other side of zero); doubling the range sums
+    neighbouring bins. So the counts do not depend on the order in which values came, nor on the
+    ranges in between.
 
     Attributes:
         bins: bins on each side of zero, a power of two.
@@ -44,6 +45,7 @@ class DyadicHistogram:
         """
         counts = self._cover(max(math.frexp(largest)[1], _LOWEST_EXPONENT), values.device)
         assert self.exponent is not None
+        values = values.contiguous()  # a strided sample is slow to read, so it is read once
         scaled = values.to(torch.float32) * (self.bins * 2.0**-self.exponent)
         index = scaled.floor_().to(torch.int32).add_(self.bins)
         one = torch.ones(1, dtype=torch.int64, device=values.device)
