@@ -1,5 +1,6 @@
 """The kernels give onnxruntime's own codes; each session is checked to hold the fused operator."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,49 +55,41 @@ class QdqGraph:
 
     def activation(self, g: Grid, shape: Sequence[int]) -> str:
         name = f"x{len(self.inputs)}"
-        self.inputs.append(helper.make_tensor_value_info(name, g.dtype.onnx_type, shape))
-        return self.node("DequantizeLinear", name, *self.parameters(g))
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return self.quantized(name, g)
+
+    def quantized(self, name: str, g: Grid) -> str:
+        codes = self.node("QuantizeLinear", name, *self.parameters(g))
+        return self.node("DequantizeLinear", codes, *self.parameters(g))
 
     def weight(self, codes: Tensor, scale: Tensor, axis: int = 0) -> str:
         zeros = np.zeros(scale.shape, codes.numpy().dtype)
         constants = (self.constant(v) for v in (codes.numpy(), scale.numpy(), zeros))
         return self.node("DequantizeLinear", *constants, axis=axis)
 
-    def run(self, result: str, y: Grid | None, inputs: dict[str, np.ndarray], fused: str) -> Tensor:
-        """Return the output values on ``y``'s grid, or the float output without ``y``."""
-        output = self.node("QuantizeLinear", result, *self.parameters(y)) if y else result
-        kind = y.dtype.onnx_type if y else TensorProto.FLOAT
-        info = helper.make_tensor_value_info(output, kind, None)
+    def run(self, result: str, y: Grid | None, inputs: Sequence[Tensor], fused: str) -> Tensor:
+        """Return the output, quantized to ``y`` if given."""
+        output = self.quantized(result, y) if y else result
+        info = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
         graph = helper.make_graph(self.nodes, "g", self.inputs, [info], self.initializers)
         opsets = [helper.make_opsetid("", self.opset)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        value = run_optimized(model, inputs, fused)
-        if y is None:
-            return torch.from_numpy(value)
-        return (torch.from_numpy(value.astype(np.int32)) - y.zero_point).float() * y.scale
+        feeds = {f"x{i}": x.numpy() for i, x in enumerate(inputs)}
+        return torch.from_numpy(run_optimized(model, feeds, fused))
 
 
 def run_optimized(model: onnx.ModelProto, inputs: dict[str, np.ndarray], fused: str) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.enable_profiling = False
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(run_optimized.folder / "optimized.onnx")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    optimized = onnx.load(options.optimized_model_filepath)
+    options.log_severity_level = 4  # a file optimized for this machine is what is wanted here
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        optimized = onnx.load(options.optimized_model_filepath)
     assert fused in {n.op_type for n in optimized.graph.node}
     return session.run(None, inputs)[0]
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path: object) -> None:
-    run_optimized.folder = tmp_path
-
-
-def codes_of(g: Grid, x: Tensor) -> np.ndarray:
-    return (g.codes(x) + g.zero_point).numpy().astype(NUMPY[g.dtype])
 
 
 def run_single(
@@ -114,8 +107,7 @@ def run_single(
     graph = QdqGraph(opset)
     inputs = [graph.activation(g, v.shape) for g, v in zip(grids, values, strict=True)]
     result = graph.node(op, *inputs, *constants(graph), **attributes)
-    feeds = {f"x{i}": codes_of(g, v) for i, (g, v) in enumerate(zip(grids, values, strict=True))}
-    return graph.run(result, y, feeds, fused)
+    return graph.run(result, y, values, fused)
 
 
 def differing(ours: Tensor, theirs: Tensor) -> int:
@@ -199,7 +191,7 @@ def test_conv_absorbs_relu_through_the_output_grid() -> None:
     image = on_grid(x, (1, 6, 9, 9))
     graph = QdqGraph()
     conv = graph.node("Conv", graph.activation(x, image.shape), graph.weight(weight, scale))
-    theirs = graph.run(graph.node("Relu", conv), y, {"x0": codes_of(x, image)}, "QLinearConv")
+    theirs = graph.run(graph.node("Relu", conv), y, [image], "QLinearConv")
     ours = kernels.qlinear_conv(x, weight, scale, None, y)(image)
     assert ours.min() == 0
     assert differing(ours, theirs) == 0
@@ -289,7 +281,9 @@ def test_add_and_mul_give_the_codes_of_onnxruntime(
 ) -> None:
     zero_points = (117, 3, 90) if dtype is UINT8 else (-7, 100, 5)
     a, b, y = (grid(s, z, dtype) for s, z in zip(scales, zero_points, strict=True))
-    left, right = (on_grid(g, s, seed=i) for i, (g, s) in enumerate(zip((a, b), shapes)))
+    left, right = (
+        on_grid(g, s, seed=i) for i, (g, s) in enumerate(zip((a, b), shapes, strict=True))
+    )
     kernel = kernels.qlinear_add(a, b, y) if op == "Add" else kernels.QLinearMul(a, b, y)
     theirs = run_single(op, [a, b], [left, right], y, f"QLinear{op}")
     assert differing(kernel(left, right), theirs) == 0
@@ -388,8 +382,7 @@ def test_where_requantizes_what_lies_on_other_grids() -> None:
     graph = QdqGraph()
     inputs = [graph.activation(a, left.shape), graph.activation(b, left.shape)]
     result = graph.node("Where", graph.constant(condition.numpy()), *inputs)
-    feeds = {"x0": codes_of(a, left), "x1": codes_of(b, right)}
-    theirs = graph.run(result, y, feeds, "QLinearWhere")
+    theirs = graph.run(result, y, [left, right], "QLinearWhere")
     assert differing(kernels.QLinearWhere(y)(condition, left, right), theirs) == 0
 
 

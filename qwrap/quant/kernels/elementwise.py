@@ -55,10 +55,10 @@ class QLinearAdd:
 def qlinear_add(a: Grid, b: Grid, y: Grid) -> QLinearAdd:
     """Return Add as QLinearAdd computes it, for inputs on grids ``a`` and ``b``."""
     ratio_a, ratio_b = a.scale / y.scale, b.scale / y.scale
-    zero_a, zero_b, zero_y = (torch.full_like(a.scale, g.zero_point) for g in (a, b, y))
+    zero_a, zero_b, zero_y = (torch.full_like(a.scale, g.zero_point_u8) for g in (a, b, y))
     fixed = zero_y - fma(ratio_a, zero_a, ratio_b * zero_b)
-    codes_a = (a.codes_table() + a.zero_point)[:, None]
-    codes_b = b.codes_table() + b.zero_point
+    codes_a = (a.codes_table() + a.zero_point_u8)[:, None]
+    codes_b = b.codes_table() + b.zero_point_u8
     general = fma(codes_a, ratio_a, fma(codes_b, ratio_b, fixed))
     spans = fma(codes_b, ratio_b, fma(codes_a, ratio_a, fixed))
     return QLinearAdd(a, b, *(y.from_shifted_steps(t).flatten() for t in (general, spans)))
@@ -82,7 +82,7 @@ class QLinearMul:
         """Return ``a * b``, both on their grids, on the output grid."""
         product = self.a.codes(a) * self.b.codes(b)
         product.mul_(self.a.scale * self.b.scale / self.y.scale)
-        return self.y.from_shifted_steps(product.add_(self.y.zero_point))
+        return self.y.from_shifted_steps(product.add_(self.y.zero_point_u8))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

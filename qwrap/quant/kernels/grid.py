@@ -15,7 +15,8 @@ class Grid:
     """The values ``scale * (code - zero_point)`` of one per-tensor quantized activation.
 
     Kernels take and return ordinary float32 tensors that lie on such a grid; a *centered code* is
-    ``code - zero_point``, held as float32.
+    ``code - zero_point``, held as float32. On x86 onnxruntime turns int8 activations into uint8
+    ones with a zero point 128 higher (QDQS8ToU8Transformer), so both types compute alike here.
 
     Attributes:
         scale: float32 [1], on the device where the kernel runs.
@@ -43,6 +44,11 @@ class Grid:
         """Largest centered code."""
         return self.dtype.qmax - self.zero_point
 
+    @property
+    def zero_point_u8(self) -> int:
+        """The zero point of the same grid in uint8 codes."""
+        return -self.low
+
     def codes(self, x: Tensor) -> Tensor:
         """Return the centered codes of ``x``, float32 values that lie on this grid."""
         return (x / self.scale).round_()
@@ -52,11 +58,11 @@ class Grid:
         return x.round_().clamp_(self.low, self.high).mul_(self.scale)
 
     def from_shifted_steps(self, x: Tensor) -> Tensor:
-        """As ``from_steps``, for ``x`` that includes the zero point when it is rounded.
+        """As ``from_steps``, for ``x`` that has ``zero_point_u8`` added before it is rounded.
 
         Rounding half to even before or after adding an odd zero point differs at ties.
         """
-        return x.round_().sub_(self.zero_point).clamp_(self.low, self.high).mul_(self.scale)
+        return x.round_().sub_(self.zero_point_u8).clamp_(self.low, self.high).mul_(self.scale)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return float32 ``x`` rounded to this grid, as QuantizeLinear does."""

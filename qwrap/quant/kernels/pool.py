@@ -60,7 +60,7 @@ class QLinearAveragePool:
         else:
             inside = F.pad(x.new_ones(x.shape[2:])[None, None], _flat_pads(axes))
             count = self._window_sum(inside, axes)
-        steps = total.div_(count.to(x.device)).div_(self.y.scale).add_(self.y.zero_point)
+        steps = total.div_(count.to(x.device)).div_(self.y.scale).add_(self.y.zero_point_u8)
         return self.y.from_shifted_steps(steps)
 
     def _axis(self, i: int, size: int) -> _Axis:

@@ -15,8 +15,9 @@ from qwrap.quant.kernels.grid import Grid
 class QLinearSoftmax:
     """Softmax of one activation.
 
-    Exact only at output scale 1/256 and zero point 0 is *accurate*, too: onnxruntime multiplies by
-    ``floor(1 / scale)``, which overflows float32 at small scales; this kernel reproduces that.
+    onnxruntime multiplies by ``floor(1 / y_scale)``, so only scales of one over an integer are
+    accurate, and small ones overflow float32 and give zeros; this kernel reproduces that. 1/256
+    with zero point 0 is right.
 
     Attributes:
         x: grid of the input.
@@ -45,7 +46,9 @@ class QLinearSoftmax:
         terms = table.index_select(0, index.flatten()).view(index.shape)
         inverse = torch.floor(1.0 / self.y.scale)
         steps = terms * inverse / _sum_in_order(terms)
-        return self._saturate(steps)
+        # what overflowed becomes 0 when C++ casts it to an integer
+        steps.masked_fill_(~steps.isfinite(), 0.0)
+        return self.y.from_steps(steps)
 
     def _exponentials(self, length: int) -> Tensor:
         """Return exp of minus 0 … 255 input steps, scaled up so that ``length`` of them can add."""
@@ -54,17 +57,6 @@ class QLinearSoftmax:
         shift = max(0.0, spare) / scale
         exponents = (shift - torch.arange(256, device=scale.device)) * scale
         return exponents.exp().float()
-
-    def _saturate(self, steps: Tensor) -> Tensor:
-        """Round ``steps`` to the grid as the C++ casts do, in place."""
-        steps.round_().masked_fill_(~steps.isfinite(), 0.0)
-        dtype = self.y.dtype
-        codes = steps.add_(self.y.zero_point)
-        if dtype.signed:  # compared with 255, not 127: what lies between wraps around
-            codes = torch.where(codes > 255, -1.0, (codes + 128).remainder(256) - 128)
-        else:
-            codes = codes.clamp_(max=dtype.qmax)
-        return codes.sub_(self.y.zero_point).mul_(self.y.scale)
 
 
 def _sum_in_order(terms: Tensor) -> Tensor:
