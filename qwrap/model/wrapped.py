@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,16 +31,21 @@ class WrappedModel(Block):
 
     Attributes:
         graph: the model it was built from; never modified.
+        layout: where its tensors and nodes are in the module tree.
         programs: name -> makes the ``Program`` of that name ("exact" once prepared).
+        plan: what ``prepare`` decided, None before.
+        config: what it was asked for, None before.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
         super().__init__()
         self.graph = graph
         self.programs: dict[str, Callable[[], Program]] = {}
+        self.plan: object = None
+        self.config: object = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
-        self._layout = Layout(graph)
+        self.layout = Layout(graph)
         self._build({})
 
     # --- structure -----------------------------------------------------------------------------
@@ -58,23 +63,25 @@ class WrappedModel(Block):
     @property
     def tensor_names(self) -> dict[str, str]:
         """``state_dict`` key -> name of the initialiser (or Constant output) it came from."""
-        return {slot.key: key for key, slot in self._layout.slots.items()}
+        return {slot.key: key for key, slot in self.layout.slots.items()}
 
     def stored(self, value: str) -> Tensor | None:
         """Return the parameter or buffer that holds initialiser ``value``, None if none does."""
-        slot = self._layout.slots.get(value)
+        slot = self.layout.slots.get(value)
         return None if slot is None else self._get(slot)
 
-    def rewrite(self, graph: OnnxGraph) -> None:
+    def rewrite(self, graph: OnnxGraph, keep: Collection[str]) -> None:
         """Become the module of another graph, in place.
 
-        Initialisers that both graphs have keep their parameter; what sat on points is gone.
+        The initialisers in ``keep`` stay the parameters they are; what sat on points is gone.
         """
-        kept = {key: self._get(slot) for key, slot in self._layout.slots.items()}
+        slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
+        kept = {key: self._get(slot) for key, slot in slots.items()}
         for name in [*self._modules, *self._parameters, *self._buffers]:
             delattr(self, name)
-        self.graph, self._layout = graph, Layout(graph)
+        self.graph, self.layout = graph, Layout(graph)
         self.attached, self._program, self.programs = {}, None, {}
+        self.plan = self.config = None
         self._build(kept)
 
     def _get(self, slot: Slot) -> Tensor:
@@ -83,11 +90,11 @@ class WrappedModel(Block):
         return tensor
 
     def _build(self, kept: Mapping[str, Tensor]) -> None:
-        self._add_blocks(self._layout.region)
-        for key, slot in self._layout.slots.items():
+        self._add_blocks(self.layout.region)
+        for key, slot in self.layout.slots.items():
             tensor = kept.get(key)
             if tensor is None:
-                tensor = _copy(self._layout.values.stored[key])
+                tensor = _copy(self.layout.values.stored[key])
             parent = self._module_at(slot.path)
             if not slot.trainable:
                 parent.register_buffer(slot.name, tensor.detach())
@@ -145,7 +152,7 @@ class WrappedModel(Block):
     def _homes(self) -> dict[Point, Path]:
         """Return for every point the path of the Block whose code passes it."""
         homes: dict[Point, Path] = {ValuePoint(self.graph.key(v)): () for v in self.graph.inputs}
-        for node, path in self._layout.placed():
+        for node, path in self.layout.placed():
             for value in node.outputs:
                 if value.name:
                     homes[ValuePoint(self.graph.key(value))] = path
@@ -188,7 +195,7 @@ class WrappedModel(Block):
 
     def _generate(self) -> None:
         names = {point: name for point, (_, name) in self.attached.items()}
-        for code in generate(self._layout, self.program, names):
+        for code in generate(self.layout, self.program, names):
             block = self._module_at(code.path)
             assert isinstance(block, Block)
             for name, tensor in code.buffers.items():
@@ -229,12 +236,12 @@ class WrappedModel(Block):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_layout"]
+        del state["layout"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layout = Layout(self.graph)
+        self.layout = Layout(self.graph)
 
 
 def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:

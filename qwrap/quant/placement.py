@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import onnx_ir as ir
@@ -17,7 +18,12 @@ BOTH_COMPUTED = "both operands are activations: quantizing them costs more than 
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 
 
-def place(layout: Layout, config: QConfig, target: Target = ORT_CPU) -> QuantPlan:
+def place(
+    layout: Layout,
+    config: QConfig,
+    target: Target = ORT_CPU,
+    without: Mapping[str, str] | None = None,
+) -> QuantPlan:
     """Return the plan for one graph: which tensors and constants are quantized, and which are not.
 
     Matrix operators are quantized wherever ``target`` has a kernel. Any other operator is only if
@@ -25,17 +31,26 @@ def place(layout: Layout, config: QConfig, target: Target = ORT_CPU) -> QuantPla
     What merely moves values follows; activations that the output's range makes redundant are
     absorbed. The rest stays float, with the reason.
 
+    Args:
+        layout: the graph.
+        config: types, granularity and exclusions.
+        target: which kernels there are.
+        without: node key -> reason why it has to stay float.
+
     Raises:
         ConfigError: a selector of ``config.excluded`` fits no node.
     """
-    placement = _Placement(layout, config, target)
+    placement = _Placement(layout, config, target, without or {})
     placement.decide()
     return placement.plan()
 
 
 class _Placement:
-    def __init__(self, layout: Layout, config: QConfig, target: Target) -> None:
+    def __init__(
+        self, layout: Layout, config: QConfig, target: Target, without: Mapping[str, str]
+    ) -> None:
         self.layout, self.config, self.target = layout, config, target
+        self.without = without
         self.graph, self.values = layout.graph, layout.values
         self.nodes = [node for node, _ in layout.placed()]
         self.reasons: dict[ir.Node, str] = {}
@@ -46,7 +61,8 @@ class _Placement:
     def decide(self) -> None:
         excluded = self._excluded()
         for node in self.nodes:
-            reason = "excluded" if node in excluded else self._obstacle(node)
+            reason = "excluded" if node in excluded else self.without.get(self.graph.node_key(node))
+            reason = reason or self._obstacle(node)
             if reason is None:
                 self.integer[node] = None
             else:

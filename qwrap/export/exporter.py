@@ -1,0 +1,60 @@
+"""A prepared and calibrated model, back in an ONNX file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qwrap.errors import ExportError
+from qwrap.export.opset import raise_opset, required_opset
+from qwrap.export.qdq import QdqWriter
+from qwrap.graph.save import write_model
+from qwrap.model.materialize import materialize
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.prepare import plan_of, stubs
+
+
+def export(
+    model: WrappedModel, path: str | os.PathLike[str], *, external_data: bool | None = None
+) -> None:
+    """Write a calibrated model as a QDQ ONNX file that onnxruntime runs in integer kernels.
+
+    Names, metadata and everything that is not quantized stay as they were. The opset is raised
+    only if the types or axes in use need it. An onnxruntime session is opened on the result before
+    it takes its place, so that a file which exists can be run.
+
+    Args:
+        model: prepared and calibrated, perhaps trained since.
+        path: file to make or replace.
+        external_data: keep weights in ``<name>.data``; None does so if the source did.
+
+    Raises:
+        NotCalibratedError: a tensor has no scale yet.
+        ExportError: the file cannot be written, or onnxruntime refuses it.
+    """
+    plan = plan_of(model)
+    draft = to_quantized_graph(model)
+    del plan
+    write_model(draft, path, external_data=external_data, check=_open_session)
+
+
+def to_quantized_graph(model: WrappedModel) -> ir.Model:
+    """Return a copy of the model's graph with its QDQ pairs, codes and current parameters."""
+    for _, stub in stubs(model):
+        stub.qparams  # noqa: B018 -- raises where a scale is missing, before any work is done
+    draft = materialize(model)
+    raise_opset(draft, required_opset(plan_of(model)))
+    QdqWriter(model, draft).write()
+    return draft
+
+
+def _open_session(path: Path) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ExportError(f"onnxruntime refuses the quantized model: {error}") from error

@@ -1,0 +1,5 @@
+"""stand-in."""
+
+
+def canonicalize(model):
+    return []

@@ -1,0 +1,51 @@
+"""The current parameters of a module, back in an ONNX graph."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qwrap.graph.index import OnnxGraph
+from qwrap.model.wrapped import WrappedModel
+
+
+def materialize(model: WrappedModel) -> ir.Model:
+    """Return a copy of the model's graph that holds its current parameters and buffers.
+
+    Tensors that did not change stay the same objects, unread where they lie outside the file.
+    """
+    copy = model.graph.model.clone()
+    changed = {}
+    for key in model.layout.slots:
+        tensor, original = model.stored(key), model.layout.values.stored[key]
+        assert tensor is not None
+        array = to_numpy(tensor)
+        if not np.array_equal(array, original.numpy(), equal_nan=array.dtype.kind == "f"):
+            changed[key] = ir.tensor(array, name=original.name)
+    if changed:
+        graph = OnnxGraph(copy)
+        for key, replacement in changed.items():
+            set_stored(graph.values[key], replacement)
+    return copy
+
+
+def set_stored(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Replace the tensor of an initialiser or Constant node, in place."""
+    node = value.producer()
+    if node is None:
+        value.const_value = tensor
+    else:
+        node.attributes.clear()
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:  # type: ignore[type-arg]  # any element type
+    """Return a tensor as an array, bfloat16 as ml_dtypes has it."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: np.ndarray = tensor.numpy()  # type: ignore[type-arg]
+    return array

@@ -1,0 +1,196 @@
+"""The exact simulation: integer kernels in place of operators, as onnxruntime fuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from qwrap.dtypes import QuantType
+from qwrap.errors import ConfigError
+from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.values import attributes_of
+from qwrap.model.wrapped import WrappedModel
+from qwrap.numerics import quantize
+from qwrap.quant import kernels as k
+from qwrap.quant.plan import QuantPlan
+from qwrap.quant.stubs import BiasStub, Stub
+
+EIGHT_BITS = 8
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+@contextmanager
+def exact(model: WrappedModel) -> Iterator[None]:
+    """Compute with onnxruntime's integer arithmetic inside the ``with`` block.
+
+    Weights are quantized once, on entry. There are no gradients.
+
+    Raises:
+        ConfigError: the model is not prepared.
+        NotCalibratedError: it is not calibrated.
+    """
+    if "exact" not in model.programs:
+        raise ConfigError("the model is not prepared; call prepare() and calibrate() first")
+    with model.running("exact"):
+        yield
+
+
+def exact_program(model: WrappedModel) -> Program:
+    """Return the program in which fused kernels stand in for the nodes they replace."""
+    return _Lowering(model).program()
+
+
+class _Lowering:
+    def __init__(self, model: WrappedModel) -> None:
+        self.model = model
+        assert isinstance(model.plan, QuantPlan)
+        self.plan = model.plan
+        self.graph = model.graph
+
+    def program(self) -> Program:
+        kernels: dict[str, Callable[..., Any]] = {}
+        made: set[str] = set()
+        for key, planned in self.plan.nodes.items():
+            node = self.graph.nodes[key]
+            if planned.role == "integer" and self._fits(node):
+                kernels[key] = self._kernel(node)
+                made.add(self.graph.key(node.outputs[0]))
+                made.add(self.graph.key(self._output(node)))
+            elif planned.role == "absorbed":
+                kernels[key] = k.pass_through
+        taps: dict[Point, Callable[[Tensor], Tensor]] = {}
+        for point in self.model.attached:
+            on_output = isinstance(point, ValuePoint) and point.value in made
+            # A kernel holds its weight and bias as codes; a constant operand it reads on its grid.
+            in_kernel = isinstance(point, UsePoint) and self._is_weight(point, kernels)
+            if not on_output and not in_kernel:
+                taps[point] = self.model.tap(point)
+        return Program(taps=taps, kernels=kernels)
+
+    def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
+        return point.node in kernels and self.graph.nodes[point.node].op_type in WEIGHTED
+
+    def _fits(self, node: ir.Node) -> bool:
+        """Whether onnxruntime has the kernel: it fuses 8-bit activations only."""
+        keys = [self._source(v) for v in node.inputs if v is not None]
+        return all(self._dtype(key).bits == EIGHT_BITS for key in keys if key is not None)
+
+    def _source(self, value: ir.Value) -> str | None:
+        """Return the tensor whose grid ``value`` is on, None if it is on none."""
+        tensor = self.plan.tensors.get(self.graph.key(value))
+        if tensor is not None:
+            return tensor.source
+        node = value.producer()
+        if node is not None and node.op_type == "Pad" and node.inputs[0] is not None:
+            return self._source(node.inputs[0])
+        return None
+
+    def _dtype(self, source: str) -> QuantType:
+        return self.plan.tensors[source].spec.dtype
+
+    def _output(self, node: ir.Node) -> ir.Value:
+        """Return the value that a kernel writes: behind an absorbed activation."""
+        value = node.outputs[0]
+        for user in value.consumers():
+            planned = self.plan.nodes.get(self.graph.node_key(user))
+            if planned is not None and planned.role == "absorbed":
+                return user.outputs[0]
+        return value
+
+    def _stub(self, point: Point) -> Stub:
+        stub = self.model.tap(point)
+        assert isinstance(stub, Stub)
+        return stub
+
+    def _grid(self, stub: Stub) -> k.Grid:
+        qparams = stub.qparams
+        return k.Grid(qparams.scale, int(qparams.zero_point), stub.spec.dtype)
+
+    def _input_grid(self, node: ir.Node, index: int) -> k.Grid:
+        value = node.inputs[index]
+        assert value is not None
+        key = self.graph.node_key(node)
+        if (key, index) in self.plan.constants:
+            return self._grid(self._stub(UsePoint(key, index)))
+        source = self._source(value)
+        assert source is not None
+        return self._grid(self._stub(ValuePoint(source)))
+
+    def _output_grid(self, node: ir.Node) -> k.Grid | None:
+        source = self._source(self._output(node))
+        return None if source is None else self._grid(self._stub(ValuePoint(source)))
+
+    def _weight(self, node: ir.Node) -> tuple[Tensor, Tensor]:
+        """Return the weight's codes minus zero point, and its scale."""
+        key = self.graph.node_key(node)
+        stub = self._stub(UsePoint(key, 1))
+        value = self.model.stored(self.plan.constants[key, 1].value)
+        assert value is not None
+        qparams = stub.qparams
+        codes = quantize(value, qparams, stub.spec.dtype, narrow_range=stub.spec.narrow_range)
+        return codes.int() - qparams.zero_point.int().reshape(-1)[0], qparams.scale
+
+    def _bias(self, node: ir.Node) -> Tensor | None:
+        point = (self.graph.node_key(node), 2)
+        if point not in self.plan.biases:
+            return None
+        stub, value = (
+            self.model.tap(UsePoint(*point)),
+            self.model.stored(self.plan.biases[point].value),
+        )
+        assert isinstance(stub, BiasStub)
+        assert value is not None
+        return stub.codes(value)
+
+    def _kernel(self, node: ir.Node) -> Callable[..., Any]:
+        x, y = self._input_grid(node, self._first(node)), self._output_grid(node)
+        settings = attributes_of(node)
+        if node.op_type in WEIGHTED:
+            return self._matrix(node, x, y, settings)
+        assert y is not None
+        return self._elementwise(node, x, y, settings)
+
+    def _first(self, node: ir.Node) -> int:
+        return 1 if node.op_type == "Where" else 0
+
+    def _matrix(
+        self, node: ir.Node, x: k.Grid, y: k.Grid | None, settings: dict[str, Any]
+    ) -> Callable[..., Any]:
+        weight, scale = self._weight(node)
+        if node.op_type == "MatMul":
+            return k.qlinear_matmul(x, weight, scale, y)
+        if node.op_type == "Gemm":
+            names = ("transA", "transB")
+            flags = {name: settings.get(name, 0) for name in names}
+            return k.qgemm(x, weight, scale, self._bias(node), y, **flags)
+        assert y is not None
+        settings.pop("kernel_shape", None)
+        return k.qlinear_conv(x, weight, scale, self._bias(node), y, **settings)
+
+    def _elementwise(
+        self, node: ir.Node, x: k.Grid, y: k.Grid, settings: dict[str, Any]
+    ) -> Callable[..., Any]:
+        kind = node.op_type
+        if kind == "Add":
+            return k.qlinear_add(x, self._input_grid(node, 1), y)
+        if kind == "Mul":
+            return k.QLinearMul(x, self._input_grid(node, 1), y)
+        if kind == "Concat":
+            rank = self.graph.type_of(node.outputs[0]).rank or 0
+            return k.QLinearConcat(y, settings["axis"] % rank if rank else settings["axis"])
+        if kind == "Where":
+            return k.QLinearWhere(y)
+        if kind == "LeakyRelu":
+            return k.qlinear_leaky_relu(x, y, **settings)
+        if kind == "Sigmoid":
+            return k.qlinear_sigmoid(x, y)
+        if kind == "GlobalAveragePool":
+            return k.QLinearGlobalAveragePool(x, y)
+        if kind == "AveragePool":
+            return k.QLinearAveragePool(y, **settings)
+        flatten = self.graph.opset < 13
+        return k.QLinearSoftmax(x, y, settings.get("axis", 1 if flatten else -1), flatten)
