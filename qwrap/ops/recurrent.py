@@ -170,11 +170,9 @@ def lstm(
         P: ``[directions, 3 * hidden]``.
     """
     if layout:
-        first = [None if v is None else v.transpose(0, 1) for v in (X, initial_h, initial_c)]
-        assert first[0] is not None
-        sequence, initial_h, initial_c = first
-    else:
-        sequence = X
+        initial_h = None if initial_h is None else initial_h.transpose(0, 1)
+        initial_c = None if initial_c is None else initial_c.transpose(0, 1)
+    sequence = X.transpose(0, 1) if layout else X
     zeros = sequence.new_zeros(W.shape[0], sequence.shape[1], R.shape[-1])
     h = zeros if initial_h is None else initial_h.contiguous()
     c = zeros if initial_c is None else initial_c.contiguous()

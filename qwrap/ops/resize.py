@@ -58,8 +58,10 @@ def _coordinates(axis: Axis, how: str, device: torch.device) -> Tensor:
     if how == "tf_half_pixel_for_nn":
         return (x + 0.5) / scale
     if how == "half_pixel_symmetric":
-        adjustment = axis.after / (scale * n)
-        return n / 2 * (1 - adjustment) + (x + 0.5) / scale - 0.5
+        # onnxruntime rounds the offset to float32 and computes the rest in double.
+        size = torch.full((), n, dtype=torch.float32, device=device)
+        offset = size / 2 * (1 - axis.after / (size * scale))
+        return (offset.double() + (x.double() + 0.5) / scale - 0.5).float()
     if how == "tf_crop_and_resize":
         low, high = axis.roi
         if axis.after > 1:
@@ -105,7 +107,7 @@ def _taps(axis: Axis, how: Sampling, x: Tensor) -> tuple[Tensor, Tensor]:
     offsets = torch.arange(1 - support, support + 1, device=x.device).unsqueeze(1)
     positions = centre + offsets
     weights = kernel((positions - x) / stretch, how.cubic_a)
-    if how.exclude_outside or (how.antialias and how.mode == "cubic" and how.exclude_outside):
+    if how.exclude_outside:
         inside = (positions >= 0) & (positions <= axis.before - 1)
         weights = torch.where(inside, weights, 0.0)
     if how.exclude_outside or how.antialias:
@@ -164,7 +166,8 @@ def _interpolated(data: Tensor, axes: Sequence[Axis], how: Sampling) -> Tensor |
     if how.coordinates == "align_corners":
         return F.interpolate(data, size=size, mode="bilinear", align_corners=True)
     exact = all(a.scale * a.before == a.after for a in axes)
-    if exact and how.coordinates in ("half_pixel", "half_pixel_symmetric"):
+    one = how.coordinates == "pytorch_half_pixel" and any(a.after == 1 for a in axes)
+    if exact and not one and how.coordinates.endswith(("half_pixel", "half_pixel_symmetric")):
         return F.interpolate(data, size=size, mode="bilinear", align_corners=False)
     return None
 
@@ -186,16 +189,11 @@ def _fitted(
     sizes: Sequence[int], before: Sequence[int], policy: str
 ) -> tuple[list[int], list[float]]:
     """Return the sizes after and the scales that wanted ``sizes`` mean under a policy."""
-    scales = [_float32(after / n) for after, n in zip(sizes, before, strict=True)]
+    scales = [after / n for after, n in zip(sizes, before, strict=True)]
     if policy == "stretch":
         return list(sizes), scales
     scale = min(scales) if policy == "not_larger" else max(scales)
     return [math.floor(scale * n + 0.5) for n in before], [scale] * len(scales)
-
-
-def _float32(value: float) -> float:
-    """Round a Python number to float32, which onnxruntime keeps scales in."""
-    return torch.tensor(value, dtype=torch.float32).item()
 
 
 @op("Resize", since=(18, 19), host=(1, 2, 3))

@@ -60,7 +60,8 @@ def test_sizes_instead_of_scales_equal_onnxruntime(check, size, mode) -> None:
 
 @pytest.mark.parametrize("policy", ["stretch", "not_larger", "not_smaller"])
 def test_axes_and_aspect_ratio_equal_onnxruntime(check, policy) -> None:
-    attributes = {"axes": [-2, 3], "keep_aspect_ratio_policy": policy, "mode": "linear"}
+    attributes = {"axes": [2, 3], "keep_aspect_ratio_policy": policy, "mode": "linear"}
+    # onnxruntime 1.31 ignores the policy where an axis is negative.
     check("Resize", 18, [IMAGE, None, None, sizes(9, 9)], attributes, **CLOSE)
 
 
