@@ -1,0 +1,59 @@
+"""A module whose forward is generated text."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from typing import Any
+
+from torch import nn
+
+_numbers = itertools.count()
+
+
+class Block(nn.Module):
+    """The nodes of one scope, run by generated code; inner scopes are inner Blocks.
+
+    The text is kept instead of the compiled function, so that a Block can be copied and pickled;
+    it is registered with ``linecache``, so that a traceback shows the line and its node.
+
+    Attributes:
+        source: text of the function ``run(self, …)``.
+        namespace: the names the text uses besides its arguments.
+        taps: what sits on tensors that this Block produces, by tensor name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source = ""
+        self.namespace: dict[str, Any] = {}
+        self._file = ""
+
+    def set_code(self, source: str, namespace: dict[str, Any]) -> None:
+        """Replace the forward of this Block."""
+        linecache.cache.pop(self._file, None)
+        self.source, self.namespace = source, namespace
+        self._compile()
+
+    def _compile(self) -> None:
+        if not self.source:
+            return
+        self._file = f"<qwrap {type(self).__name__} {next(_numbers)}>"
+        lines = self.source.splitlines(keepends=True)
+        linecache.cache[self._file] = (len(self.source), None, lines, self._file)
+        scope = dict(self.namespace)
+        exec(compile(self.source, self._file, "exec"), scope)
+        self._run = scope["run"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the nodes; arguments and results are the tensors that cross the Block's border."""
+        return self._run(self, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_run", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._compile()

@@ -1,0 +1,147 @@
+"""What the module tree looks like before any code exists: regions, and a place for each tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from qwrap.graph.index import OnnxGraph, ValueType, bodies
+from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
+from qwrap.model.values import STANDARD, Values
+
+DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a stored tensor lives: attribute ``name`` of the module at ``path``."""
+
+    path: Path
+    name: str
+    trainable: bool
+
+    @property
+    def key(self) -> str:
+        """The ``state_dict`` key."""
+        return ".".join((*self.path, self.name))
+
+
+class Layout:
+    """Regions and slots of one graph; computed from the graph alone, so always the same.
+
+    A float tensor of rank 1 or more is a parameter, any other stored tensor a buffer (0-d
+    parameters cannot be sharded by FSDP2). Constants that only steer shapes or bounds are
+    written into the code as numbers.
+
+    Attributes:
+        slots: value key of a stored tensor -> where it lives in the module tree.
+        numbers: value key -> number that names its local variable in generated code.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self.values = Values(graph)
+        self.region = plan_regions(self.values)
+        self.numbers = {key: i for i, key in enumerate(graph.values)}
+        self.slots: dict[str, Slot] = {}
+        self._taken: set[str] = set()
+        self._prefixes: set[str] = {".".join(p) for p in _paths(self.region)}
+        for node, path in _placed_nodes(self.region, self.values):
+            for i, value in enumerate(node.inputs):
+                if value is not None:
+                    self._place(node, i, value, (*path, node.op_type))
+        for value in graph.outputs:
+            if graph.key(value) in self.values.stored:
+                self._add(graph.key(value), value, (), "output")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        return self  # immutable
+
+    def placed(self) -> Iterator[tuple[ir.Node, Path]]:
+        """Yield every node that runs with the path of the Block whose code runs it."""
+        yield from _placed_nodes(self.region, self.values)
+
+    def as_number(self, node: ir.Node, index: int) -> Any:
+        """Return input ``index`` as a Python number or list if the operator wants it so, else None.
+
+        None also where the operator would take a number but the value is not known yet.
+        """
+        value = node.inputs[index]
+        operator = self.values.operators.get(self.graph.node_key(node))
+        if value is None or operator is None:
+            return None
+        array = self.values.small_constant(value)
+        if array is None:
+            return None
+        if operator.wants_host(index):
+            return array.tolist()
+        return array.item() if index in operator.literal and array.size == 1 else None
+
+    def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
+        key = self.graph.key(value)
+        if (
+            key in self.values.stored
+            and key not in self.slots
+            and self.as_number(node, index) is None
+        ):
+            self._add(key, value, path, _role(node, index))
+
+    def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
+        tensor = self.values.stored[key]
+        trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
+        name = value.name or ""
+        parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
+        if parts and self._free(".".join(parts)):
+            path, role = parts[:-1], parts[-1]
+        slot = Slot(path, role, trainable)
+        count = 0
+        while not self._free(slot.key):
+            count += 1
+            slot = Slot(path, f"{role}_{count}", trainable)
+        self.slots[key] = slot
+        self._taken.add(slot.key)
+        self._prefixes.update(".".join(slot.path[:n]) for n in range(1, len(slot.path) + 1))
+
+    def _free(self, key: str) -> bool:
+        parts = key.split(".")
+        inside_tensor = any(".".join(parts[:n]) in self._taken for n in range(1, len(parts)))
+        return key not in self._taken and key not in self._prefixes and not inside_tensor
+
+
+def _paths(region: Region) -> Iterator[Path]:
+    yield region.path
+    for item in region.items:
+        if isinstance(item, Region):
+            yield from _paths(item)
+
+
+def _placed_nodes(region: Region, values: Values) -> Iterator[tuple[ir.Node, Path]]:
+    """Yield every node, those of bodies included, with the path of its region."""
+    for item in region.items:
+        if isinstance(item, Region):
+            yield from _placed_nodes(item, values)
+        else:
+            yield from _with_bodies(item, region.path, values)
+
+
+def _with_bodies(node: ir.Node, path: Path, values: Values) -> Iterator[tuple[ir.Node, Path]]:
+    yield node, path
+    if any(True for _ in bodies(node)):
+        for body in values.branches(node):
+            for inner in values.live_nodes(body):
+                yield from _with_bodies(inner, path, values)
+
+
+def _role(node: ir.Node, index: int) -> str:
+    """Name an unnamed parameter: weight, bias, or what the schema calls the input."""
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return "bias" if index == 2 else "weight"
+    if node.domain in STANDARD and onnx.defs.has(node.op_type):
+        inputs = onnx.defs.get_schema(node.op_type).inputs
+        return inputs[min(index, len(inputs) - 1)].name.lower()
+    return f"input_{index}"

@@ -1,0 +1,243 @@
+"""Where each value lives: known when the model is built, on the host, or on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from qwrap.errors import UnsupportedOpError
+from qwrap.graph.index import OnnxGraph, bodies, opset_of
+from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
+from qwrap.ops import Operator, find, registered, revision
+
+Array = npt.NDArray[Any]
+
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.BOOL: torch.bool,
+}
+LARGEST_CONSTANT = 4096  # elements; a larger integer table is data, not shape arithmetic
+STANDARD = ("", "ai.onnx")
+BRANCHES = {"If": ("then_branch", "else_branch")}
+
+
+class Values:
+    """The static analysis that code generation reads.
+
+    Attributes:
+        constants: value key -> integers or booleans that are known when the model is built.
+        hosts: value key -> a Python int or list while the model runs (see ``host``).
+        stored: value key -> tensor of an initialiser or Constant node that is not in
+            ``constants``: a parameter or a buffer.
+        operators: node key -> what computes it, for nodes that run on tensors.
+        taken: node key of an If whose condition is constant -> the branch that always runs.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self.constants: dict[str, Array] = {}
+        self.hosts: dict[str, HostType] = {}
+        self.stored: dict[str, ir.TensorProtocol] = {}
+        self.operators: dict[str, Operator] = {}
+        self.taken: dict[str, str] = {}
+        self._unsupported: list[str] = []
+        self._visit_graph(graph.model.graph)
+        if self._unsupported:
+            raise UnsupportedOpError("; ".join(self._unsupported))
+
+    def is_computed(self, value: ir.Value) -> bool:
+        """Whether the value comes out of a node (or graph input) while the model runs."""
+        key = self.graph.key(value)
+        return key not in self.constants and key not in self.stored
+
+    def live_nodes(self, graph: ir.Graph) -> Iterator[ir.Node]:
+        """Yield the nodes of one graph that run: neither constants nor foldable."""
+        for node in graph:
+            if any(v.name and self.is_computed(v) for v in node.outputs):
+                yield node
+
+    def branches(self, node: ir.Node) -> list[ir.Graph]:
+        """Return the subgraphs of ``node`` that can run."""
+        taken = self.taken.get(self.graph.node_key(node))
+        return [body for name, body in bodies(node) if taken in (None, name)]
+
+    def small_constant(self, value: ir.Value) -> Array | None:
+        """Return the value as an array if it is known now and small, also for floats."""
+        key = self.graph.key(value)
+        if key in self.stored and self.stored[key].size <= LARGEST_CONSTANT:
+            return self.stored[key].numpy()
+        return self.constants.get(key)
+
+    def _visit_graph(self, graph: ir.Graph) -> None:
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                self._store(self.graph.key(value), value.const_value)
+        for node in graph:
+            self._visit_node(node)
+
+    def _store(self, key: str, tensor: ir.TensorProtocol) -> None:
+        exact = tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL
+        if exact and tensor.size <= LARGEST_CONSTANT:
+            self.constants[key] = tensor.numpy()
+        else:
+            self.stored[key] = tensor
+
+    def _visit_node(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain in STANDARD:
+            self._store(self.graph.key(node.outputs[0]), constant_tensor(node))
+        elif node.op_type in BRANCHES and node.domain in STANDARD:
+            self._visit_branches(node)
+        elif not self._visit_shape(node) and not self._visit_host(node):
+            self._visit_tensor(node)
+
+    def _visit_branches(self, node: ir.Node) -> None:
+        condition = node.inputs[0]
+        assert condition is not None
+        known = self.small_constant(condition)
+        names = BRANCHES[node.op_type]
+        if known is not None:
+            self.taken[self.graph.node_key(node)] = names[0] if known.item() else names[1]
+        for body in self.branches(node):
+            self._visit_graph(body)
+
+    def _visit_shape(self, node: ir.Node) -> bool:
+        if node.op_type not in ("Shape", "Size") or node.domain not in STANDARD:
+            return False
+        (value,) = node.inputs
+        assert value is not None
+        key = self.graph.key(node.outputs[0])
+        host = self.hosts.get(self.graph.key(value))
+        if host is not None and host.length != -1:  # the shape of a host list is known now
+            shape = [] if host.length is None else [host.length]
+            self.constants[key] = np.array(
+                shape if node.op_type == "Shape" else int(np.prod(shape))
+            )
+        elif node.op_type == "Size":
+            self.hosts[key] = SCALAR
+        else:
+            rank = self.graph.type_of(value).rank
+            start = _integer(node, "start", 0)
+            end = _integer(node, "end", None)
+            self.hosts[key] = HostType(-1 if rank is None else len(range(rank)[start:end]))
+        return True
+
+    def _visit_host(self, node: ir.Node) -> bool:
+        operator = HOST_OPERATORS.get(node.op_type) if node.domain in STANDARD else None
+        inputs = list(node.inputs)
+        if operator is None or not any(v and self.graph.key(v) in self.hosts for v in inputs):
+            return False
+        types = [self._host_type(v) for v in inputs]
+        if any(v is not None and t is None for v, t in zip(inputs, types, strict=True)):
+            return False
+        constants = [None if v is None else self._python(v) for v in inputs]
+        result = operator.rule(types, constants, attributes_of(node))
+        if result is not None:
+            self.hosts[self.graph.key(node.outputs[0])] = result
+        return result is not None
+
+    def _host_type(self, value: ir.Value | None) -> HostType | None:
+        if value is None:
+            return None
+        key = self.graph.key(value)
+        if key in self.constants:
+            array = self.constants[key]
+            return HostType(len(array)) if array.ndim == 1 else SCALAR if array.ndim == 0 else None
+        return self.hosts.get(key)
+
+    def _python(self, value: ir.Value) -> Any:
+        array = self.constants.get(self.graph.key(value))
+        return None if array is None else array.tolist()
+
+    def _visit_tensor(self, node: ir.Node) -> None:
+        version = opset_of(self.graph.model, node.domain)
+        domain = "" if node.domain in STANDARD else node.domain
+        operator = find(domain, node.op_type, version)
+        if operator is None:
+            self._unsupported.append(self._explain(node, domain, version))
+            return
+        self.operators[self.graph.node_key(node)] = operator
+        if (
+            all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
+            and node.inputs
+        ):
+            self._fold(node, operator)
+
+    def _explain(self, node: ir.Node, domain: str, version: int) -> str:
+        name = f"{domain or 'ai.onnx'}::{node.op_type}"
+        since = revision(domain, node.op_type, version)
+        known = registered(domain, node.op_type)
+        have = f"registered revisions: {known}" if known else "no revision of it is registered"
+        return (
+            f"node {self.graph.node_key(node)!r}: no implementation of {name}"
+            f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
+            f"add one with @op({node.op_type!r}, since=…) under qwrap/ops/"
+        )
+
+    def _fold(self, node: ir.Node, operator: Operator) -> None:
+        """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
+        arguments = []
+        for i, value in enumerate(node.inputs):
+            array = None if value is None else self.constants[self.graph.key(value)]
+            as_host = operator.wants_host(i) and array is not None
+            arguments.append(
+                array.tolist()
+                if as_host and array is not None
+                else None
+                if array is None
+                else torch.from_numpy(np.array(array))
+            )
+        attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
+        if operator.wants_output_count:
+            attributes["output_count"] = len(node.outputs)
+        result = operator.function(*arguments, **attributes)
+        outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
+        if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
+            return
+        for value, output in zip(node.outputs, outputs, strict=False):
+            self.constants[self.graph.key(value)] = output.numpy()
+
+
+def _integer(node: ir.Node, name: str, default: int | None) -> int | None:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def constant_tensor(node: ir.Node) -> ir.TensorProtocol:
+    """Return the tensor of a Constant node, whichever attribute holds it."""
+    ((name, attribute),) = node.attributes.items()
+    if name == "value":
+        return attribute.as_tensor()
+    kind = np.float32 if "float" in name else np.int64 if "int" in name else np.str_
+    return ir.tensor(np.array(attribute.value, kind), name=node.outputs[0].name)
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """Return the attributes of a node as Python values; tensors stay onnx_ir tensors."""
+    return {
+        name: attribute.value
+        for name, attribute in node.attributes.items()
+        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    }
+
+
+def tensors_to_torch(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes with tensors as torch tensors."""
+    return {
+        name: torch.from_numpy(np.array(value.numpy()))
+        if isinstance(value, ir.TensorProtocol)
+        else value
+        for name, value in attributes.items()
+    }

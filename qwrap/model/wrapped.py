@@ -1,0 +1,271 @@
+"""The root of the module tree: binds inputs, holds what sits on the points, switches programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qwrap.errors import InputError, ModelError
+from qwrap.graph.index import OnnxGraph, ValueType
+from qwrap.model.block import Block
+from qwrap.model.codegen import generate
+from qwrap.model.layout import Layout, Slot
+from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.scopes import Path, Region
+from qwrap.model.values import TORCH_DTYPES
+
+
+class WrappedModel(Block):
+    """An ONNX graph as a trainable module.
+
+    Call it with tensors in graph-input order or by graph-input name; it returns a tensor, or a
+    tuple in graph-output order. Parameters keep the initialiser's name where that is a dotted
+    path, else ``<scope>.<OpType>.weight|bias``; ``tensor_names`` maps ``state_dict`` keys to
+    initialisers.
+
+    Attributes:
+        graph: the model it was built from; never modified.
+        programs: name -> makes the ``Program`` of that name ("exact" once prepared).
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.programs: dict[str, Callable[[], Program]] = {}
+        self.attached: dict[Point, tuple[Path, str]] = {}
+        self._program: Program | None = None
+        self._layout = Layout(graph)
+        self._build({})
+
+    # --- structure -----------------------------------------------------------------------------
+
+    @property
+    def input_names(self) -> list[str]:
+        """Graph inputs in order, those with an initialiser left out."""
+        return [v.name or "" for v in self.graph.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Graph outputs in order."""
+        return [v.name or "" for v in self.graph.outputs]
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """``state_dict`` key -> name of the initialiser (or Constant output) it came from."""
+        return {slot.key: key for key, slot in self._layout.slots.items()}
+
+    def stored(self, value: str) -> Tensor | None:
+        """Return the parameter or buffer that holds initialiser ``value``, None if none does."""
+        slot = self._layout.slots.get(value)
+        return None if slot is None else self._get(slot)
+
+    def rewrite(self, graph: OnnxGraph) -> None:
+        """Become the module of another graph, in place.
+
+        Initialisers that both graphs have keep their parameter; what sat on points is gone.
+        """
+        kept = {key: self._get(slot) for key, slot in self._layout.slots.items()}
+        for name in [*self._modules, *self._parameters, *self._buffers]:
+            delattr(self, name)
+        self.graph, self._layout = graph, Layout(graph)
+        self.attached, self._program, self.programs = {}, None, {}
+        self._build(kept)
+
+    def _get(self, slot: Slot) -> Tensor:
+        tensor = getattr(self.get_submodule(".".join(slot.path)), slot.name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _build(self, kept: Mapping[str, Tensor]) -> None:
+        self._add_blocks(self._layout.region)
+        for key, slot in self._layout.slots.items():
+            tensor = kept.get(key)
+            if tensor is None:
+                tensor = _copy(self._layout.values.stored[key])
+            parent = self._module_at(slot.path)
+            if not slot.trainable:
+                parent.register_buffer(slot.name, tensor.detach())
+            elif isinstance(tensor, nn.Parameter):
+                parent.register_parameter(slot.name, tensor)
+            else:
+                parent.register_parameter(slot.name, nn.Parameter(tensor))
+        self._generate()
+
+    def _add_blocks(self, region: Region) -> None:
+        for item in region.items:
+            if isinstance(item, Region):
+                parent = self._module_at(item.path[:-1])
+                if item.path[-1] not in parent._modules:
+                    parent.add_module(item.path[-1], Block())
+                self._add_blocks(item)
+
+    def _module_at(self, path: Path) -> nn.Module:
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, Block())
+            module = getattr(module, part)
+        return module
+
+    # --- points and programs ---------------------------------------------------------------------
+
+    def attach(self, taps: Mapping[Point, nn.Module]) -> None:
+        """Put ``taps`` on points of the graph, in place; those there before are removed.
+
+        Each becomes a submodule under ``taps`` of the Block that runs it.
+        """
+        for path, name in self.attached.values():
+            delattr(self.get_submodule(".".join((*path, "taps"))), name)
+        self.attached = {}
+        homes = self._homes()
+        for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
+            if point not in homes:
+                raise ModelError(f"{point}: the graph has no such place")
+            block = self._module_at(homes[point])
+            if "taps" not in block._modules:
+                block.add_module("taps", nn.ModuleDict())
+            holder = block.taps
+            assert isinstance(holder, nn.ModuleDict)
+            name = _tap_name(point, holder)
+            holder[name] = module
+            self.attached[point] = (homes[point], name)
+        self._generate()
+
+    def tap(self, point: Point) -> nn.Module:
+        """Return the module attached to ``point``."""
+        path, name = self.attached[point]
+        return self.get_submodule(".".join((*path, "taps", name)))
+
+    def _homes(self) -> dict[Point, Path]:
+        """Return for every point the path of the Block whose code passes it."""
+        homes: dict[Point, Path] = {ValuePoint(self.graph.key(v)): () for v in self.graph.inputs}
+        for node, path in self._layout.placed():
+            for value in node.outputs:
+                if value.name:
+                    homes[ValuePoint(self.graph.key(value))] = path
+            for index, used in enumerate(node.inputs):
+                if used is not None:
+                    homes[UsePoint(self.graph.node_key(node), index)] = path
+        return homes
+
+    @contextmanager
+    def running(self, program: str | Program) -> Iterator[None]:
+        """Run another program inside the ``with`` block: one of ``programs``, or a new one."""
+        if isinstance(program, str):
+            if program not in self.programs:
+                raise ModelError(f"the model has no program {program!r}; prepare and calibrate it")
+            program = self.programs[program]()
+        before, self._program = self._program, program
+        self._generate()
+        try:
+            yield
+        finally:
+            self._program = before
+            self._generate()
+
+    @contextmanager
+    def watching(self, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
+        """Call ``watchers[value]`` with that value, as its consumers see it, at every forward."""
+        unknown = sorted(set(watchers) - set(self.graph.values))
+        if unknown:
+            raise ModelError(f"no tensors {unknown} in the graph")
+        current = self.program
+        with self.running(Program(current.taps, current.kernels, {**current.watchers, **watchers})):
+            yield
+
+    @property
+    def program(self) -> Program:
+        """What a forward runs now: by default the operators, with every attached tap."""
+        if self._program is not None:
+            return self._program
+        return Program(taps={point: self.tap(point) for point in self.attached})
+
+    def _generate(self) -> None:
+        names = {point: name for point, (_, name) in self.attached.items()}
+        for code in generate(self._layout, self.program, names):
+            block = self._module_at(code.path)
+            assert isinstance(block, Block)
+            for name, tensor in code.buffers.items():
+                if name not in block._buffers:
+                    block.register_buffer(name, tensor.to(self._device()), persistent=False)
+            block.set_code(code.source, code.namespace)
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Compute the graph outputs from tensors in graph-input order or by graph-input name.
+
+        Raises:
+            InputError: an input is missing, unknown, or of another rank or kind of type.
+        """
+        tensors = self._bind(args, kwargs)
+        device = tensors[0].device if tensors else self._device()
+        return self._run(self, *tensors, device)
+
+    def _bind(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
+        names = self.input_names
+        if len(args) > len(names):
+            raise InputError(f"got {len(args)} inputs; the graph has {len(names)}: {names}")
+        given = dict(zip(names, args, strict=False))
+        wrong = [name for name in kwargs if name not in names or name in given]
+        missing = [name for name in names if name not in given and name not in kwargs]
+        if wrong or missing:
+            raise InputError(f"graph inputs are {names}; missing {missing}, unexpected {wrong}")
+        given.update(kwargs)
+        for value in self.graph.inputs:
+            check_input(value.name or "", given[value.name or ""], self.graph.type_of(value))
+        return [given[name] for name in names]
+
+    # --- copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_layout"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._layout = Layout(self.graph)
+
+
+def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:
+    """Refuse a tensor that cannot be graph input ``name``.
+
+    Raises:
+        InputError: its rank, or the kind of its type, is not the graph's.
+    """
+    dtype = None if expected.dtype is None else TORCH_DTYPES.get(expected.dtype)
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"input {name!r}: expected a tensor, got {type(tensor).__name__}")
+    both_float = dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
+    if dtype not in (None, tensor.dtype) and not both_float:
+        raise InputError(f"input {name!r}: expected {dtype}, got {tensor.dtype}; convert it")
+    if expected.rank is not None and tensor.dim() != expected.rank:
+        raise InputError(
+            f"input {name!r}: expected {expected.rank} dimensions {list(expected.shape or ())}, "
+            f"got shape {list(tensor.shape)}"
+        )
+
+
+def _copy(tensor: ir.TensorProtocol) -> Tensor:
+    array = tensor.numpy()
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _tap_name(point: Point, holder: nn.ModuleDict) -> str:
+    text = point.value if isinstance(point, ValuePoint) else f"{point.node}:{point.index}"
+    name = text.replace(".", "_").replace('"', "_").replace("\\", "_").replace("\n", "_")
+    while not name or name in holder or hasattr(holder, name):
+        name += "_"
+    return name

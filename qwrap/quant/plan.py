@@ -1,0 +1,136 @@
+"""What a quantized model will look like: a plain value, keyed by ONNX names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from qwrap.config import QuantSpec
+
+Role = Literal["integer", "moves", "absorbed", "float"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """An activation that gets a QuantizeLinear/DequantizeLinear pair.
+
+    Attributes:
+        spec: its type.
+        source: the tensor whose scale and zero point it has: itself, or the one that operators
+            which only move values made it from.
+        fixed: scale and zero point that the operator dictates, None to observe them.
+    """
+
+    spec: QuantSpec
+    source: str
+    fixed: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantPlan:
+    """A weight, or a constant operand, that is stored as codes behind a DequantizeLinear.
+
+    Attributes:
+        value: initialiser.
+        spec: its type and axis.
+    """
+
+    value: str
+    spec: QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasPlan:
+    """A bias stored as int32 codes at the scale of the accumulator, activation times weight.
+
+    Attributes:
+        value: initialiser.
+        activation: source tensor of the node's input.
+        weight: key of the node's weight in ``QuantPlan.constants``.
+    """
+
+    value: str
+    activation: str
+    weight: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """How a node will run.
+
+    Attributes:
+        role: "integer" in an integer kernel, "moves" codes without computing, "absorbed" into
+            its producer's kernel, or "float".
+        reason: why, for "float".
+    """
+
+    op_type: str
+    role: Role
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class QuantPlan:
+    """Which tensors are quantized, and how each node will run.
+
+    Attributes:
+        tensors: value key -> plan of an activation.
+        constants: (node key, input index) -> plan of a weight or constant operand.
+        biases: (node key, input index) -> plan of a bias.
+        nodes: node key -> how it runs.
+        changes: what was rewritten in the graph before placement, one line each.
+    """
+
+    tensors: dict[str, TensorPlan] = field(default_factory=dict)
+    constants: dict[tuple[str, int], ConstantPlan] = field(default_factory=dict)
+    biases: dict[tuple[str, int], BiasPlan] = field(default_factory=dict)
+    nodes: dict[str, NodePlan] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+
+    def sources(self) -> dict[str, TensorPlan]:
+        """Return the tensors that have a scale of their own."""
+        return {key: plan for key, plan in self.tensors.items() if plan.source == key}
+
+    def drop(self, nodes: dict[str, str]) -> None:
+        """Mark ``nodes`` as float with the reasons given, in place."""
+        for key, reason in nodes.items():
+            self.nodes[key] = NodePlan(self.nodes[key].op_type, "float", reason)
+
+    def summary(self) -> str:
+        """Return a table of what runs in integers and, for the rest, why not."""
+        roles = Counter((n.role, n.op_type) for n in self.nodes.values())
+        lines = []
+        for role in ("integer", "absorbed", "moves"):
+            counts = [f"{op} {n}" for (r, op), n in sorted(roles.items()) if r == role]
+            if counts:
+                lines.append(f"{role + ':':10s}{', '.join(counts)}")
+        lines.append(
+            f"{'quantized:':10s} {len(self.sources())} activations, "
+            f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
+        )
+        reasons: dict[str, list[str]] = {}
+        for key, node in self.nodes.items():
+            if node.role == "float":
+                reasons.setdefault(f"{node.op_type}: {node.reason}", []).append(key)
+        for reason, keys in sorted(reasons.items()):
+            shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
+            lines.append(f"float:    {reason} [{shown}]")
+        return "\n".join([*lines, *(f"changed:  {line}" for line in self.changes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able dictionaries and lists."""
+        return {
+            "tensors": {key: _plain(plan) for key, plan in self.tensors.items()},
+            "constants": [[*key, _plain(plan)] for key, plan in self.constants.items()],
+            "biases": [[*key, _plain(plan)] for key, plan in self.biases.items()],
+            "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
+            "changes": list(self.changes),
+        }
+
+
+def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan) -> dict[str, Any]:
+    result = asdict(plan)
+    if "spec" in result:
+        result["spec"]["dtype"] = result["spec"]["dtype"]["name"]
+    return result

@@ -1,0 +1,73 @@
+"""What the integer kernels of a runtime can run, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The operators that a runtime fuses with the QDQ pairs around them.
+
+    Attributes:
+        matrix: operators with a quantized weight; they decide what else is worth quantizing.
+        elementwise: operators with an integer kernel that needs every tensor quantized.
+        moving: operators that pass codes on, where input and output have the same qparams,
+            with the indices of the inputs that carry values.
+        absorbed: activations that the clamp of the producer's output replaces.
+        folded: operators that disappear into the next matrix operator; no pair may stand between.
+        fixed: output scale and zero point that an operator's kernel dictates.
+        float_output: matrix operators that also write float, without a pair on their output.
+        least_columns: a weight with fewer output channels costs more to feed than it saves.
+    """
+
+    name: str
+    matrix: frozenset[str]
+    elementwise: frozenset[str]
+    moving: dict[str, tuple[int, ...]]
+    absorbed: frozenset[str]
+    folded: frozenset[str]
+    fixed: dict[str, tuple[float, int]]
+    float_output: frozenset[str]
+    least_columns: int
+
+
+# Measured with onnxruntime 1.31 on fused graphs (SessionOptions.optimized_model_filepath);
+# tests/quant/test_target.py holds every row against the installed onnxruntime.
+ORT_CPU = Target(
+    name="onnxruntime CPU",
+    matrix=frozenset({"Conv", "Gemm", "MatMul"}),
+    elementwise=frozenset({
+        "Add",
+        "AveragePool",
+        "Concat",
+        "GlobalAveragePool",
+        "LeakyRelu",
+        "Mul",
+        "Sigmoid",
+        "Softmax",
+        "Where",
+    }),
+    moving={
+        "DepthToSpace": (0,),
+        "Expand": (0,),
+        "Flatten": (0,),
+        "Gather": (0,),
+        "GatherElements": (0,),
+        "Identity": (0,),
+        "MaxPool": (0,),
+        "Reshape": (0,),
+        "Resize": (0,),
+        "Slice": (0,),
+        "Split": (0,),
+        "Squeeze": (0,),
+        "Tile": (0,),
+        "Transpose": (0,),
+        "Unsqueeze": (0,),
+    },
+    absorbed=frozenset({"Relu", "Clip"}),
+    folded=frozenset({"Pad"}),
+    fixed={"Softmax": (1 / 256, 0)},
+    float_output=frozenset({"Gemm", "MatMul"}),
+    least_columns=16,
+)
