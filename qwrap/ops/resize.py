@@ -60,7 +60,9 @@ def _coordinates(axis: Axis, how: str, device: torch.device) -> Tensor:
     if how == "half_pixel_symmetric":
         # onnxruntime rounds the offset to float32 and computes the rest in double.
         size = torch.full((), n, dtype=torch.float32, device=device)
-        offset = size / 2 * (1 - axis.after / (size * scale))
+        # Not `axis.after / ...`: torch divides a number by a tensor as a rounded inverse.
+        adjustment = torch.full_like(size, axis.after) / (size * scale)
+        offset = size / 2 * (1 - adjustment)
         return (offset.double() + (x.double() + 0.5) / scale - 0.5).float()
     if how == "tf_crop_and_resize":
         low, high = axis.roi
