@@ -84,7 +84,10 @@ def conv_transpose(
             for n, s, p, k, d in zip(X.shape[2:], step, extra, W.shape[2:], dilation, strict=True)
         ]
         totals = [f - w for f, w in zip(full, wanted[-rank:], strict=True)]
-        begin, end = split_padding(totals, auto_pad)
+        # Unlike in Conv, without SAME_UPPER the odd element goes before.
+        begin, end = split_padding(
+            totals, "SAME_UPPER" if auto_pad == "SAME_UPPER" else "SAME_LOWER"
+        )
     if begin == end and min(begin) >= 0:
         return function(X, W, B, step, begin, extra, group, dilation)
     y = function(X, W, B, step, 0, extra, group, dilation)

@@ -1,0 +1,114 @@
+"""Facts about operators that decide where quantization may sit, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """An operator that multiplies its input with a weight.
+
+    Attributes:
+        weight: index of the weight input.
+        bias: index of the bias input, None if the operator has none.
+        channel_axis: the axis of the weight that runs over output channels (in one group).
+        transposing: an attribute that, set to 1, puts the channels on axis 0 instead.
+    """
+
+    weight: int
+    bias: int | None
+    channel_axis: int
+    transposing: str | None = None
+
+    def axis(self, attributes: Mapping[str, Any]) -> int:
+        """Return the axis of the weight that runs over output channels for a node."""
+        if self.transposing is not None and attributes.get(self.transposing, 0):
+            return 0
+        return self.channel_axis
+
+
+WEIGHTED: Mapping[str, Weighted] = MappingProxyType({
+    "Conv": Weighted(weight=1, bias=2, channel_axis=0),
+    "ConvTranspose": Weighted(weight=1, bias=2, channel_axis=1),
+    "Gemm": Weighted(weight=1, bias=2, channel_axis=1, transposing="transB"),
+    "MatMul": Weighted(weight=1, bias=None, channel_axis=-1),
+})
+"""Operator type to where its weight and bias are.
+
+In ConvTranspose every group uses the same ``channel_axis`` indices, ``M / group`` of them. A MatMul
+may have its constant at input 0; then it has no output channels in this sense.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PassThrough:
+    """An operator whose output values are values of its inputs.
+
+    Attributes:
+        data: indices of the inputs that carry values; None means all.
+        only_if: attribute -> the values with which this holds. An absent attribute must have its
+            default among them, which ``defaults`` names.
+        defaults: what the attributes in ``only_if`` are when absent.
+        adds_zero: the output may also hold zeros, which every scale represents exactly.
+        adds_input: index of an input whose value the output may hold too (Pad's constant); the
+            caller has to find it absent or zero.
+    """
+
+    data: tuple[int, ...] | None = (0,)
+    only_if: Mapping[str, frozenset[str]] = MappingProxyType({})
+    defaults: Mapping[str, str] = MappingProxyType({})
+    adds_zero: bool = False
+    adds_input: int | None = None
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether it passes values through with these attributes."""
+        if adds_constant := attributes.get("value"):  # Pad before opset 11
+            return self.adds_input is None or adds_constant == 0
+        return all(
+            attributes.get(name, self.defaults.get(name)) in values
+            for name, values in self.only_if.items()
+        )
+
+
+_FIRST = PassThrough()
+_ALL = PassThrough(data=None)
+_NEAREST = PassThrough(
+    only_if=MappingProxyType({"mode": frozenset({"nearest"})}),
+    defaults=MappingProxyType({"mode": "nearest"}),
+)
+
+PASS_THROUGH: Mapping[str, PassThrough] = MappingProxyType({
+    "Concat": _ALL,
+    "DepthToSpace": _FIRST,
+    "Dropout": _FIRST,
+    "Expand": _FIRST,
+    "Flatten": _FIRST,
+    "Gather": _FIRST,
+    "GatherElements": _FIRST,
+    "GatherND": _FIRST,
+    "GlobalMaxPool": _FIRST,
+    "Identity": _FIRST,
+    "MaxPool": _FIRST,
+    "Pad": PassThrough(adds_zero=True, adds_input=2),
+    "ReduceMax": _FIRST,
+    "ReduceMin": _FIRST,
+    "Reshape": _FIRST,
+    "Resize": _NEAREST,
+    "Slice": _FIRST,
+    "SpaceToDepth": _FIRST,
+    "Split": _FIRST,
+    "Squeeze": _FIRST,
+    "Tile": _FIRST,
+    "TopK": _FIRST,
+    "Transpose": _FIRST,
+    "Unsqueeze": _FIRST,
+    "Upsample": _NEAREST,
+})
+"""Operator type to what it passes through: these can keep the scale of their input.
+
+Outputs other than the first (indices, masks) are not values of an input, except those of Split.
+"""
