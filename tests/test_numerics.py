@@ -160,8 +160,6 @@ def test_narrow_range_leaves_the_smallest_code_unused() -> None:
     x = torch.tensor([-9.0, 9.0])
     assert quantize(x, per_tensor(0.01, 0), INT8, narrow_range=True).tolist() == [-127, 127]
     spec = QuantSpec(narrow_range=True)
-    fake = fake_quantize(x, torch.tensor([0.5]), torch.tensor([0]), spec)
-    assert fake.tolist() == [-9.0, 9.0]
     assert fake_quantize(x * 99, torch.tensor([0.5]), torch.tensor([0]), spec)[0] == -63.5
 
 
@@ -195,8 +193,7 @@ def test_float16_is_divided_in_float32_as_in_onnxruntime(
 def test_bfloat16_comes_back_as_bfloat16() -> None:
     x = torch.tensor([0.1, 0.26, 300.0], dtype=torch.bfloat16)
     fake = fake_quantize(x, torch.tensor([0.5]), torch.tensor([0]), QuantSpec())
-    assert fake.dtype == torch.bfloat16
-    assert fake.tolist() == [0.0, 0.5, 63.5]
+    assert (fake.dtype, fake.tolist()) == (torch.bfloat16, [0.0, 0.5, 63.5])
 
 
 @given(cases())
