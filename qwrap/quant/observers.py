@@ -17,7 +17,7 @@ from qwrap.quant.histogram import BINS, DyadicHistogram
 SENTINEL = 1e30
 """Magnitude from which a value is an attention mask's minus infinity, and no data."""
 
-_SAMPLE = 2**15
+_SAMPLE = 2**13
 _MAX_STRIDE = 64
 
 
@@ -148,7 +148,7 @@ class HistogramObserver(Observer):
 
     Of a large tensor the histogram takes every n-th value, each with weight n, starting one
     further each time; n has no divisor in common with the tensor's size, so that no channel layout
-    is in step with it. Tensors of up to 32768 values are taken whole.
+    is in step with it. Tensors of up to 8192 values are taken whole.
 
     Attributes:
         histogram: counts of (a sample of) the values.

@@ -36,6 +36,10 @@ def observed(*batches: Tensor, kind: type[Observer] = HistogramObserver) -> Obse
     return observer
 
 
+def observed_whole(x: Tensor) -> Observer:
+    return observed(*x.split(8192))  # small enough not to be sampled
+
+
 def contents(observer: Observer) -> dict[str, object]:
     """Everything the observer keeps, save where its next sample starts."""
     state = observer.get_extra_state()
@@ -159,7 +163,7 @@ def test_a_large_tensor_is_sampled_evenly_over_every_axis() -> None:
 def test_the_sampling_stride_has_no_divisor_in_common_with_the_size(size: int) -> None:
     stride = sample_stride(size)
     assert math.gcd(stride, size) == 1 or size == 1
-    assert stride == 1 or size > 2**15
+    assert stride == 1 or size > 2**13
     assert stride < 128
 
 
@@ -197,17 +201,17 @@ def test_percentile_100_and_minmax_are_the_extremes() -> None:
 
 def test_percentile_cuts_planted_outliers_by_rank() -> None:
     x = torch.cat([torch.linspace(-1, 1, 10_000), torch.full((10,), 100.0)])
-    cut = ranges(observed(x), method="percentile", percentile=100 - 0.4)  # 20 on each side
+    cut = ranges(observed_whole(x), method="percentile", percentile=100 - 0.4)  # 20 on each side
     # The bins are 128 / 2048 wide, and the 20th value from below lies 0.004 above -1.
     assert cut == pytest.approx((-1, 1), abs=128 / 2048)
-    kept = ranges(observed(x), method="percentile", percentile=100 - 0.1)  # 5 on each side
+    kept = ranges(observed_whole(x), method="percentile", percentile=100 - 0.1)  # 5 on each side
     assert kept == (pytest.approx(-1, abs=128 / 2048), 100.0)
 
 
 @pytest.mark.parametrize("percentile", [90, 99, 99.9])
 def test_percentiles_are_numpys_within_a_bin(percentile: float) -> None:
     x = torch.from_numpy(np.random.default_rng(0).normal(size=30_000).astype(np.float32))
-    observer = observed(x)
+    observer = observed_whole(x)
     tail = (100 - percentile) / 2
     expected = np.percentile(x.numpy(), [tail, 100 - tail])
     width = 2.0 ** (observer.histogram.exponent - 11)
@@ -248,7 +252,7 @@ def test_mse_range_is_near_brute_force_and_never_worse_than_minmax(
     ends = [(low * a, high * b) for a in grid for b in (grid if not spec.symmetric else [a])]
     ends = ends[:: 1 if len(ends) < 100 else 3]
     brute = min(error(data, e, spec) for e in ends)
-    found = error(data, ranges(observed(data), spec), spec)
+    found = error(data, ranges(observed_whole(data), spec), spec)
     # Bins are not single values and the ratios tried are some percent apart.
     assert found <= 1.03 * brute
     assert found <= 1.002 * error(data, (low, high), spec)
