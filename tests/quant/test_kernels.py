@@ -133,6 +133,7 @@ CONVS = {
     "grouped": ((8, 3, 3, 3), {"group": 2}),
     "1d": ((8, 6, 3), {"pads": [1, 0]}),
     "3d": ((8, 6, 2, 2, 2), {}),
+    "long_1d": ((4, 2, 3000), {"pads": [1500, 1499]}),
     "long": ((4, 600, 3, 3), {}),
     "long_grouped": ((4, 600, 3, 3), {"group": 2}),
 }
@@ -445,6 +446,12 @@ def test_a_conv_too_long_for_float32_is_cut_into_exact_parts() -> None:
     )
     # 600 * 9 * 127 * 255 / 2^24 = 10.4
     assert len(kernel.weights) == 11
+
+
+def test_a_kernel_too_long_for_float32_is_computed_in_float64() -> None:
+    weight = torch.full((1, 2, 600), 127)  # one channel alone reaches 600 * 127 * 255 > 2^24
+    kernel = kernels.qlinear_conv(grid(0.03, 0), weight, torch.ones(1), None, grid(1.0))
+    assert [w.dtype for w in kernel.weights] == [torch.float64]
 
 
 def test_grids_of_16_bit_are_refused() -> None:
