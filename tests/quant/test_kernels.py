@@ -133,6 +133,7 @@ CONVS = {
     "grouped": ((8, 3, 3, 3), {"group": 2}),
     "1d": ((8, 6, 3), {"pads": [1, 0]}),
     "3d": ((8, 6, 2, 2, 2), {}),
+    "long_1d": ((4, 2, 3000), {"pads": [1500, 1499]}),
     "long": ((4, 600, 3, 3), {}),
     "long_grouped": ((4, 600, 3, 3), {"group": 2}),
 }
@@ -183,6 +184,22 @@ def test_conv_ties_round_to_even_with_any_bias(bias: Tensor | None) -> None:
     scale = torch.full((8,), 2.0**-6)
     y = grid(2.0**-2 if bias is None or bias.abs().max() < 2**20 else 2.0**14)
     assert differing(*conv_case((8, 6, 3, 3), grid(2.0**-5), y, scale, bias)) == 0
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 200])
+def test_conv_takes_uint8_weights_with_a_zero_point(zero_point: int) -> None:
+    x, y, scale = grid(0.03, 117), grid(1.5), channel_scales(8)
+    codes = random_codes(8, 6, 3, 3).int() + 128
+    image = on_grid(x, (1, 6, 9, 9))
+
+    def constants(g: QdqGraph) -> list[str]:
+        zeros = np.full(8, zero_point, np.uint8)
+        values = (codes.numpy().astype(np.uint8), scale.numpy(), zeros)
+        return [g.node("DequantizeLinear", *(g.constant(v) for v in values), axis=0)]
+
+    theirs = run_single("Conv", [x], [image], y, "QLinearConv", constants=constants)
+    kernel = kernels.qlinear_conv(x, codes - zero_point, scale, None, y)
+    assert differing(kernel(image), theirs) == 0
 
 
 def test_conv_absorbs_relu_through_the_output_grid() -> None:
@@ -386,12 +403,55 @@ def test_where_requantizes_what_lies_on_other_grids() -> None:
     assert differing(kernels.QLinearWhere(y)(condition, left, right), theirs) == 0
 
 
+def test_a_chain_of_kernels_ends_in_the_bits_of_onnxruntime() -> None:
+    x, h, s, p, y = grid(0.03, 117), grid(0.6, 0), grid(0.7, 40), grid(0.2, 0), grid(0.9)
+    w1, w2, w3 = random_codes(8, 8, 3, 3), random_codes(16, 8, 1, 1), random_codes(16, 10)
+    scale8, scale16, scale10 = (channel_scales(n) for n in (8, 16, 10))
+    image = on_grid(x, (2, 8, 12, 12))
+    graph = QdqGraph()
+    inputs = graph.activation(x, image.shape)
+    conv = graph.node("Conv", inputs, graph.weight(w1, scale8), pads=[1, 1, 1, 1])
+    hidden = graph.quantized(graph.node("Relu", conv), h)
+    total = graph.quantized(graph.node("Add", hidden, inputs), s)
+    conv = graph.node("Conv", total, graph.weight(w2, scale16))
+    wide = graph.quantized(graph.node("Relu", conv), h)
+    pooled = graph.quantized(graph.node("GlobalAveragePool", wide), p)
+    flat = graph.quantized(graph.node("Flatten", pooled), p)
+    theirs = graph.run(graph.node("Gemm", flat, graph.weight(w3, scale10, 1)), y, [image], "QGemm")
+
+    hidden = kernels.qlinear_conv(x, w1, scale8, None, h, pads=[1, 1, 1, 1])(image)
+    total = kernels.qlinear_add(h, x, s)(hidden, image)
+    wide = kernels.qlinear_conv(s, w2, scale16, None, h)(total)
+    pooled = kernels.QLinearGlobalAveragePool(h, p)(wide)
+    ours = kernels.qgemm(p, w3, scale10, None, y)(pooled.flatten(1))
+    assert ours.unique().numel() > 5
+    assert differing(ours, theirs) == 0
+
+
+def test_empty_batches_stay_empty() -> None:
+    g = grid(0.1)
+    for kernel in (
+        kernels.qlinear_conv(g, random_codes(4, 3, 3, 3), torch.ones(1), None, g),
+        kernels.QLinearAveragePool(y=g, kernel_shape=(2, 2)),
+        kernels.QLinearGlobalAveragePool(g, g),
+        kernels.QLinearSoftmax(g, g),
+        kernels.qlinear_sigmoid(g, g),
+    ):
+        assert kernel(torch.empty(0, 3, 8, 8)).shape[0] == 0
+
+
 def test_a_conv_too_long_for_float32_is_cut_into_exact_parts() -> None:
     kernel = kernels.qlinear_conv(
         grid(0.03, 0), torch.full((1, 600, 3, 3), 127), torch.ones(1), None, grid(1.0)
     )
     # 600 * 9 * 127 * 255 / 2^24 = 10.4
     assert len(kernel.weights) == 11
+
+
+def test_a_kernel_too_long_for_float32_is_computed_in_float64() -> None:
+    weight = torch.full((1, 2, 600), 127)  # one channel alone reaches 600 * 127 * 255 > 2^24
+    kernel = kernels.qlinear_conv(grid(0.03, 0), weight, torch.ones(1), None, grid(1.0))
+    assert [w.dtype for w in kernel.weights] == [torch.float64]
 
 
 def test_grids_of_16_bit_are_refused() -> None:

@@ -9,6 +9,7 @@ and the parts added in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,13 +46,18 @@ def cut(x: Tensor, length: int, dim: int) -> tuple[Tensor, ...]:
 
 
 def parts_needed(weight: Tensor, grid: Grid) -> int:
-    """Return into how many parts of dimension 1 ``weight`` is cut to keep float32 sums exact."""
+    """Return into how many parts of dimension 1 ``weight`` is cut to keep float32 sums exact.
+
+    0 if no cut is fine enough.
+    """
     size = max(weight.shape[1], 1)
-    for parts in range(1, size + 1):
+    bound = largest_partial_sum(weight, grid)
+    least = math.ceil(float(bound.max()) / EXACT) if bound.numel() else 1
+    for parts in range(max(least, 1), size + 1):
         chunks = cut(weight, -(-size // parts), 1)
         if all(bool((largest_partial_sum(c, grid) < EXACT).all()) for c in chunks):
             return parts
-    return size
+    return 0
 
 
 def multiplier(x: Grid, weight_scale: Tensor, y: Grid | None) -> Tensor:

@@ -125,7 +125,7 @@ def qlinear_conv(
         kernel_shape=tuple(weight.shape[2:]),
     )
     parts = parts_needed(weight, x)
-    wide = parts > 1 and group > 1  # no cut along channels that belong to groups
+    wide = parts == 0 or (parts > 1 and group > 1)  # channels of groups cannot be cut
     codes = weight.to(torch.float64 if wide else torch.float32)
     chunks = (codes,) if wide else cut(codes, -(-codes.shape[1] // parts), 1)
     bias64, inside = split_bias(bias, largest_partial_sum(weight, x), parts)

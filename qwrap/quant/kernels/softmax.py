@@ -40,6 +40,8 @@ class QLinearSoftmax:
 
     def _softmax(self, codes: Tensor) -> Tensor:
         """Return softmax along the last axis of centered codes."""
+        if codes.numel() == 0:
+            return codes
         steps_below = codes.amax(-1, keepdim=True) - codes
         table = self._exponentials(codes.shape[-1])
         index = steps_below.to(torch.int32)
@@ -53,10 +55,15 @@ class QLinearSoftmax:
     def _exponentials(self, length: int) -> Tensor:
         """Return exp of minus 0 … 255 input steps, scaled up so that ``length`` of them can add."""
         scale = self.x.scale.double()
-        spare = math.log(torch.finfo(torch.float32).max / length) - 5.0
+        room = _float32(torch.finfo(torch.float32).max / length)
+        spare = _float32(math.log(room)) - 5.0  # C++ takes the float overload of log
         shift = max(0.0, spare) / scale
         exponents = (shift - torch.arange(256, device=scale.device)) * scale
         return exponents.exp().float()
+
+
+def _float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
 
 
 def _sum_in_order(terms: Tensor) -> Tensor:
