@@ -85,7 +85,11 @@ def quantize(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option("--exclude", metavar="GLOB", help="Leave these nodes float; repeatable."),
+        typer.Option(
+            "--exclude",
+            metavar="GLOB",
+            help="Leave nodes of this name or operator type float; repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Quantize MODEL with the ranges that calibration data shows."""

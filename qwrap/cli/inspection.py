@@ -18,8 +18,8 @@ from qwrap.errors import QwrapError
 def inspect_model(path: Path) -> dict[str, Any]:
     """Return the facts about the model at ``path`` as JSON-able values.
 
-    ``quantization`` is the plan's summary; where qwrap cannot take the model it is None, and
-    ``problem`` says why.
+    ``plan`` and ``summary`` say what would be quantized; where qwrap cannot take the model they
+    are None, and ``problem`` says why.
 
     Raises:
         ModelError: there is no such file, or it is no ONNX model.
@@ -56,16 +56,17 @@ def inspection_text(facts: dict[str, Any]) -> str:
         f"  outputs     {_values(facts['outputs'])}",
         f"  operators   {operators}",
         "",
-        facts["quantization"] or f"cannot be quantized: {facts['problem']}",
+        facts["summary"] or f"cannot be quantized: {facts['problem']}",
     ]
     return "\n".join(lines)
 
 
-def _plan(path: Path) -> dict[str, str | None]:
+def _plan(path: Path) -> dict[str, Any]:
     try:
-        return {"quantization": qwrap.prepare(qwrap.load(path)).summary(), "problem": None}
+        plan = qwrap.prepare(qwrap.load(path))
     except QwrapError as error:
-        return {"quantization": None, "problem": str(error)}
+        return {"plan": None, "summary": None, "problem": str(error)}
+    return {"plan": plan.to_dict(), "summary": plan.summary(), "problem": None}
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
