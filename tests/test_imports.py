@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},
+    "__main__": {"cli"},
 }
 
 

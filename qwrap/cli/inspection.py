@@ -1,0 +1,121 @@
+"""``qwrap inspect``: what a file holds, and what of it would be quantized."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import qwrap
+from qwrap.data.inputs import read_structure, shape_text
+from qwrap.errors import QwrapError
+
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    """Return the facts about the model at ``path`` as JSON-able values.
+
+    ``plan`` and ``summary`` say what would be quantized; where qwrap cannot take the model they
+    are None, and ``problem`` says why.
+
+    Raises:
+        ModelError: there is no such file, or it is no ONNX model.
+    """
+    model = read_structure(path)
+    graph = model.graph
+    initialised = {tensor.name for tensor in graph.initializer}
+    nodes = [*_nodes(graph.node), *_nodes(n for f in model.functions for n in f.node)]
+    return {
+        "path": str(path),
+        "bytes": _size(path, model),
+        "ir_version": model.ir_version,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "parameters": sum(prod(tensor.dims) for tensor in _tensors(graph)),
+        "operators": dict(Counter(map(_operator, nodes)).most_common()),
+        "inputs": [_value(value) for value in graph.input if value.name not in initialised],
+        "outputs": [_value(value) for value in graph.output],
+        **_plan(path),
+    }
+
+
+def inspection_text(facts: dict[str, Any]) -> str:
+    """Return ``facts`` as ``inspect_model`` found them, for reading."""
+    operators = ", ".join(f"{name} {count}" for name, count in facts["operators"].items())
+    opsets = ", ".join(f"{domain} {version}" for domain, version in facts["opset"].items())
+    lines = [
+        facts["path"],
+        f"  opset       {opsets}",
+        f"  IR version  {facts['ir_version']}",
+        f"  producer    {facts['producer'] or 'not given'}",
+        f"  size        {facts['bytes']} bytes, {facts['parameters']} parameters",
+        f"  inputs      {_values(facts['inputs'])}",
+        f"  outputs     {_values(facts['outputs'])}",
+        f"  operators   {operators}",
+        "",
+        facts["summary"] or f"cannot be quantized: {facts['problem']}",
+    ]
+    return "\n".join(lines)
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = qwrap.prepare(qwrap.load(path))
+    except QwrapError as error:
+        return {"plan": None, "summary": None, "problem": str(error)}
+    return {"plan": plan.to_dict(), "summary": plan.summary(), "problem": None}
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield ``nodes`` and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield initialisers and Constant values, of the graphs inside as well."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                yield attribute.t
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _size(path: Path, model: onnx.ModelProto) -> int:
+    """Return the bytes of the file and of the external data that lie where it says."""
+    locations = {
+        entry.value
+        for tensor in _tensors(model.graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    external = [path.parent / location for location in locations]
+    present = [path, *(file for file in external if file.is_file())]
+    return sum(int(file.stat().st_size) for file in present)
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):
+        return {"name": value.name, "type": value.type.WhichOneof("value"), "shape": None}
+    dims = [
+        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
+    ]
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    return {"name": value.name, "type": name, "shape": dims if tensor.HasField("shape") else None}
+
+
+def _values(values: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{v['name']} {v['type']}{shape_text(v['shape'])}" for v in values)
