@@ -60,6 +60,7 @@ def measure(
     if not settings.skip_qwrap:
         _measure_qwrap(shared, model, calibration, settings)
     _measure_latency(model, shared.validation(name, 1)[0], settings.rounds)
+    _show_errors(model)
     return model
 
 
@@ -119,6 +120,15 @@ def _measure_latency(model: ModelResult, inputs: Any, rounds: int) -> None:
         ).items():
             timed[key].milliseconds[str(threads)] = seconds * 1e3
             timed[key].latency[str(threads)] = ratio
+
+
+def _show_errors(model: ModelResult) -> None:
+    for file in (model.reference, *model.incumbent, *filter(None, [model.qwrap])):
+        if file.error:
+            what = " ".join(filter(None, (file.method, file.preparation)))
+            _progress(f"{model.model}: {what}: {file.error}")
+    if "error" in model.verify:
+        _progress(f"{model.model}: verify: {model.verify['error']}")
 
 
 def _progress(text: str) -> None:

@@ -47,6 +47,6 @@ def verify(
         qwrap.prepare(model)
         qwrap.calibrate(model, calibration, progress=False)
         report = qwrap.verify(model, quantized, batches)
+        return {column: getattr(report, name) for column, name in VERIFY_FIGURES.items()}
     except Exception as error:  # as above
         return {"error": one_line(error)}
-    return {column: getattr(report, name) for column, name in VERIFY_FIGURES.items()}
