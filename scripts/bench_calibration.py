@@ -1,6 +1,6 @@
 """What calibrating costs: time over the bare forward, and peak memory with few and many samples.
 
-    python scripts/bench_calibration.py [--incumbent]
+    python scripts/bench_calibration.py --of qwrap onnxruntime
 
 Every measurement runs in a fresh process. This one imports nothing large: on Linux a child's
 ``ru_maxrss`` starts from its parent's.
@@ -20,7 +20,7 @@ from typing import Any
 
 _SCRIPTS = Path(__file__).resolve().parent
 _OWN = ("forward", "minmax", "percentile", "mse")
-_INCUMBENT = ("ort-forward", "ort-minmax", "ort-percentile", "ort-entropy")
+_ONNXRUNTIME = ("ort-forward", "ort-minmax", "ort-percentile", "ort-entropy")
 
 
 def run(what: str, methods: Sequence[str], samples: int, arguments: argparse.Namespace) -> Any:
@@ -40,17 +40,17 @@ def run(what: str, methods: Sequence[str], samples: int, arguments: argparse.Nam
 
 
 def compare(
-    methods: Sequence[str], few: int, many: int, arguments: argparse.Namespace
+    methods: Sequence[str], samples: tuple[int, int], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row per method; the first of ``methods`` is the bare forward the others are over."""
-    seconds = run("time", methods, many, arguments)["seconds"]
+    seconds = run("time", methods, samples[1], arguments)["seconds"]
     rows = []
     for method in methods:
         ratios = [a / b for a, b in zip(seconds[method], seconds[methods[0]], strict=True)]
-        peaks = [run("memory", [method], n, arguments)["peak_MiB"] for n in (few, many)]
+        peaks = [run("memory", [method], n, arguments)["peak_MiB"] for n in samples]
         rows.append({
             "method": method,
-            "samples": (few, many),
+            "samples": samples,
             "seconds": statistics.median(seconds[method]),
             "over_forward": statistics.median(ratios),
             "peak_MiB": peaks,
@@ -82,16 +82,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--incumbent", action="store_true", help="onnxruntime's calibrators too")
     parser.add_argument(
-        "--incumbent-samples",
+        "--of",
+        nargs="+",
+        choices=("qwrap", "onnxruntime"),
+        default=["qwrap"],
+        help="whose calibration to measure",
+    )
+    parser.add_argument(
+        "--onnxruntime-samples",
         type=int,
         nargs=2,
         default=(32, 128),
         metavar=("FEW", "MANY"),
-        help="they keep every activation of every sample",
+        help="fewer: histogram methods keep every activation of every sample",
     )
-    parser.add_argument("--only-incumbent", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -100,10 +105,10 @@ def main() -> None:
     """Run the benchmark."""
     arguments = _arguments()
     rows: list[dict[str, Any]] = []
-    if not arguments.only_incumbent:
-        rows += compare(_OWN, *arguments.samples, arguments)
-    if arguments.incumbent or arguments.only_incumbent:
-        rows += compare(_INCUMBENT, *arguments.incumbent_samples, arguments)
+    if "qwrap" in arguments.of:
+        rows += compare(_OWN, arguments.samples, arguments)
+    if "onnxruntime" in arguments.of:
+        rows += compare(_ONNXRUNTIME, arguments.onnxruntime_samples, arguments)
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")

@@ -54,7 +54,7 @@ def measure(
     if cached is not None and cached.samples == len(calibration):
         model.incumbent = cached.incumbent
         for attempt in model.incumbent:  # latency means something only beside the others
-            attempt.latency, attempt.milliseconds = {}, {}
+            attempt.latency, attempt.fastest_latency, attempt.milliseconds = {}, {}, {}
     else:
         model.incumbent = _attempts(shared, name, calibration, settings)
     if not settings.skip_qwrap:
@@ -115,11 +115,12 @@ def _measure_latency(model: ModelResult, inputs: Any, rounds: int) -> None:
     files = [model.reference, *(file for file in (model.qwrap, *best) if file and file.metric)]
     timed = {file.file: file for file in files if file.exists}
     for threads in _THREADS:
-        for key, (seconds, ratio) in latency(
-            {key: key for key in timed}, inputs, threads, rounds
-        ).items():
-            timed[key].milliseconds[str(threads)] = seconds * 1e3
-            timed[key].latency[str(threads)] = ratio
+        measured = latency({key: key for key in timed}, inputs, threads, rounds)
+        for key, figures in measured.items():
+            file = timed[key]
+            file.milliseconds[str(threads)] = figures.seconds * 1e3
+            file.latency[str(threads)] = figures.ratio
+            file.fastest_latency[str(threads)] = figures.fastest_ratio
 
 
 def _show_errors(model: ModelResult) -> None:
@@ -143,7 +144,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=64, help="calibration samples")
     parser.add_argument("--verify-samples", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved latency rounds")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved latency rounds")
     parser.add_argument("--shared", type=Path, default=default_folder())
     parser.add_argument("--workdir", type=Path, default=Path("build/bench"), help="made files stay")
     parser.add_argument("--json", type=Path, help="write all figures there")

@@ -103,7 +103,7 @@ def _quantize(
     per_channel: bool,
 ) -> None:
     logging.disable(logging.WARNING)
-    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.set_default_logger_severity(4)  # errors come back as exceptions
     prepared = _prepared(source, target.with_suffix(".source.onnx"), preparation, per_channel)
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
         quantize_static(

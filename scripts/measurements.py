@@ -7,14 +7,15 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnxruntime
 from shared_models import Inputs
 
-_BURST = 0.1  # seconds one session runs before the next takes over
+_BURST = 0.05  # seconds one session runs before the next takes over
 
 
 def session(
@@ -47,17 +48,26 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(subgraph)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Time of one run, and its ratio to the first file measured beside it.
+
+    Attributes:
+        seconds: median over the rounds.
+        ratio: median over the rounds of the ratio within a round.
+        fastest_ratio: between the fastest bursts of all rounds. Other work on the machine slows
+            files unequally; where this differs much from ``ratio``, measure again at rest.
+    """
+
+    seconds: float
+    ratio: float
+    fastest_ratio: float
+
+
 def latency(
     files: Mapping[str, str | Path], inputs: Inputs, threads: int, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Median seconds of one run, and the median ratio to the first of ``files``.
-
-    Each round runs every session for a moment, so that what else the machine does meets all of
-    them; ratios are taken within a round.
-
-    Returns:
-        key of ``files`` -> (seconds, ratio).
-    """
+) -> dict[str, Latency]:
+    """Time every file; each round runs every session for a moment, so that drift meets them all."""
     sessions = {key: session(path, threads) for key, path in files.items()}
     counts = {key: _runs_in_a_burst(run, inputs) for key, run in sessions.items()}
     times: dict[str, list[float]] = {key: [] for key in files}
@@ -65,13 +75,15 @@ def latency(
         for key, run in sessions.items():
             times[key].append(_burst(run, inputs, counts[key]))
     first = times[next(iter(files))]
-    return {
-        key: (
-            statistics.median(own),
-            statistics.median(a / b for a, b in zip(own, first, strict=True)),
-        )
-        for key, own in times.items()
-    }
+    return {key: _summary(own, first) for key, own in times.items()}
+
+
+def _summary(own: Sequence[float], first: Sequence[float]) -> Latency:
+    return Latency(
+        seconds=statistics.median(own),
+        ratio=statistics.median(a / b for a, b in zip(own, first, strict=True)),
+        fastest_ratio=min(own) / min(first),
+    )
 
 
 def _runs_in_a_burst(run: onnxruntime.InferenceSession, inputs: Inputs) -> int:

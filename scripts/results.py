@@ -23,6 +23,7 @@ class FileResult:
         quantize_left: QuantizeLinear nodes left after onnxruntime's optimisation.
         dequantize_left: the same for DequantizeLinear.
         latency: threads -> time over the float file's in interleaved rounds.
+        fastest_latency: the same between the fastest bursts of all rounds.
         milliseconds: threads -> median time of one run.
         seconds: time that quantizing took.
         error: one line: what failed, or what had to be done otherwise; empty when all went well.
@@ -37,6 +38,7 @@ class FileResult:
     quantize_left: int = 0
     dequantize_left: int = 0
     latency: dict[str, float] = field(default_factory=dict)
+    fastest_latency: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     error: str = ""
