@@ -163,7 +163,7 @@ def main() -> None:
         samples=arguments.samples,
         verify_samples=arguments.verify_samples,
         rounds=arguments.rounds,
-        workdir=arguments.workdir,
+        workdir=arguments.workdir.resolve(),
         skip_qwrap=arguments.skip_qwrap,
     )
     settings.workdir.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -79,10 +80,17 @@ def _in_process(
     preparation: str,
     per_channel: bool,
 ) -> str:
-    context = multiprocessing.get_context("spawn")
+    arguments = (source.resolve(), target.resolve(), samples, method, preparation, per_channel)
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            arguments = (source, target, samples, method, preparation, per_channel)
+        with (
+            tempfile.TemporaryDirectory() as scratch,  # the tools leave files where they run
+            ProcessPoolExecutor(
+                1,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=os.chdir,
+                initargs=(scratch,),
+            ) as pool,
+        ):
             pool.submit(_quantize, *arguments).result()
     except Exception as error:  # whatever it raises is a finding about the incumbent
         return one_line(error)
