@@ -66,14 +66,18 @@ class ModelResult:
         return next(iter(self.reference.metric))
 
     def best_incumbent(self, preparation: str | None = None) -> FileResult | None:
-        """The attempt with the best task metric, None when all failed."""
+        """The attempt with the best task metric, of equals the smallest; None when all failed."""
         done = [
             attempt
             for attempt in self.incumbent
             if attempt.metric and preparation in {None, attempt.preparation}
         ]
         sign = -1 if self.metric.startswith("perplexity") else 1
-        return max(done, key=lambda attempt: sign * attempt.metric[self.metric], default=None)
+        return max(
+            done,
+            key=lambda attempt: (sign * attempt.metric[self.metric], -attempt.size),
+            default=None,
+        )
 
 
 def write(path: Path, settings: dict[str, Any], models: Iterable[ModelResult]) -> None:
