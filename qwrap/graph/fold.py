@@ -1,5 +1,0 @@
-"""stand-in."""
-
-
-def canonicalize(model):
-    return []
