@@ -9,7 +9,7 @@ from torch import nn
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
-from qwrap.graph.fold import canonicalize
+from qwrap.graph.canonical import canonicalize
 from qwrap.graph.index import OnnxGraph
 from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
