@@ -81,7 +81,7 @@ class Layout:
             return None
         if operator.wants_host(index):
             return array.tolist()
-        return array.item() if index in operator.literal and array.size == 1 else None
+        return array.item() if index in operator.literal and array.ndim == 0 else None
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
