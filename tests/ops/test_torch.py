@@ -104,7 +104,7 @@ COMPILED = [
     ("Resize", [None, None, [1, 3, 9, 20]], {"mode": "cubic"}),
     ("Slice", [[-1], [-(2**63)], [-1], [-2]], {}),
     ("Pad", [[0, 0, 1, 1, 0, 0, 1, 1]], {"mode": "reflect"}),
-    ("Gather", [torch.tensor([0, -1])], {"axis": 2}),
+    ("Gather", [torch.tensor([0, -1, 1, 2, 3, 0, 0])], {"axis": 2}),
     ("Gather", [-1], {"axis": 2}),
     ("ReduceMean", [], {"axes": [2, 3], "keepdims": 0}),
     ("Reshape", [[0, -1]], {}),
@@ -122,13 +122,14 @@ def test_one_graph_serves_all_sizes(op_type, constants, attributes) -> None:
         graphs.append(module)
         return module.forward
 
+    # Written out, because dynamic=True makes a variable of every number that is not in the code.
+    names = {f"tensor_{i}": c for i, c in enumerate(constants) if isinstance(c, Tensor)}
+    written = [f"tensor_{i}" if isinstance(c, Tensor) else c for i, c in enumerate(constants)]
+    arguments = ", ".join(str(c) for c in ["x", *written])
+    keywords = ", ".join(f"{name}={value!r}" for name, value in attributes.items())
+    call = eval(f"lambda x: compute({arguments}, {keywords})", {"compute": compute, **names})
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: compute(x, *constants, **attributes),
-        fullgraph=True,
-        dynamic=True,
-        backend=backend,
-    )
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=backend)
     for size in ((2, 3, 8, 10), (5, 3, 14, 21)):
         x = torch.randn(size)
         torch.testing.assert_close(
