@@ -119,7 +119,11 @@ class QdqFile:
         return Session(self.path, mode, self.path.parent, str(self.path))
 
     def session_with_codes(self, mode: Mode, tensors: tuple[QuantizedTensor, ...]) -> Session:
-        """Open a copy, in memory, that also returns the codes of ``tensors``.
+        """Open ``copy_with_codes`` of the file."""
+        return Session(self.copy_with_codes(tensors), mode, self.path.parent, str(self.path))
+
+    def copy_with_codes(self, tensors: tuple[QuantizedTensor, ...]) -> bytes:
+        """Return the serialised file with the codes of ``tensors`` as further graph outputs.
 
         onnxruntime fuses that copy as it does the file: a QuantizeLinear that feeds a graph output
         stays the end of the group of nodes that becomes an integer kernel.
@@ -130,8 +134,8 @@ class QdqFile:
         for name in dict.fromkeys(tensor.codes for tensor in tensors):
             if name not in present:
                 copy.graph.outputs.append(values[name])
-        data = ir.to_proto(copy).SerializeToString()
-        return Session(data, mode, self.path.parent, str(self.path))
+        data: bytes = ir.to_proto(copy).SerializeToString()
+        return data
 
 
 def _quantize_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:

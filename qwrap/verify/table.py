@@ -67,7 +67,7 @@ def _line(console: Console, text: str) -> None:
 
 
 def _level(console: Console, level: LevelReport) -> None:
-    _line(console, f"\n{level.name}: {level.simulation} against onnxruntime {level.runtime}")
+    _line(console, f"\n{level.name}: {level.simulation} against onnxruntime, {level.runtime}")
     if level.tensors:
         differ = [tensor for tensor in level.tensors if tensor.differing]
         _line(

@@ -1,18 +1,20 @@
 """Two-layer float models, QDQ files of them written by hand, and the taps that simulate them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from qwrap.model import Program, ValuePoint, WrappedModel, load
 
 FLOAT = TensorProto.FLOAT
-SCALES = {"x": (0.031, 128), "h": (0.027, 0), "y": (0.043, 117)}  # u8; chosen to clip a little
+SCALES = {"x": (0.03, 128), "h": (0.051, 0), "y": (0.27, 117)}  # u8; the batches clip a little
 WEIGHT_SCALE = np.float32(0.0125)
 
 
@@ -33,10 +35,8 @@ class Pair:
     """A wrapped float model with its taps, and the QDQ file."""
 
     model: WrappedModel
-    float_proto: onnx.ModelProto
-    proto: onnx.ModelProto
+    float_path: Path
     path: Path
-    weight_codes: Mapping[str, np.ndarray]
     batches: list[np.ndarray] = field(default_factory=list)
 
 
@@ -64,16 +64,17 @@ def float_model() -> onnx.ModelProto:
 
 
 def make_model(
-    nodes: list[onnx.NodeProto], stored: list[onnx.TensorProto], opset: int = 13
+    nodes: list[onnx.NodeProto], stored: list[onnx.TensorProto], width: int = 5, opset: int = 13
 ) -> onnx.ModelProto:
+    """A model from ``x`` of shape [N, 12] to ``y`` of shape [N, width]."""
     graph = helper.make_graph(
         nodes,
         "small",
         [helper.make_tensor_value_info("x", FLOAT, ["N", 12])],
-        [helper.make_tensor_value_info("y", FLOAT, ["N", 5])],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", width])],
         stored,
     )
-    opsets = [helper.make_opsetid("", opset)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
@@ -127,7 +128,7 @@ def exact_program(model: WrappedModel) -> Program:
 
 
 def qlinear_matmul(source: str, target: str, weight: str):
-    (x_scale, x_zero), (y_scale, y_zero) = SCALES[source], SCALES[target]
+    x_scale, (y_scale, y_zero) = SCALES[source][0], SCALES[target]
     codes = torch.from_numpy(weights()[weight]).long()
     multiplier = torch.tensor(x_scale) * torch.tensor(WEIGHT_SCALE) / torch.tensor(y_scale)
 
@@ -139,20 +140,41 @@ def qlinear_matmul(source: str, target: str, weight: str):
     return kernel
 
 
-def make_pair(
+def save_pair(
     folder: Path,
     scales: Mapping[str, tuple[float, int]] | None = None,
+    *,
     exact: bool = True,
     count: int = 3,
 ) -> Pair:
     """Taps at ``SCALES``; a file at ``scales``, by default the same."""
-    float_proto, proto = float_model(), qdq_model({**SCALES, **(scales or {})})
-    path = folder / "small.qdq.onnx"
-    onnx.save(proto, path)
-    model = load(float_proto)
+    float_path, path = folder / "small.onnx", folder / "small.qdq.onnx"
+    onnx.save(float_model(), float_path)
+    onnx.save(qdq_model({**SCALES, **(scales or {})}), path)
+    model = load(float_path)
     model.attach({ValuePoint(name): Tap(*values) for name, values in SCALES.items()})
     if exact:
         model.programs["exact"] = lambda: exact_program(model)
     rng = np.random.default_rng(3)
     batches = [rng.normal(0, 1.5, (9 + i, 12)).astype(np.float32) for i in range(count)]
-    return Pair(model, float_proto, proto, path, weights(), batches)
+    return Pair(model, float_path, path, batches)
+
+
+@dataclass
+class Builder:
+    """What tests write models with."""
+
+    model = staticmethod(make_model)
+    pair = staticmethod(quantize_pair)
+    constant = staticmethod(constant)
+
+
+@pytest.fixture
+def build() -> Builder:
+    return Builder()
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Callable[..., Pair]:
+    """``make_pair(scales=None, exact=True, count=3)``."""
+    return partial(save_pair, tmp_path)
