@@ -188,12 +188,13 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, attribute in given.items():
         known = schema.attributes.get(name)
+        kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
         if attribute.ref_attr_name:
             yield f"attribute {name!r} refers to one of a function, outside of any function"
         elif known is None:
             yield f"has no attribute {name!r}"
-        elif attribute.type != known.type.value:
-            yield f"attribute {name!r} is not of type {known.type.name}"
+        elif kind != str(known.type).rpartition(".")[2]:
+            yield f"attribute {name!r} is of type {kind}, expected {known.type}"
     for name, known in schema.attributes.items():
         if known.required and name not in given:
             yield f"lacks its attribute {name!r}"

@@ -106,6 +106,11 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
             tensor = value.const_value
             if tensor is not None and tensor.nbytes > SMALL:
                 value.const_value = ir.ExternalTensor(
-                    "-", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name or ""
+                    "-",
+                    0,
+                    0,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
                 )
     return ir.to_proto(skeleton)
