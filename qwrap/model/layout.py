@@ -15,6 +15,7 @@ from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.values import Values
 
+RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
 
 
@@ -35,9 +36,9 @@ class Slot:
 class Layout:
     """Regions and slots of one graph; computed from the graph alone, so always the same.
 
-    A float tensor of rank 1 or more is a parameter, any other stored tensor a buffer (0-d
-    parameters cannot be sharded by FSDP2). Constants that only steer shapes or bounds are
-    written into the code as numbers.
+    A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
+    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization.
+    Constants that only steer shapes or bounds are written into the code as numbers.
 
     Attributes:
         slots: value key of a stored tensor -> where it lives in the module tree.
@@ -95,7 +96,7 @@ class Layout:
             return None
         if operator.wants_host(index):
             return array.tolist()
-        return array.item() if index in operator.literal and array.size == 1 else None
+        return array.item() if index in operator.literal and array.ndim == 0 else None
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
@@ -109,6 +110,7 @@ class Layout:
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
+        trainable = trainable and role not in RUNNING_STATISTICS
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         if parts and self._free(".".join(parts)):

@@ -45,7 +45,7 @@ def power(x: Tensor, y: Tensor | float) -> Tensor:
     if not x.dtype.is_floating_point:
         # Integers have no negative powers in torch; onnxruntime computes in double too.
         return torch.pow(x.double(), y).to(x.dtype)
-    return torch.pow(x, y).to(x.dtype)
+    return torch.pow(x, y).to(x.dtype) if isinstance(y, Tensor) else torch.pow(x, y)
 
 
 @op("Mod", since=(10, 13, 28))

@@ -21,6 +21,7 @@ INDEXED: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = (
 )
 AVERAGE_POOLS: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+UNPADDED = ("NOTSET", "VALID")
 
 
 def _rank(x: Tensor) -> int:
@@ -60,6 +61,8 @@ def max_pool(
 ) -> Tensor:
     """Return the largest value in each window; padding never wins."""
     rank = _rank(X)
+    if not (ceil_mode or (pads and any(pads))) and auto_pad in UNPADDED and X.is_floating_point():
+        return MAX_POOLS[rank - 1](X, kernel_shape, strides or 1, 0, dilations or 1)
     place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
     values = X if X.dtype.is_floating_point else X.float()  # exact: integers have 8 bits here
     pool = MAX_POOLS[rank - 1]
@@ -151,6 +154,8 @@ def average_pool(
     What a window covers past the padding (``ceil_mode``) never counts.
     """
     rank = _rank(X)
+    if not (ceil_mode or dilations or (pads and any(pads))) and auto_pad in UNPADDED:
+        return AVERAGE_POOLS[rank - 1](X, kernel_shape, strides or 1)
     place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
     if not ceil_mode and _torch_can_pad(place) and set(place.dilations) == {1}:
         pool = AVERAGE_POOLS[rank - 1]

@@ -50,36 +50,27 @@ class PassThrough:
 
     Attributes:
         data: indices of the inputs that carry values; None means all.
-        only_if: attribute -> the values with which this holds. An absent attribute must have its
-            default among them, which ``defaults`` names.
-        defaults: what the attributes in ``only_if`` are when absent.
+        nearest_only: only with the attribute ``mode`` absent or ``"nearest"``.
         adds_zero: the output may also hold zeros, which every scale represents exactly.
         adds_input: index of an input whose value the output may hold too (Pad's constant); the
             caller has to find it absent or zero.
     """
 
     data: tuple[int, ...] | None = (0,)
-    only_if: Mapping[str, frozenset[str]] = MappingProxyType({})
-    defaults: Mapping[str, str] = MappingProxyType({})
+    nearest_only: bool = False
     adds_zero: bool = False
     adds_input: int | None = None
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether it passes values through with these attributes."""
-        if adds_constant := attributes.get("value"):  # Pad before opset 11
-            return self.adds_input is None or adds_constant == 0
-        return all(
-            attributes.get(name, self.defaults.get(name)) in values
-            for name, values in self.only_if.items()
-        )
+        if attributes.get("value", 0) != 0:  # Pad before opset 11 adds this constant
+            return False
+        return not self.nearest_only or attributes.get("mode", "nearest") == "nearest"
 
 
 _FIRST = PassThrough()
 _ALL = PassThrough(data=None)
-_NEAREST = PassThrough(
-    only_if=MappingProxyType({"mode": frozenset({"nearest"})}),
-    defaults=MappingProxyType({"mode": "nearest"}),
-)
+_NEAREST = PassThrough(nearest_only=True)
 
 PASS_THROUGH: Mapping[str, PassThrough] = MappingProxyType({
     "Concat": _ALL,

@@ -191,6 +191,6 @@ class _Lowering:
         if kind == "GlobalAveragePool":
             return k.QLinearGlobalAveragePool(x, y)
         if kind == "AveragePool":
-            return k.QLinearAveragePool(y, **settings)
+            return k.QLinearAveragePool(y=y, **settings)
         flatten = self.graph.opset < 13
         return k.QLinearSoftmax(x, y, settings.get("axis", 1 if flatten else -1), flatten)

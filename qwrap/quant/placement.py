@@ -15,6 +15,7 @@ from qwrap.quant.target import ORT_CPU, Target
 
 NO_KERNEL = "no integer kernel"
 BOTH_COMPUTED = "both operands are activations: quantizing them costs more than the kernel saves"
+NARROW = "so few output channels that converting the input costs more than the kernel saves"
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 
 
@@ -73,7 +74,7 @@ class _Placement:
             changed = bool(alone)
             for node in alone:
                 del self.integer[node]
-                self.reasons[node] = ALONE
+                self.reasons[node] = NARROW if node.op_type in self.target.matrix else ALONE
 
     def _excluded(self) -> set[ir.Node]:
         found: set[ir.Node] = set()
@@ -118,10 +119,13 @@ class _Placement:
                 return "no integer kernel with alpha or beta other than 1"
             if bias is not None and self._rank(bias) != 1:
                 return "no integer kernel with a bias that is not a vector"
-        columns = self._columns(node)
-        if node.op_type != "Conv" and columns is not None and columns < self.target.least_columns:
-            return f"only {columns} output channels: converting the input costs more than it saves"
         return None
+
+    def _is_narrow(self, node: ir.Node) -> bool:
+        """Whether converting the input of a matrix product costs more than the kernel saves."""
+        columns = self._columns(node)
+        few = columns is not None and columns < self.target.least_columns
+        return node.op_type != "Conv" and few
 
     def _columns(self, node: ir.Node) -> int | None:
         """Return how many output channels share the input of a matrix operator."""
@@ -140,15 +144,15 @@ class _Placement:
 
     def _carries(self, node: ir.Node) -> bool:
         if node.op_type in self.target.matrix:
-            return True
+            return not self._is_narrow(node) or self._from_integer(node.inputs[0])
         inputs = [v for v in self._data_inputs(node) if not self._is_stored(v)]
         return any(self._from_integer(v) for v in inputs) and self._to_integer(node.outputs[0])
 
     # --- how values travel -----------------------------------------------------------------------
 
-    def _from_integer(self, value: ir.Value) -> bool:
+    def _from_integer(self, value: ir.Value | None) -> bool:
         """Whether the value comes out of an integer kernel, perhaps moved since."""
-        node = value.producer()
+        node = None if value is None else value.producer()
         if node is None:
             return False
         if node in self.integer or self._absorbs(node):

@@ -9,8 +9,9 @@ from torch import nn
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
-from qwrap.graph.fold import canonicalize
+from qwrap.graph.canonical import canonicalize
 from qwrap.graph.index import OnnxGraph
+from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
@@ -41,7 +42,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     config = config or QConfig()
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
-    changes = canonicalize(draft)
+    changes = canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
     kept = {
         name
         for name, v in draft.graph.initializers.items()

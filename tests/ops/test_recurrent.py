@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
+
+from qwrap import ops
 
 rng = np.random.default_rng(4)
 SEQ, BATCH, INPUT, HIDDEN = 6, 3, 5, 4
@@ -74,3 +77,27 @@ ACTIVATIONS = [
 def test_other_activations_equal_onnxruntime(check, activations) -> None:
     attributes = {"hidden_size": HIDDEN, **activations}
     check("LSTM", 14, inputs(1, 4), attributes, outputs=3, **CLOSE)
+
+
+def test_layout_1_is_layout_0_with_batch_first() -> None:
+    lstm = ops.find("", "LSTM", 14)
+    assert lstm is not None
+    arrays = [None if a is None else torch.from_numpy(a) for a in without(inputs(2, 7), 4)]
+    wanted = lstm.function(*arrays, direction="bidirectional")
+    for i in (0, 5, 6):
+        arrays[i] = arrays[i].transpose(0, 1)
+    y, h, c = lstm.function(*arrays, direction="bidirectional", layout=1)
+    torch.testing.assert_close(y, wanted[0].permute(2, 0, 1, 3), rtol=0, atol=0)
+    torch.testing.assert_close(h, wanted[1].transpose(0, 1), rtol=0, atol=0)
+    torch.testing.assert_close(c, wanted[2].transpose(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part")
+def test_lstm_compiles_into_one_graph() -> None:
+    lstm = ops.find("", "LSTM", 14)
+    assert lstm is not None
+    arrays = [torch.from_numpy(a) for a in inputs(1, 4)]
+    torch._dynamo.reset()
+    compiled = torch.compile(lstm.function, fullgraph=True, backend="eager")
+    for ours, theirs in zip(compiled(*arrays), lstm.function(*arrays), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -1,0 +1,98 @@
+"""One form for what exporters write in many, so that onnxruntime's integer kernels fit."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwrap.graph.constants import Constants, fold_constant_weights, integers, label
+from qwrap.graph.fold import fold_batch_norm, fold_scale_and_shift
+from qwrap.graph.index import ValueType, infer_types, walk_nodes
+
+POOLED_RANKS = (4, 5)  # in three dimensions a mean over the last may as well be a LayerNorm's
+
+
+def canonicalize(model: ir.Model) -> list[str]:
+    """Rewrite ``model`` in place into the form that quantizes best; it computes the same.
+
+    Constants on their way to a weight are evaluated; BatchNormalization and scales and shifts
+    by channel go into the layer before; a mean over the spatial axes becomes a
+    GlobalAveragePool. Nodes and values that remain keep their names, in subgraphs too; functions
+    of the model are left alone. What is not named in the result is unchanged.
+
+    Returns:
+        A line for each node that was folded or replaced.
+    """
+    lines = fold_constant_weights(model)
+    while folded := fold_batch_norm(model) + fold_scale_and_shift(model):
+        lines += folded
+    return lines + mean_to_global_pool(model)
+
+
+def mean_to_global_pool(model: ir.Model) -> list[str]:
+    """Replace, in place, each ReduceMean over exactly the spatial axes by a GlobalAveragePool.
+
+    Without ``keepdims`` a Flatten follows, named ``<node>_flatten``. A mean that is subtracted
+    from what it was taken of belongs to a normalisation and stays.
+
+    Returns:
+        A line for each ReduceMean that is gone.
+    """
+    nodes = [n for n in walk_nodes(model.graph) if n.op_type == "ReduceMean" and not n.domain]
+    if not nodes:
+        return []
+    constants, types, lines = Constants(model), infer_types(model), []
+    for node in nodes:
+        source = node.inputs[0]
+        assert source is not None
+        known = types.get(source.name or "", ValueType())
+        if _is_spatial_mean(constants, node, known) and not _normalises(node, source):
+            lines.append(f"{label(node)}: replaced by GlobalAveragePool")
+            _become_pool(constants, node)
+    return lines
+
+
+def _is_spatial_mean(constants: Constants, node: ir.Node, known: ValueType) -> bool:
+    axes, rank = integers(constants, node, "axes", 1), known.rank
+    if axes is None or rank not in POOLED_RANKS:
+        return False
+    if known.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        return False
+    return sorted(axis % rank for axis in axes) == list(range(2, rank))
+
+
+def _normalises(node: ir.Node, source: ir.Value) -> bool:
+    producer = source.producer()
+    if producer is not None and producer.op_type == "Pow":  # a mean square
+        return True
+    readers = [use.node for use in node.outputs[0].uses()]
+    return any(reader.op_type == "Sub" and source in reader.inputs for reader in readers)
+
+
+def _become_pool(constants: Constants, node: ir.Node) -> None:
+    """Turn a ReduceMean over the spatial axes into GlobalAveragePool (and Flatten), in place."""
+    keepdims = node.attributes.get("keepdims")
+    axes = tuple(node.inputs[1:])
+    node.resize_inputs(1)
+    node.attributes.clear()
+    node.op_type = "GlobalAveragePool"
+    constants.drop_unused(axes)
+    if keepdims is not None and keepdims.as_int() == 0:
+        _flatten_after(constants, node)
+
+
+def _flatten_after(constants: Constants, node: ir.Node) -> None:
+    # The node at hand becomes the Flatten, so that its output stays what it was to its readers.
+    pool = ir.node(
+        "GlobalAveragePool",
+        inputs=[node.inputs[0]],
+        name=node.name,
+        metadata_props=dict(node.metadata_props),
+    )
+    pool.outputs[0].name = constants.unique_name(f"{node.outputs[0].name}_pooled")
+    pool.outputs[0].type = node.outputs[0].type
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.insert_before(node, pool)
+    node.op_type = "Flatten"
+    node.attributes.add(ir.AttrInt64("axis", 1))
+    node.replace_input_with(0, pool.outputs[0])
+    node.name = f"{node.name}_flatten" if node.name else node.name
