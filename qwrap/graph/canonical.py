@@ -44,7 +44,7 @@ def mean_to_global_pool(model: ir.Model) -> list[str]:
     for node in nodes:
         source = node.inputs[0]
         assert source is not None
-        known = types.get(source.name or "", ValueType())
+        known = types.get(source, ValueType())
         if _is_spatial_mean(constants, node, known) and not _normalises(node, source):
             lines.append(f"{label(node)}: replaced by GlobalAveragePool")
             _become_pool(constants, node)

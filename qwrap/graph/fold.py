@@ -249,7 +249,7 @@ def _fold_batch_norm_into_matmul(model: ir.Model) -> list[str]:
     constants, types = Constants(model), infer_types(model)
     for node, norm in pairs:
         # With more dimensions the channels of the BatchNormalization are not the columns.
-        known = types.get(node.outputs[0].name or "")
+        known = types.get(node.outputs[0])
         if known is not None and known.rank == 2 and _absorb_scale(constants, node, norm):
             lines.append(f"{label(norm)}: scale folded into {label(node)}, shift left as Add")
             norm.op_type = "Add"

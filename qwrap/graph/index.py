@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-SMALL = 4096  # bytes: initialisers beyond this steer no shapes, so inference need not see them
+from qwrap.graph.load import external_tensors, without_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,46 +46,43 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataT
 class OnnxGraph:
     """A model that is never modified, with a unique key for each node and value.
 
-    A node's key is its name where that is unique, else ``OpType:<key of its first output>``; a
-    value's key is its name where that is unique, else its name behind the path of its subgraph.
+    A node's key is its name where unique, else ``OpType:<key of its first output>``. A value's key
+    is its name; where a value outside or before has that name, it is the name behind the path
+    of its subgraph.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self.types = infer_types(model)
         self.nodes: dict[str, ir.Node] = {}
         self.values: dict[str, ir.Value] = {}
         self._node_keys: dict[ir.Node, str] = {}
         self._value_keys: dict[ir.Value, str] = {}
         self._index_values(model.graph)
         self._index_nodes(model.graph)
+        self.types = {self.key(v): kind for v, kind in infer_types(model).items()}
 
-    def _index_values(self, graph: ir.Graph) -> None:
-        def add(value: ir.Value, path: str) -> None:
-            if value in self._value_keys or not value.name:
-                return
-            key = value.name if value.name not in self.values else f"{path}/{value.name}"
-            self.values[key] = value
-            self._value_keys[value] = key
-
-        def walk(inner: ir.Graph, path: str) -> None:
-            for value in (*inner.inputs, *inner.initializers.values()):
-                add(value, path)
-            for node in inner:
-                for value in node.outputs:
-                    add(value, path)
-                for name, body in bodies(node):
-                    walk(body, f"{path}/{node.name or node.outputs[0].name}.{name}")
-
-        walk(graph, "")
+    def _index_values(self, graph: ir.Graph, path: str = "") -> None:
+        """Give the values of a graph their keys, then those of the graphs inside it."""
+        made = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
+        for value in made:
+            if value.name and value not in self._value_keys:
+                key = _unused(value.name, f"{path}/{value.name}", self.values)
+                self.values[key] = value
+                self._value_keys[value] = key
+        for node in graph:
+            for name, body in bodies(node):
+                self._index_values(body, f"{path}/{node.name or node.op_type}.{name}")
 
     def _index_nodes(self, graph: ir.Graph) -> None:
         names = [node.name for node in walk_nodes(graph)]
         unique = {name for name, count in Counter(names).items() if name and count == 1}
         for node in walk_nodes(graph):
-            first = next((self.key(v) for v in node.outputs if v.name), "")
-            key = node.name if node.name in unique else f"{node.op_type}:{first}"
-            assert key is not None
+            if node.name and node.name in unique:
+                key = node.name
+            else:
+                first = next((self.key(v) for v in node.outputs if v.name), "")
+                made = f"{node.op_type}:{first}"
+                key = _unused(made, made, self.nodes, unique)
             self.nodes[key] = node
             self._node_keys[node] = key
 
@@ -97,7 +96,7 @@ class OnnxGraph:
 
     def type_of(self, value: ir.Value) -> ValueType:
         """Return element type and shape of a value as far as they are known."""
-        return self.types.get(value.name or "", ValueType())
+        return self.types.get(self.key(value), ValueType()) if value.name else ValueType()
 
     @property
     def opset(self) -> int:
@@ -118,11 +117,8 @@ class OnnxGraph:
         return self  # immutable
 
     def __getstate__(self) -> dict[str, Any]:
-        folders = {
-            str(v.const_value.base_dir)
-            for v in self.model.graph.initializers.values()
-            if isinstance(v.const_value, ir.ExternalTensor)
-        }
+        folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
+        assert len(folders) <= 1, "one model, one folder"
         proto = ir.to_proto(self.model)
         return {"proto": proto.SerializeToString(), "folder": next(iter(folders), None)}
 
@@ -131,6 +127,13 @@ class OnnxGraph:
         if state["folder"] is not None:
             ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
         self.__init__(model)  # type: ignore[misc]  # rebuilds every table from the model
+
+
+def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
+    """Return ``name``, else ``otherwise``, else that with a number, whichever is free."""
+    numbered = (f"{otherwise}#{n}" for n in itertools.count(2))
+    candidates = itertools.chain((name, otherwise), numbered)
+    return next(c for c in candidates if not any(c in keys for keys in taken))
 
 
 def opset_of(model: ir.Model, domain: str) -> int:
@@ -159,38 +162,44 @@ def walk_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
             yield from walk_nodes(body)
 
 
-def infer_types(model: ir.Model) -> dict[str, ValueType]:
-    """Run ONNX shape inference on a copy without weights; return value name -> type."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(ir.to_proto(model))
-    for tensor in proto.graph.initializer:
-        if len(tensor.raw_data) > SMALL:
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
+def infer_types(model: ir.Model) -> dict[ir.Value, ValueType]:
+    """Run ONNX shape inference on a copy without weights; return what it knows of each value."""
+    proto = without_weights(model)
     # Where inference fails, what the file itself declares remains.
-    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError):
+    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    types: dict[str, ValueType] = {}
-    _collect_types(proto.graph, types)
+    types: dict[ir.Value, ValueType] = {}
+    _collect_types(proto.graph, model.graph, types)
     return types
 
 
-def _collect_types(graph: onnx.GraphProto, types: dict[str, ValueType]) -> None:
-    for tensor in graph.initializer:
-        types[tensor.name] = ValueType(ir.DataType(tensor.data_type), tuple(tensor.dims))
-    for info in (*graph.input, *graph.value_info, *graph.output):
-        kind = info.type.tensor_type
-        if not kind.elem_type:
-            continue
-        shape = None
-        if kind.HasField("shape"):
-            shape = tuple(
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None
-                for d in kind.shape.dim
-            )
-        types[info.name] = ValueType(ir.DataType(kind.elem_type), shape)
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.output:
-                    _collect_types(inner, types)
+def _collect_types(
+    proto: onnx.GraphProto, graph: ir.Graph, types: dict[ir.Value, ValueType]
+) -> None:
+    """Match a graph with its inferred proto: names are only unique within one graph."""
+    made = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
+    values = {value.name: value for value in made if value.name}
+    for info in (*proto.input, *proto.value_info, *proto.output):
+        if info.name in values and info.type.tensor_type.elem_type:
+            types[values[info.name]] = _declared(info.type.tensor_type)
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            shape = tuple(int(n) for n in value.const_value.shape.numpy())
+            types[value] = ValueType(value.const_value.dtype, shape)
+    for node, inferred in zip(graph, proto.node, strict=True):
+        inner = {attribute.name: attribute for attribute in inferred.attribute}
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.GRAPH:
+                _collect_types(inner[name].g, attribute.as_graph(), types)
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                for body, g in zip(attribute.as_graphs(), inner[name].graphs, strict=True):
+                    _collect_types(g, body, types)
+
+
+def _declared(kind: onnx.TypeProto.Tensor) -> ValueType:
+    if not kind.HasField("shape"):
+        return ValueType(ir.DataType(kind.elem_type))
+    shape = tuple(
+        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim
+    )
+    return ValueType(ir.DataType(kind.elem_type), shape)

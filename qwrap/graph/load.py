@@ -11,6 +11,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from qwrap.errors import ModelError
+from qwrap.graph.check import check_proto, external_problem
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
@@ -21,15 +22,20 @@ def read_model(source: Source) -> ir.Model:
     External data stays on disk until a tensor is used.
 
     Raises:
-        ModelError: not an ONNX model, cut off, without opset, or its external data is missing,
-            too short or outside the model's folder; also for sparse initialisers, which onnx_ir
-            would drop silently.
+        ModelError: not an ONNX model, cut off, of an opset that the installed onnx does not know,
+            with nodes that break their schema or the order of the graph, or its external data is
+            missing, too short or outside the model's folder; also for sparse initialisers, which
+            onnx_ir would drop silently.
     """
     if isinstance(source, ir.Model):
-        return source.clone()
+        return _from_ir(source)
     if isinstance(source, onnx.ModelProto):
         return _from_proto(source, "the ModelProto", None)
     path = Path(source)
+    return _from_proto(_parse(path), str(path), path.parent)
+
+
+def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; expected an ONNX model")
     proto = onnx.ModelProto()
@@ -39,94 +45,72 @@ def read_model(source: Source) -> ir.Model:
         raise ModelError(
             f"{path}: not an ONNX model, or cut off ({error}); export or download it again"
         ) from error
-    return _from_proto(proto, str(path), path.parent)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return proto
 
 
 def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise ModelError(f"{where}: not an ONNX model: it has no graph or imports no opset")
-    sparse = [t.values.name for g in _graphs(proto.graph) for t in g.sparse_initializer]
-    if sparse:
-        raise ModelError(
-            f"{where}: sparse initialisers {sparse} are not supported; make them dense first"
-        )
-    _check_external_data(proto, where, folder)
-    _check_names(proto.graph, where)
     try:
+        check_proto(proto, where, folder)
         model = ir.from_proto(proto)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # text that is not UTF-8 too
         raise ModelError(f"{where}: malformed graph: {error}") from error
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
     return model
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.output:
-                    yield from _graphs(inner)
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    for inner in _graphs(graph):
-        yield from inner.initializer
-        for node in inner.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-
-
-def _check_external_data(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
-    problems = []
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            problem = _external_problem(tensor, folder)
-            if problem:
-                problems.append(f"tensor {tensor.name!r}: {problem}")
-    if problems:
-        raise ModelError(f"{where}: external data cannot be used: " + "; ".join(problems))
-
-
-def _external_problem(tensor: onnx.TensorProto, folder: Path | None) -> str | None:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    if folder is None:
-        return f"{location!r} has no folder; pass the model's path instead of a ModelProto"
-    root = folder.resolve()
-    file = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not file.is_relative_to(root):
-        return f"location {location!r} leaves the model's folder"
-    if not file.is_file():
-        return f"file {location!r} is missing; put it beside the model"
+def _from_ir(source: ir.Model) -> ir.Model:
+    """Copy a model; its tensors are shared, for they are never written to."""
+    where = "the onnx_ir model"
+    model = source.clone()
+    for tensor in external_tensors(model):
+        problem = external_problem(
+            os.fspath(tensor.location),
+            tensor.offset or 0,
+            tensor.length or 0,
+            tensor.nbytes,
+            Path(tensor.base_dir),
+        )
+        if problem:
+            raise ModelError(f"{where}: tensor {tensor.name!r}: {problem}")
     try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-    except ValueError:
-        return f"offset or length of {location!r} is not a number"
-    if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-        return f"file {location!r} is too short for offset {offset} and length {length}"
-    return None
+        check_proto(without_weights(model), where, None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{where}: malformed graph: {error}") from error
+    return model
 
 
-def _check_names(graph: onnx.GraphProto, where: str, outer: frozenset[str] = frozenset()) -> None:
-    """Refuse values that are made twice, or used before (or without) being made."""
-    known = set(outer) | {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    for node in graph.node:
-        label = f"{where}: node {node.name or node.op_type!r}"
-        missing = [name for name in node.input if name and name not in known]
-        if missing:
-            raise ModelError(f"{label} reads {missing}, which nothing before it produces")
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.output:
-                    _check_names(inner, where, frozenset(known))
-        twice = [name for name in node.output if name and name in known]
-        if twice:
-            raise ModelError(f"{label} produces {twice}, which already exists")
-        known.update(node.output)
-    missing = [v.name for v in graph.output if v.name not in known]
-    if missing:
-        raise ModelError(f"{where}: graph outputs {missing} are produced by no node")
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield the tensors that lie in files, those in subgraphs and attributes included."""
+    graphs = [model.graph, *model.graph.subgraphs()]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
+
+
+SMALL = 4096  # bytes: initialisers beyond this steer no shapes, so inference need not see them
+
+
+def without_weights(model: ir.Model) -> onnx.ModelProto:
+    """Return a proto of ``model`` in which every large initialiser is a stub without data."""
+    skeleton = model.clone()
+    for graph in (skeleton.graph, *skeleton.graph.subgraphs()):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > SMALL:
+                value.const_value = ir.ExternalTensor(
+                    "-",
+                    0,
+                    0,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=value.name or "",
+                )
+    return ir.to_proto(skeleton)

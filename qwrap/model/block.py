@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import weakref
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,6 @@ class Block(nn.Module):
 
     def set_code(self, source: str, namespace: dict[str, Any]) -> None:
         """Replace the forward of this Block."""
-        linecache.cache.pop(self._file, None)
         self.source, self.namespace = source, namespace
         self._compile()
 
@@ -43,7 +43,8 @@ class Block(nn.Module):
         linecache.cache[self._file] = (len(self.source), None, lines, self._file)
         scope = dict(self.namespace)
         exec(compile(self.source, self._file, "exec"), scope)
-        self._run = scope["run"]
+        self._run = scope.pop("run")
+        weakref.finalize(self._run, linecache.cache.pop, self._file, None).atexit = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the nodes; arguments and results are the tensors that cross the Block's border."""

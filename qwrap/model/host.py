@@ -69,7 +69,12 @@ def _broadcast(types: Sequence[HostInput], *_: object) -> HostType | None:
     lengths = {t.length for t in types if t is not None and t.length is not None}
     if -1 in lengths or len(lengths - {1}) > 1:
         return None
-    return HostType(max(lengths)) if lengths else SCALAR
+    return HostType(_size(lengths)) if lengths else SCALAR
+
+
+def _size(lengths: set[int]) -> int:
+    """Return the length that lists of these lengths broadcast to."""
+    return next(iter(lengths - {1}), 1)
 
 
 def _same(types: Sequence[HostInput], *_: object) -> HostType | None:
@@ -81,7 +86,7 @@ def elementwise(function: Callable[..., Number], *inputs: HostValue) -> HostValu
     lengths = [len(x) for x in inputs if isinstance(x, list)]
     if not lengths:
         return function(*inputs)
-    size = max(lengths)
+    size = _size(set(lengths))
     lists = [x if isinstance(x, list) else [x] for x in inputs]
     rows = [x if len(x) == size else x * size for x in lists]
     return [function(*row) for row in zip(*rows, strict=True)]
@@ -179,14 +184,17 @@ def concat(*inputs: list[Number], axis: int = 0) -> list[Number]:
 
 
 def _slice_rule(
-    types: Sequence[HostInput], constants: Sequence[Any], _: Attributes
+    types: Sequence[HostInput], constants: Sequence[Any], attributes: Attributes
 ) -> HostType | None:
     data = types[0]
-    if data is None or not data.is_list or any(c is None for c in constants[1:]):
+    unknown = [t for t, c in zip(types[1:], constants[1:], strict=True) if t is not None is c]
+    if data is None or not data.is_list or unknown:
         return None
-    return HostType(
-        len(slice_(list(range(data.length or 0)), *constants[1:])) if data.length != -1 else -1
-    )
+    if data.length == -1:
+        return HostType(-1)
+    names = ("starts", "ends", "axes")  # attributes up to opset 9, inputs after
+    given = {name: attributes[name] for name in names if name in attributes}
+    return HostType(len(slice_(list(range(data.length or 0)), *constants[1:], **given)))
 
 
 @host_op("Slice", rule=_slice_rule)
@@ -229,7 +237,7 @@ def _reshape_rule(
     types: Sequence[HostInput], constants: Sequence[Any], _: Attributes
 ) -> HostType | None:
     source, shape = types[0], constants[1]
-    if source is None or shape is None or len(shape) > 1:
+    if source is None or not isinstance(shape, list) or len(shape) > 1:
         return None
     if not shape:
         return SCALAR if source.length in (None, 1) else None
@@ -246,7 +254,10 @@ def reshape(x: HostValue, shape: list[int], *, allowzero: int = 0) -> HostValue:
 def _reduce_rule(
     types: Sequence[HostInput], constants: Sequence[Any], attributes: Attributes
 ) -> HostType | None:
-    if types[0] is None or not types[0].is_list or (len(types) > 1 and constants[1] is None):
+    if types[0] is None or not types[0].is_list:
+        return None
+    axes = constants[1] if len(types) > 1 else attributes.get("axes")
+    if (len(types) > 1 and axes is None) or (not axes and attributes.get("noop_with_empty_axes")):
         return None
     return HostType(1) if attributes.get("keepdims", 1) else SCALAR
 

@@ -10,9 +10,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
-from qwrap.model.values import STANDARD, Values
+from qwrap.model.values import Values
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
@@ -42,6 +43,7 @@ class Layout:
     Attributes:
         slots: value key of a stored tensor -> where it lives in the module tree.
         numbers: value key -> number that names its local variable in generated code.
+        homes: every node that runs -> the path of the Block whose code runs it.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
@@ -52,7 +54,8 @@ class Layout:
         self.slots: dict[str, Slot] = {}
         self._taken: set[str] = set()
         self._prefixes: set[str] = {".".join(p) for p in _paths(self.region)}
-        for node, path in _placed_nodes(self.region, self.values):
+        self.homes = dict(_placed_nodes(self.region, self.values))
+        for node, path in self.homes.items():
             for i, value in enumerate(node.inputs):
                 if value is not None:
                     self._place(node, i, value, (*path, node.op_type))
@@ -63,9 +66,21 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self  # immutable
 
+    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph]]:
+        return Layout, (self.graph,)
+
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""
-        yield from _placed_nodes(self.region, self.values)
+        yield from self.homes.items()
+
+    def is_host_use(self, node: ir.Node, index: int) -> bool:
+        """Whether input ``index`` reaches its operator as Python numbers."""
+        operator = self.values.operators.get(self.graph.node_key(node))
+        return operator is not None and operator.wants_host(index)
+
+    def is_number(self, node: ir.Node, index: int) -> bool:
+        """Whether input ``index`` reaches its operator as Python numbers, so that no tap sees it."""
+        return self.is_host_use(node, index) or self.as_number(node, index) is not None
 
     def as_number(self, node: ir.Node, index: int) -> Any:
         """Return input ``index`` as a Python number or list if the operator wants it so, else None.
@@ -100,6 +115,7 @@ class Layout:
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         if parts and self._free(".".join(parts)):
             path, role = parts[:-1], parts[-1]
+        path, (role,) = attribute_path(path), attribute_path([role])
         slot = Slot(path, role, trainable)
         count = 0
         while not self._free(slot.key):

@@ -65,7 +65,9 @@ def scope_of(node: ir.Node, values: Values) -> Path:
 def _dynamo_scope(listed: str) -> list[str]:
     try:
         names = ast.literal_eval(listed)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return []
+    if not isinstance(names, list):
         return []
     scopes = [name for name in names[:-1] if isinstance(name, str) and name]
     return scopes[-1].split(".") if scopes else []
@@ -86,16 +88,24 @@ def _strip_parents(parts: Sequence[str]) -> list[str]:
 
 
 def attribute_path(parts: Sequence[str]) -> Path:
-    """Return the parts as names a module may have."""
-    return tuple(_attribute(part) for part in parts if part)
+    """Return the parts as names a module may have, the deepest ones left out."""
+    return tuple(_attribute(part) for part in parts if part)[:DEEPEST]
 
 
 def _attribute(part: str) -> str:
     part = part.replace(".", "_")
-    return f"{part}_" if hasattr(nn.Module, part) or part in RESERVED else part
+    return f"{part}_" if part in RESERVED or part.startswith("_constant_") else part
 
 
-RESERVED = ("taps", "training", "graph", "plan", "program", "tensor_names", "source", "namespace")
+DEEPEST = 32  # modules in modules; torch walks them recursively
+RESERVED = frozenset((
+    *dir(nn.Module()),
+    *("_compile", "_file", "_run", "namespace", "set_code", "source", "taps"),  # of Block
+    *("attach", "attached", "config", "graph", "input_names", "layout", "output_names", "plan"),
+    *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
+    *("_add_blocks", "_bind", "_build", "_detach", "_device", "_generate", "_get", "_homes"),
+    *("_module_at", "_program", "_signature"),
+))
 
 
 def _plan(

@@ -11,26 +11,16 @@ import onnx_ir as ir
 import torch
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
+from qwrap.model.expressions import keyword_names
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
+from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision
 
 Array = npt.NDArray[Any]
 
-TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.BOOL: torch.bool,
-}
 LARGEST_CONSTANT = 4096  # elements; a larger integer table is data, not shape arithmetic
-STANDARD = ("", "ai.onnx")
 BRANCHES = {"If": ("then_branch", "else_branch")}
 
 
@@ -165,18 +155,34 @@ class Values:
         version = opset_of(self.graph.model, node.domain)
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
-        if operator is None:
+        if self._calls_function(node) or operator is None:
             self._unsupported.append(self._explain(node, domain, version))
+            for _, body in bodies(node):
+                self._visit_graph(body)  # to list what else is missing
+            return
+        unknown = set(operator.keywords(node.attributes)) - keyword_names(operator.function)
+        if unknown:
+            self._unsupported.append(
+                f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
+                f"{sorted(unknown)} are not implemented"
+            )
             return
         self.operators[self.graph.node_key(node)] = operator
-        if (
-            all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
-            and node.inputs
-        ):
+        is_known = all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
+        floats = [v for v in node.outputs if self.graph.type_of(v).is_float]
+        if node.inputs and is_known and not floats:
             self._fold(node, operator)
+
+    def _calls_function(self, node: ir.Node) -> bool:
+        return node.op_identifier() in self.graph.model.functions
 
     def _explain(self, node: ir.Node, domain: str, version: int) -> str:
         name = f"{domain or 'ai.onnx'}::{node.op_type}"
+        if self._calls_function(node):
+            return (
+                f"node {self.graph.node_key(node)!r}: {name} is a function of the model itself; "
+                "inline it first with onnx.inliner.inline_local_functions"
+            )
         since = revision(domain, node.op_type, version)
         known = registered(domain, node.op_type)
         have = f"registered revisions: {known}" if known else "no revision of it is registered"
@@ -188,26 +194,27 @@ class Values:
 
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
-        arguments = []
-        for i, value in enumerate(node.inputs):
-            array = None if value is None else self.constants[self.graph.key(value)]
-            as_host = operator.wants_host(i) and array is not None
-            arguments.append(
-                array.tolist()
-                if as_host and array is not None
-                else None
-                if array is None
-                else torch.from_numpy(np.array(array))
-            )
+        arguments = [self._folded(node, i, operator) for i in range(len(node.inputs))]
         attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
-        result = operator.function(*arguments, **attributes)
+        try:
+            result = operator.function(*arguments, **attributes)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return  # left to fail, with its line, when and if it runs
         outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
         if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
             return
         for value, output in zip(node.outputs, outputs, strict=False):
-            self.constants[self.graph.key(value)] = output.numpy()
+            if value.name:
+                self.constants[self.graph.key(value)] = output.numpy()
+
+    def _folded(self, node: ir.Node, index: int, operator: Operator) -> Any:
+        value = node.inputs[index]
+        if value is None:
+            return None
+        array = self.constants[self.graph.key(value)]
+        return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:
@@ -236,8 +243,6 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 def tensors_to_torch(attributes: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes with tensors as torch tensors."""
     return {
-        name: torch.from_numpy(np.array(value.numpy()))
-        if isinstance(value, ir.TensorProtocol)
-        else value
+        name: to_torch(value) if isinstance(value, ir.TensorProtocol) else value
         for name, value in attributes.items()
     }

@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from qwrap.model.codegen import generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.values import TORCH_DTYPES
+from qwrap.model.tensors import TORCH_DTYPES, to_torch
 
 
 class WrappedModel(Block):
@@ -75,11 +73,12 @@ class WrappedModel(Block):
 
         The initialisers in ``keep`` stay the parameters they are; what sat on points is gone.
         """
+        layout = Layout(graph)  # first of all, for it may refuse the graph
         slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
         kept = {key: self._get(slot) for key, slot in slots.items()}
         for name in [*self._modules, *self._parameters, *self._buffers]:
             delattr(self, name)
-        self.graph, self.layout = graph, Layout(graph)
+        self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs = {}, None, {}
         self.plan = self.config = None
         self._build(kept)
@@ -90,11 +89,12 @@ class WrappedModel(Block):
         return tensor
 
     def _build(self, kept: Mapping[str, Tensor]) -> None:
+        self._signature = [(v.name or "", self.graph.type_of(v)) for v in self.graph.inputs]
         self._add_blocks(self.layout.region)
         for key, slot in self.layout.slots.items():
             tensor = kept.get(key)
             if tensor is None:
-                tensor = _copy(self.layout.values.stored[key])
+                tensor = to_torch(self.layout.values.stored[key])
             parent = self._module_at(slot.path)
             if not slot.trainable:
                 parent.register_buffer(slot.name, tensor.detach())
@@ -102,6 +102,7 @@ class WrappedModel(Block):
                 parent.register_parameter(slot.name, tensor)
             else:
                 parent.register_parameter(slot.name, nn.Parameter(tensor))
+        self.train(self.training)  # new Blocks too
         self._generate()
 
     def _add_blocks(self, region: Region) -> None:
@@ -127,13 +128,12 @@ class WrappedModel(Block):
 
         Each becomes a submodule under ``taps`` of the Block that runs it.
         """
-        for path, name in self.attached.values():
-            delattr(self.get_submodule(".".join((*path, "taps"))), name)
-        self.attached = {}
         homes = self._homes()
-        for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
+        for point in taps:
             if point not in homes:
                 raise ModelError(f"{point}: the graph has no such place")
+        self._detach()
+        for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
             block = self._module_at(homes[point])
             if "taps" not in block._modules:
                 block.add_module("taps", nn.ModuleDict())
@@ -144,6 +144,11 @@ class WrappedModel(Block):
             self.attached[point] = (homes[point], name)
         self._generate()
 
+    def _detach(self) -> None:
+        for path in {path for path, _ in self.attached.values()}:
+            del self._module_at(path)._modules["taps"]
+        self.attached = {}
+
     def tap(self, point: Point) -> nn.Module:
         """Return the module attached to ``point``."""
         path, name = self.attached[point]
@@ -151,13 +156,16 @@ class WrappedModel(Block):
 
     def _homes(self) -> dict[Point, Path]:
         """Return for every point the path of the Block whose code passes it."""
+        values = self.layout.values
         homes: dict[Point, Path] = {ValuePoint(self.graph.key(v)): () for v in self.graph.inputs}
         for node, path in self.layout.placed():
             for value in node.outputs:
-                if value.name:
+                if value.name and self.graph.key(value) not in values.hosts:
                     homes[ValuePoint(self.graph.key(value))] = path
+            if self.graph.node_key(node) not in values.operators:
+                continue  # shape arithmetic and control flow see no tensors
             for index, used in enumerate(node.inputs):
-                if used is not None:
+                if used is not None and not self.layout.is_number(node, index):
                     homes[UsePoint(self.graph.node_key(node), index)] = path
         return homes
 
@@ -219,7 +227,7 @@ class WrappedModel(Block):
         return self._run(self, *tensors, device)
 
     def _bind(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
-        names = self.input_names
+        names = [name for name, _ in self._signature]
         if len(args) > len(names):
             raise InputError(f"got {len(args)} inputs; the graph has {len(names)}: {names}")
         given = dict(zip(names, args, strict=False))
@@ -228,20 +236,9 @@ class WrappedModel(Block):
         if wrong or missing:
             raise InputError(f"graph inputs are {names}; missing {missing}, unexpected {wrong}")
         given.update(kwargs)
-        for value in self.graph.inputs:
-            check_input(value.name or "", given[value.name or ""], self.graph.type_of(value))
+        for name, expected in self._signature:
+            check_input(name, given[name], expected)
         return [given[name] for name in names]
-
-    # --- copies ----------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["layout"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.layout = Layout(self.graph)
 
 
 def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:
@@ -261,13 +258,6 @@ def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:
             f"input {name!r}: expected {expected.rank} dimensions {list(expected.shape or ())}, "
             f"got shape {list(tensor.shape)}"
         )
-
-
-def _copy(tensor: ir.TensorProtocol) -> Tensor:
-    array = tensor.numpy()
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
 
 
 def _tap_name(point: Point, holder: nn.ModuleDict) -> str:
