@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import qwrap
-from qwrap.cli.inspection import inspect_model, inspection_text
-from qwrap.cli.verification import Thresholds, verify_quantized
+from qwrap.cli.inspection import file_size, inspect_model, print_inspection
+from qwrap.cli.plan import print_plan
+from qwrap.cli.verification import FirstBatches, Thresholds, verify_summary
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
-from qwrap.errors import ExportError, QwrapError
+from qwrap.errors import ConfigError, ExportError, QwrapError
+from qwrap.verify import verify_files
 
 BEYOND_THRESHOLD = 1
 USER_ERROR = 2
@@ -62,6 +65,19 @@ BatchSize = Annotated[
 ]
 
 
+MaxDiffering = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Exit 1 if a larger share of the codes differs."),
+]
+MinSqnr = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DB", help="Exit 1 if the quantized outputs are further from the float ones."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -76,12 +92,20 @@ def quantize(
     weight: Annotated[
         str | None, typer.Option("--weight", help="Type of weights, as in int8.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="Range search: mse, minmax or percentile.")
-    ] = None,
     per_channel: Annotated[
         bool | None,
         typer.Option("--per-channel/--no-per-channel", help="One weight scale per channel."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="Ranges of activations: mse, minmax or percentile."),
+    ] = None,
+    weight_method: Annotated[
+        str | None, typer.Option("--weight-method", help="Ranges of weights: mse or minmax.")
+    ] = None,
+    percentile: Annotated[
+        float | None,
+        typer.Option("--percentile", help="Values in range with --method percentile, in percent."),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -91,22 +115,40 @@ def quantize(
             help="Leave nodes of this name or operator type float; repeatable.",
         ),
     ] = None,
+    verify: Annotated[
+        int,
+        typer.Option("--verify", metavar="N", min=0, help="Batches to verify on; 0: none."),
+    ] = 8,
+    max_differing: MaxDiffering = None,
+    min_sqnr: MinSqnr = None,
+    quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL with the ranges that calibration data shows."""
-    batches = _open(model, calibration, preset, limit, batch_size)
     # A default has one home, QConfig: only what was asked for is passed on.
-    asked = {
+    asked: dict[str, Any] = {
         "activation": activation,
         "weight": weight,
-        "method": method,
         "per_channel": per_channel,
+        "method": method,
+        "weight_method": weight_method,
+        "percentile": percentile,
+        "excluded": exclude,
     }
     config = qwrap.QConfig(**{key: value for key, value in asked.items() if value is not None})
-    for pattern in exclude or ():
-        config.exclude(pattern)
-    qwrap.quantize(model, output, calibration=batches, config=config)
-    before, after = model.stat().st_size, output.stat().st_size
-    typer.echo(f"{output}: {after} bytes, {after / before:.2f} of {model}")
+    thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
+    if not verify and thresholds != Thresholds():
+        raise ConfigError("--verify 0 leaves nothing to hold --max-differing or --min-sqnr against")
+    console = Console(quiet=quiet, highlight=False)
+    batches = FirstBatches(_open(model, calibration, preset, limit, batch_size), verify)
+    wrapped = qwrap.quantize(model, output, calibration=batches, config=config, progress=not quiet)
+    assert isinstance(wrapped.plan, qwrap.QuantPlan)
+    print_plan(wrapped.plan, console)
+    _print(console, f"{output}: {_size_text(model, output)}")
+    if verify:
+        report = qwrap.verify(wrapped, output, batches.kept, progress=not quiet)
+        files = verify_files(model, output, batches.kept, progress=False)
+        _print(console, verify_summary(report, files))
+        _fail(thresholds.failures(differing=report.deployed.fraction, sqnr=files.sqnr))
 
 
 @app.command()
@@ -117,28 +159,21 @@ def verify(
     preset: Preset = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
-    max_differing: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Fail if a larger fraction of the codes differs."),
-    ] = None,
-    min_sqnr: Annotated[
-        float | None, typer.Option(metavar="DB", help="Fail if the SQNR is lower.")
-    ] = None,
+    max_differing: MaxDiffering = None,
+    min_sqnr: MinSqnr = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Compare the simulation of QUANTIZED with what onnxruntime computes; exit 1 beyond limits."""
+    """Compare QUANTIZED with MODEL, and its integer kernels with what it says, in onnxruntime."""
     batches = _open(model, data, preset, limit, batch_size)
-    report = verify_quantized(model, quantized, batches)
-    typer.echo(str(report))
+    report = verify_files(model, quantized, batches, progress=not quiet)
+    _print(Console(quiet=quiet, highlight=False), str(report))
     if json_file is not None:
         _write_json(json_file, report.to_dict())
-    failures = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr).failures(report)
-    for failure in failures:
-        typer.echo(failure, err=True)
-    if failures:
-        raise typer.Exit(BEYOND_THRESHOLD)
+    thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
+    _fail(thresholds.failures(differing=report.optimisation.fraction, sqnr=report.sqnr))
 
 
 @app.command()
@@ -147,8 +182,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show operators, opset, size, inputs and outputs of MODEL, and what would be quantized."""
-    facts = inspect_model(model)
-    typer.echo(json.dumps(facts, indent=2) if as_json else inspection_text(facts))
+    facts, plan = inspect_model(model)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_inspection(facts, plan, Console(highlight=False))
 
 
 @app.command()
@@ -160,7 +198,7 @@ def demo(
     """Quantize a small digit classifier and show float against int8."""
     from qwrap.demo.run import run_demo
 
-    run_demo(output, Console())
+    run_demo(output, Console(highlight=False))
 
 
 def main() -> None:
@@ -178,6 +216,24 @@ def _open(
         limit=limit,
         batch_size=batch_size,
     )
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _size_text(before: Path, after: Path) -> str:
+    sizes = [file_size(path) for path in (before, after)]
+    return f"{sizes[1]} bytes, {sizes[1] / sizes[0]:.2f} of {before}"
+
+
+def _fail(failures: Iterable[str]) -> None:
+    """Report what is beyond a limit, and exit if anything is."""
+    failures = list(failures)
+    for failure in failures:
+        typer.echo(failure, err=True)
+    if failures:
+        raise typer.Exit(BEYOND_THRESHOLD)
 
 
 def _write_json(path: Path, content: object) -> None:

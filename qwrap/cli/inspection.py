@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from rich.console import Console
 
 import qwrap
+from qwrap.cli.plan import print_plan
 from qwrap.data.inputs import read_structure, shape_text
 from qwrap.errors import QwrapError
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
-    """Return the facts about the model at ``path`` as JSON-able values.
+def inspect_model(path: Path) -> tuple[dict[str, Any], qwrap.QuantPlan | None]:
+    """Return the facts about the model at ``path`` as JSON-able values, and its plan.
 
-    ``plan`` and ``summary`` say what would be quantized; where qwrap cannot take the model they
-    are None, and ``problem`` says why.
+    The plan, also among the facts, says what would be quantized; where qwrap cannot take the model
+    it is None, and the fact ``problem`` says why.
 
     Raises:
         ModelError: there is no such file, or it is no ONNX model.
@@ -28,9 +30,10 @@ def inspect_model(path: Path) -> dict[str, Any]:
     graph = model.graph
     initialised = {tensor.name for tensor in graph.initializer}
     nodes = [*_nodes(graph.node), *_nodes(n for f in model.functions for n in f.node)]
-    return {
+    plan, problem = _plan(path)
+    facts = {
         "path": str(path),
-        "bytes": _size(path, model),
+        "bytes": file_size(path),
         "ir_version": model.ir_version,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -38,12 +41,14 @@ def inspect_model(path: Path) -> dict[str, Any]:
         "operators": dict(Counter(map(_operator, nodes)).most_common()),
         "inputs": [_value(value) for value in graph.input if value.name not in initialised],
         "outputs": [_value(value) for value in graph.output],
-        **_plan(path),
+        "plan": None if plan is None else plan.to_dict(),
+        "problem": problem,
     }
+    return facts, plan
 
 
-def inspection_text(facts: dict[str, Any]) -> str:
-    """Return ``facts`` as ``inspect_model`` found them, for reading."""
+def print_inspection(facts: dict[str, Any], plan: qwrap.QuantPlan | None, console: Console) -> None:
+    """Print what ``inspect_model`` found."""
     operators = ", ".join(f"{name} {count}" for name, count in facts["operators"].items())
     opsets = ", ".join(f"{domain} {version}" for domain, version in facts["opset"].items())
     lines = [
@@ -56,17 +61,33 @@ def inspection_text(facts: dict[str, Any]) -> str:
         f"  outputs     {_values(facts['outputs'])}",
         f"  operators   {operators}",
         "",
-        facts["summary"] or f"cannot be quantized: {facts['problem']}",
     ]
-    return "\n".join(lines)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    if plan is None:
+        console.print(f"cannot be quantized: {facts['problem']}", markup=False, soft_wrap=True)
+    else:
+        print_plan(plan, console)
 
 
-def _plan(path: Path) -> dict[str, Any]:
+def file_size(path: Path) -> int:
+    """Return the bytes of the model at ``path`` and of the external data where it says."""
+    model = read_structure(path)
+    locations = {
+        entry.value
+        for tensor in _tensors(model.graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    external = [path.parent / location for location in locations]
+    present = [path, *(file for file in external if file.is_file())]
+    return sum(int(file.stat().st_size) for file in present)
+
+
+def _plan(path: Path) -> tuple[qwrap.QuantPlan | None, str | None]:
     try:
-        plan = qwrap.prepare(qwrap.load(path))
+        return qwrap.prepare(qwrap.load(path)), None
     except QwrapError as error:
-        return {"plan": None, "summary": None, "problem": str(error)}
-    return {"plan": plan.to_dict(), "summary": plan.summary(), "problem": None}
+        return None, str(error)
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -87,19 +108,6 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield attribute.t
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
-
-
-def _size(path: Path, model: onnx.ModelProto) -> int:
-    """Return the bytes of the file and of the external data that lie where it says."""
-    locations = {
-        entry.value
-        for tensor in _tensors(model.graph)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    external = [path.parent / location for location in locations]
-    present = [path, *(file for file in external if file.is_file())]
-    return sum(int(file.stat().st_size) for file in present)
 
 
 def _operator(node: onnx.NodeProto) -> str:

@@ -1,51 +1,71 @@
-"""``qwrap verify``: which function judges two files, and which figures fail it."""
+"""What the shell shows of a verification, and which figures fail it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-
-class Report(Protocol):
-    """What the shell reads of a verification report.
-
-    Attributes:
-        differing_codes: elements of quantized tensors whose code differs from onnxruntime's.
-        codes: all elements of quantized tensors.
-        sqnr: of the outputs against onnxruntime's, in dB.
-    """
-
-    differing_codes: int
-    codes: int
-    sqnr: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-able values."""
+from qwrap.verify import FilesReport, LevelReport, VerifyReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Limits on a report; None sets none."""
+    """Limits on a verification; None sets none.
+
+    Attributes:
+        max_differing: largest share of differing codes.
+        min_sqnr: lowest SQNR of an output of the quantized file against the float model, in dB.
+    """
 
     max_differing: float | None = None
     min_sqnr: float | None = None
 
-    def failures(self, report: Report) -> list[str]:
-        """Return one line for every limit that ``report`` breaks."""
+    def failures(self, *, differing: float, sqnr: float) -> list[str]:
+        """Return one line for every limit that the figures break."""
         found = []
-        differing = report.differing_codes / max(report.codes, 1)
         if self.max_differing is not None and not differing <= self.max_differing:
             found.append(f"differing codes: {differing:.3g} of all, limit {self.max_differing:.3g}")
-        if self.min_sqnr is not None and not report.sqnr >= self.min_sqnr:
-            found.append(f"SQNR: {report.sqnr:.1f} dB, limit {self.min_sqnr:.1f} dB")
+        if self.min_sqnr is not None and not sqnr >= self.min_sqnr:
+            found.append(f"SQNR: {sqnr:.1f} dB, limit {self.min_sqnr:.1f} dB")
         return found
 
 
-def verify_quantized(model: Path, quantized: Path, batches: Iterable[Any]) -> Report:
-    """Return the report on the file ``quantized``, made of the file ``model``."""
-    from qwrap.verify import verify_files
+class FirstBatches:
+    """Passes batches on and keeps the first ``count`` of them, for a check after their use."""
 
-    report: Report = verify_files(model, quantized, batches)
-    return report
+    def __init__(self, batches: Iterable[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+        self.kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if len(self.kept) < self._count:
+                self.kept.append(batch)
+            yield batch
+
+
+def verify_summary(report: VerifyReport, files: FilesReport) -> str:
+    """Return in five lines what ``report`` says of the simulation, and ``files`` of the result.
+
+    The float file, not the float model in ``report``, is what the result is held against: biases
+    of the model may have been corrected since it was loaded.
+    """
+    batches = f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
+    lines = [
+        f"verified against onnxruntime on {batches} of the calibration data",
+        f"  exact simulation, file as deployed:    {_level(report.deployed)}",
+        f"  training simulation, file as written:  {_level(report.specification)}",
+        f"  quantized file against float file:     {_closeness(files)}",
+    ]
+    return "\n".join([*lines, *(f"  note: {note}" for note in report.notes)])
+
+
+def _level(level: LevelReport) -> str:
+    return f"{_closeness(level)}; {level.differing} of {level.elements} codes differ"
+
+
+def _closeness(found: LevelReport | FilesReport) -> str:
+    top1 = found.top1_agreement
+    agreement = "" if top1 is None else f", same top-1 {top1:.2%}"
+    return f"SQNR {found.sqnr:.1f} dB{agreement}"
