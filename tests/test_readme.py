@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copyfile(model_path(), tmp_path / "model.onnx")
     monkeypatch.chdir(tmp_path)
-    names = {"qwrap": qwrap, "batches": batches("calibration")[:2]}
+    names = {"qwrap": qwrap, "batches": batches("calibration", 16)[:2]}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "model.int8.onnx").exists()

@@ -25,7 +25,7 @@ _THREADS = (1, 0)  # 0 is onnxruntime's default: every core
 _LATENCY_BATCH = 32
 _REPEATS = 100
 _BATCH = 50
-_VERIFY_BATCHES = 10
+_VERIFY_BATCHES = 4
 _CALIBRATION = "calibration.npz"
 
 
