@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwrap.errors import InputError
 from qwrap.graph.index import OnnxGraph, ValueType
-from qwrap.model.values import TORCH_DTYPES
+from qwrap.model.tensors import TORCH_DTYPES
 from qwrap.model.wrapped import WrappedModel, check_input
 
 
