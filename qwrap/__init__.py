@@ -1,5 +1,6 @@
 """qwrap: quantize any ONNX model in PyTorch, exactly as onnxruntime will run it."""
 
+from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.config import QConfig, QuantSpec
 from qwrap.errors import QwrapError
 from qwrap.export.exporter import export
@@ -9,6 +10,8 @@ from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quantize import quantize
+from qwrap.verify import verify
 
 __all__ = [
     "QConfig",
@@ -18,8 +21,11 @@ __all__ = [
     "WrappedModel",
     "calibrate",
     "calibrating",
+    "correct_biases",
     "exact",
     "export",
     "load",
     "prepare",
+    "quantize",
+    "verify",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from qwrap.dtypes import INT32, QuantType
@@ -47,12 +46,7 @@ class QdqWriter:
             assert isinstance(stub, BiasStub)
             value = self.model.stored(bias.value)
             assert value is not None
-            codes = stub.codes(value)
-            axis = 0 if stub.scale.numel() > 1 else None
-            zero_point = torch.zeros(stub.scale.shape, dtype=torch.int32)
-            self._constant(
-                node, index, bias.value, codes, QParams(stub.scale, zero_point, axis), INT32
-            )
+            self._constant(node, index, bias.value, stub.codes(value), stub.qparams, INT32)
         for key in self.plan.tensors:
             self._pair(key)
         self._remove_unused()

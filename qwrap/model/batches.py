@@ -95,11 +95,10 @@ def _by_name(batch: Any, names: Sequence[str]) -> Mapping[str, Any]:
 
 def _items(batch: Any, count: int) -> Sequence[Any]:
     """Return what is there for each graph input; a ``DataLoader`` makes lists of its tuples."""
-    if isinstance(batch, tuple):
-        return batch
-    if isinstance(batch, list):
-        if count > 1 or any(isinstance(item, (Tensor, np.ndarray)) for item in batch):
-            return batch
+    arrays = isinstance(batch, list) and any(isinstance(b, (Tensor, np.ndarray)) for b in batch)
+    if isinstance(batch, tuple) or arrays or (isinstance(batch, list) and count > 1):
+        items: Sequence[Any] = batch
+        return items
     return (batch,)
 
 

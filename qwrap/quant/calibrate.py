@@ -25,7 +25,13 @@ from qwrap.quant.stubs import BiasStub, Mode, Stub
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 
 
-def calibrate(model: WrappedModel, batches: Iterable[Any], *, progress: bool = True) -> None:
+def calibrate(
+    model: WrappedModel,
+    batches: Iterable[Any],
+    *,
+    progress: bool = True,
+    total: int | None = None,
+) -> None:
     """Run ``batches`` through ``model`` and fix the scale of every quantized tensor, in place.
 
     Memory does not grow with the number of batches. Afterwards the model simulates quantization.
@@ -36,13 +42,15 @@ def calibrate(model: WrappedModel, batches: Iterable[Any], *, progress: bool = T
             labels, are ignored), or mappings from graph-input name; a DataLoader or an
             onnxruntime ``CalibrationDataReader`` will do.
         progress: show a bar on a terminal.
+        total: how many batches there are, for the bar, where ``len(batches)`` does not tell.
 
     Raises:
         InputError: there is no batch, or one lacks an input, has another rank or type, or holds
             NaN or infinity.
         ConfigError: the model is not prepared.
     """
-    total = len(batches) if isinstance(batches, Sized) else None
+    if total is None and isinstance(batches, Sized):
+        total = len(batches)
     with calibrating(model), torch.no_grad():
         bar = tqdm(
             iterate(batches, model),

@@ -109,6 +109,13 @@ class BiasStub(nn.Module):
         activation, weight = self._stubs
         return activation.scale * weight.scale
 
+    @property
+    def qparams(self) -> QParams:
+        """Scale, zero point 0, and axis 0 where the weight is quantized per channel."""
+        scale = self.scale
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return QParams(scale, zero_point, 0 if scale.numel() > 1 else None)
+
     def codes(self, bias: Tensor) -> Tensor:
         """Return the int32 codes of ``bias`` ``[C]``."""
         return quantize_bias(bias, self.scale)
@@ -117,8 +124,7 @@ class BiasStub(nn.Module):
         """Return the bias that the codes stand for; its gradient passes straight through."""
         if self.mode != "quantize":
             return bias
-        codes = self.codes(bias)
-        rounded = dequantize(codes, QParams(self.scale, torch.zeros_like(codes[:1]), None))
+        rounded = dequantize(self.codes(bias), self.qparams)
         return bias + (rounded - bias).detach()
 
     def get_extra_state(self) -> dict[str, Any]:

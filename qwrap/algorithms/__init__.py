@@ -1,0 +1,5 @@
+"""What makes a calibrated model better before it is exported; one file each."""
+
+from qwrap.algorithms.bias_correction import correct_biases
+
+__all__ = ["correct_biases"]

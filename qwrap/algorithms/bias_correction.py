@@ -1,0 +1,164 @@
+"""Bias correction: take the mean error that quantization adds to each channel out of its bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwrap.errors import InputError
+from qwrap.model.batches import iterate
+from qwrap.model.points import Program
+from qwrap.model.values import attributes_of, tensors_to_torch
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.prepare import plan_of
+
+Outputs = list[Tensor]
+
+
+@torch.no_grad()
+def correct_biases(model: WrappedModel, batches: Iterable[Any]) -> bool:
+    """Shift the biases of quantized layers so that each channel keeps its float mean, in place.
+
+    Every layer is corrected behind already corrected ones, all of them in one pass: while a batch
+    runs, each layer adds the mean shift it has seen so far, this batch's included. Half of the
+    batches teach; the other half decide: if their outputs do not come closer to the float
+    model's, everything stays as it was. One batch does both.
+
+    Args:
+        model: calibrated.
+        batches: as for ``calibrate``; some 30 samples do. They are held in memory.
+
+    Returns:
+        Whether the correction was kept.
+
+    Raises:
+        InputError: there are no batches.
+
+    Source: Nagel et al., arXiv:1906.04721, section 4.2 (empirical bias correction).
+    """
+    data = list(iterate(batches, model))
+    if not data:
+        raise InputError("bias correction needs at least one batch; got none")
+    layers = _layers(model)
+    if not layers:
+        return False
+    training = model.training
+    model.eval()
+    try:
+        return _correct(model, layers, data[::2], data[1::2] or data)
+    finally:
+        model.train(training)
+
+
+def _correct(
+    model: WrappedModel,
+    layers: dict[str, _Layer],
+    teaching: Sequence[Mapping[str, Tensor]],
+    deciding: Sequence[Mapping[str, Tensor]],
+) -> bool:
+    with model.running(Program()):
+        wanted = [_outputs(model, inputs) for inputs in deciding]
+    before = _error(model, deciding, wanted)
+    _learn(model, layers, teaching)
+    for layer in layers.values():
+        layer.apply(1)
+    if _error(model, deciding, wanted) < before:
+        return True
+    for layer in layers.values():
+        layer.apply(-1)
+    return False
+
+
+class _Layer:
+    """One layer with a quantized bias: computes its output and learns its mean shift."""
+
+    def __init__(self, function: Callable[..., Tensor], bias: Tensor) -> None:
+        self.function, self.bias = function, bias
+        self.targets: list[Tensor] = []
+        self.shift = torch.zeros_like(bias)
+        self.seen = 0
+
+    def watch(self, output: Tensor) -> None:
+        """Note the channel means of a float batch."""
+        self.targets.append(_channel_means(output))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        output = self.function(*inputs)
+        shift = self.targets[self.seen] - _channel_means(output)
+        self.seen += 1
+        self.shift += (shift - self.shift) / self.seen
+        return output + self.shift.reshape(1, -1, *[1] * (output.dim() - 2))
+
+    def apply(self, sign: int) -> None:
+        """Add the shift to the bias, or take it away again, in place."""
+        self.bias.add_(self.shift, alpha=sign)
+
+
+def _layers(model: WrappedModel) -> dict[str, _Layer]:
+    layers = {}
+    users: dict[str, int] = {}
+    biases = plan_of(model).biases
+    for plan in biases.values():
+        users[plan.value] = users.get(plan.value, 0) + 1
+    for (key, _), plan in biases.items():
+        bias = model.stored(plan.value)
+        if bias is not None and users[plan.value] == 1:  # a shared one has no shift of its own
+            layers[key] = _Layer(_operator(model, key), bias)
+    return layers
+
+
+def _operator(model: WrappedModel, key: str) -> Callable[..., Tensor]:
+    node = model.graph.nodes[key]
+    operator = model.layout.values.operators[key]
+    keywords = operator.keywords(tensors_to_torch(attributes_of(node)))
+
+    def compute(*inputs: Tensor) -> Tensor:
+        result: Tensor = operator.function(*inputs, **keywords)
+        return result
+
+    return compute
+
+
+def _learn(
+    model: WrappedModel, layers: Mapping[str, _Layer], batches: Sequence[Mapping[str, Tensor]]
+) -> None:
+    graph = model.graph
+    watchers = {graph.key(graph.nodes[key].outputs[0]): la.watch for key, la in layers.items()}
+    taps = model.program.taps
+    with model.running(Program(watchers=watchers)):
+        for inputs in batches:
+            model(**inputs)
+    with model.running(Program(taps=taps, kernels=layers)):
+        for inputs in batches:
+            model(**inputs)
+
+
+def _channel_means(output: Tensor) -> Tensor:
+    return output.mean([axis for axis in range(output.dim()) if axis != 1])
+
+
+def _outputs(model: WrappedModel, inputs: Mapping[str, Tensor]) -> Outputs:
+    result = model(**inputs)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _error(
+    model: WrappedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    wanted: Sequence[Outputs],
+) -> float:
+    """Return the squared error of all float outputs, each relative to its own power."""
+    error: list[float] = []
+    power: list[float] = []
+    for inputs, targets in zip(batches, wanted, strict=True):
+        for i, (output, target) in enumerate(zip(_outputs(model, inputs), targets, strict=True)):
+            if i == len(error):
+                error.append(0.0)
+                power.append(0.0)
+            if output.is_floating_point():
+                error[i] += float((output - target).square().sum())
+                power[i] += float(target.square().sum())
+    return sum(e / p for e, p in zip(error, power, strict=True) if p > 0)

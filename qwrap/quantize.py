@@ -1,0 +1,69 @@
+"""From a float file to a quantized one in one call."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sized
+from typing import Any
+
+from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.config import QConfig
+from qwrap.errors import ExportError
+from qwrap.export.exporter import export
+from qwrap.graph.load import Source
+from qwrap.model.batches import iterate
+from qwrap.model.build import load
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.calibrate import calibrate
+from qwrap.quant.prepare import plan_of, prepare
+
+KEPT = 32  # batches that stay in memory for the bias correction
+
+
+def quantize(
+    source: Source,
+    target: str | os.PathLike[str],
+    *,
+    calibration: Iterable[Any],
+    config: QConfig | None = None,
+    progress: bool = True,
+) -> WrappedModel:
+    """Quantize an ONNX file with calibration data and write a QDQ file for onnxruntime.
+
+    Loads, prepares, calibrates, corrects biases where that brings the output closer to the float
+    model's, and exports. The data is read once; up to 32 batches of it stay in memory.
+
+    Args:
+        source: the float model.
+        target: file to make or replace; not the one that ``source`` names.
+        calibration: batches as for ``calibrate``; some 50 to 500 samples like those the model
+            will see.
+        config: types, ranges and exclusions.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The calibrated model: ``model.plan.summary()`` says what is quantized, and
+        ``qwrap.verify(model, target, batches)`` how close simulation and deployment are.
+
+    Raises:
+        ModelError: the source cannot be loaded.
+        InputError: there is no batch, or one does not fit.
+        ExportError: the target cannot be written, or is the source.
+    """
+    if isinstance(source, (str, os.PathLike)) and _same_file(source, target):
+        raise ExportError(f"{target}: is the float model itself; write to another file")
+    model = load(source).eval()
+    prepare(model, config)
+    total = len(calibration) if isinstance(calibration, Sized) else None
+    batches = iterate(calibration, model)
+    kept = list(itertools.islice(batches, KEPT))
+    calibrate(model, itertools.chain(kept, batches), progress=progress, total=total)
+    if correct_biases(model, kept):
+        plan_of(model).changes.append("biases corrected for the mean error of their channels")
+    export(model, target)
+    return model
+
+
+def _same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)

@@ -1,0 +1,233 @@
+"""A QDQ file: which tensors it quantizes, and a copy that gives their codes away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qwrap.errors import ModelError
+from qwrap.graph.index import OnnxGraph, bodies, walk_nodes
+from qwrap.graph.load import read_model
+from qwrap.verify.report import SkippedTensor
+from qwrap.verify.session import Array, Mode, Session
+
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+CODES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTensor:
+    """A float tensor that the file quantizes.
+
+    Attributes:
+        name: its key in the float model.
+        codes: name of the QuantizeLinear's output.
+        dequantized: names of the DequantizeLinear outputs that stand for it from there on.
+        dtype: type of the codes.
+        scale: float32, one element or one per index of ``axis``.
+        zero_point: float32, of the shape of ``scale``.
+        axis: what a scale of several elements runs along.
+    """
+
+    name: str
+    codes: str
+    dequantized: tuple[str, ...]
+    dtype: str
+    scale: Tensor
+    zero_point: Tensor
+    axis: int
+
+    def along_axis(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point as they broadcast against a tensor of ``rank``."""
+        shape = [1] * rank
+        if self.scale.numel() > 1:
+            shape[self.axis] = -1
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+
+    def dequantize(self, codes: Array) -> Tensor:
+        """Return the float32 values that ``codes`` stand for."""
+        scale, zero_point = self.along_axis(codes.ndim)
+        # float32 holds every code of up to 16 bits
+        return torch.from_numpy(codes.astype("float32")).sub_(zero_point).mul_(scale)
+
+
+class QdqFile:
+    """An ONNX file with QuantizeLinear nodes, read for comparison.
+
+    Attributes:
+        path: where it is.
+        outputs: names of its graph outputs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read the file.
+
+        Raises:
+            ModelError: it is missing, no ONNX model, cut off, or lacks external data.
+        """
+        self.path = Path(path)
+        self._model = read_model(self.path)
+        self.inputs = [v.name or "" for v in self._model.graph.inputs if not v.is_initializer()]
+        self.outputs = [v.name or "" for v in self._model.graph.outputs]
+
+    def check_interface(self, graph: OnnxGraph, whose: str) -> None:
+        """Refuse a file whose graph inputs or outputs are not those of ``graph``.
+
+        Raises:
+            ModelError: with both lists.
+        """
+        for kind, mine, theirs in (
+            ("inputs", self.inputs, [v.name for v in graph.inputs]),
+            ("outputs", self.outputs, [v.name for v in graph.outputs]),
+        ):
+            if mine != theirs:
+                raise ModelError(
+                    f"{self.path}: graph {kind} {mine} are not those of {whose}, {theirs}; give "
+                    "the file that was made from it"
+                )
+
+    def tensors(
+        self, graph: OnnxGraph | None
+    ) -> tuple[tuple[QuantizedTensor, ...], tuple[SkippedTensor, ...]]:
+        """Return what can be compared, and what cannot.
+
+        Args:
+            graph: of the float model whose tensors are wanted, in its topological order; None
+                takes every quantized tensor under its name in the file.
+        """
+        names = None if graph is None else _top_level(graph)
+        found, skipped = [], []
+        for node, nested in _quantize_nodes(self._model):
+            matched = nested or _match(node, names)
+            if isinstance(matched, str):
+                skipped.append(SkippedTensor(name=_name(node.inputs[0]), reason=matched))
+            else:
+                found.append(matched)
+        if graph is not None:
+            order = {key: i for i, key in enumerate(graph.values)}
+            found.sort(key=lambda tensor: order[tensor.name])
+        return tuple(found), tuple(skipped)
+
+    def session(self, mode: Mode) -> Session:
+        """Open the file as it is."""
+        return Session(self.path, mode, self.path.parent, str(self.path))
+
+    def session_with_codes(self, mode: Mode, tensors: tuple[QuantizedTensor, ...]) -> Session:
+        """Open ``copy_with_codes`` of the file."""
+        return Session(self.copy_with_codes(tensors), mode, self.path.parent, str(self.path))
+
+    def copy_with_codes(self, tensors: tuple[QuantizedTensor, ...]) -> bytes:
+        """Return the serialised file with the codes of ``tensors`` as further graph outputs.
+
+        onnxruntime fuses that copy as it does the file: a QuantizeLinear that feeds a graph output
+        stays the end of the group of nodes that becomes an integer kernel.
+        """
+        copy = self._model.clone()
+        values = {v.name: v for node in copy.graph for v in node.outputs}
+        present = {v.name for v in copy.graph.outputs}
+        for name in dict.fromkeys(tensor.codes for tensor in tensors):
+            if name not in present:
+                copy.graph.outputs.append(values[name])
+        data: bytes = ir.to_proto(copy).SerializeToString()
+        return data
+
+
+def _quantize_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
+    """Yield every QuantizeLinear with the reason why its output cannot be a graph output, or ""."""
+    for node in model.graph:
+        if _is(node, "QuantizeLinear"):
+            yield node, ""
+        for name, body in bodies(node):
+            where = f"inside {name} of node {node.name or node.outputs[0].name!r}"
+            yield from ((n, where) for n in walk_nodes(body) if _is(n, "QuantizeLinear"))
+    for function in model.functions.values():
+        where = f"inside function {function.name!r}"
+        for node in function:
+            if _is(node, "QuantizeLinear"):
+                yield node, where
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return node.op_type == op_type and node.domain in DOMAINS
+
+
+def _top_level(graph: OnnxGraph) -> dict[str, str]:
+    """Return name -> key of the values of the outermost graph that come out of a node or a batch.
+
+    A value of a body may bear the same name; then their keys differ.
+    """
+    computed = [*graph.inputs, *(v for node in graph.model.graph for v in node.outputs)]
+    return {v.name: graph.key(v) for v in computed if v.name}
+
+
+def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str:
+    """Return what ``node`` quantizes, or why that cannot be compared."""
+    data = node.inputs[0]
+    if data is None or ir.convenience.get_const_tensor(data) is not None:
+        return "is a constant"
+    dequantized = tuple(
+        _name(user.outputs[0])
+        for user in node.outputs[0].consumers()
+        if _is(user, "DequantizeLinear")
+    )
+    # A quantized graph output has its name from the DequantizeLinear that now makes it.
+    candidates = (_name(data), *dequantized)
+    name = (
+        candidates[0] if names is None else next((names[n] for n in candidates if n in names), None)
+    )
+    if name is None:
+        return "is no tensor of the float model"
+    parameters = _parameters(node)
+    if isinstance(parameters, str):
+        return parameters
+    scale, zero_point, dtype = parameters
+    return QuantizedTensor(
+        name=name,
+        codes=_name(node.outputs[0]),
+        dequantized=dequantized,
+        dtype=dtype.name.lower(),
+        scale=scale,
+        zero_point=zero_point,
+        axis=_integer(node, "axis", 1),
+    )
+
+
+def _parameters(node: ir.Node) -> tuple[Tensor, Tensor, ir.DataType] | str:
+    """Return scale, zero point and type of the codes, or why they are not at hand."""
+    scale = _constant(node, 1)
+    if scale is None:
+        return "its scale is computed while the model runs"
+    zero_point = _constant(node, 2)
+    has_zero_point = len(node.inputs) > 2 and node.inputs[2] is not None
+    if has_zero_point and zero_point is None:
+        return "its zero point is computed while the model runs"
+    stated = _integer(node, "output_dtype", 0) or ir.DataType.UINT8.value
+    dtype = ir.DataType(stated) if zero_point is None else zero_point.dtype
+    if dtype not in CODES:
+        return f"its codes are {dtype.name.lower()}"
+    if _integer(node, "block_size", 0):
+        return "it has a scale for each block"
+    scales = torch.from_numpy(scale.numpy().astype("float32")).reshape(-1)
+    if zero_point is None:
+        return scales, torch.zeros_like(scales), dtype
+    return scales, torch.from_numpy(zero_point.numpy().astype("float32")).reshape(-1), dtype
+
+
+def _constant(node: ir.Node, index: int) -> ir.TensorProtocol | None:
+    value = node.inputs[index] if len(node.inputs) > index else None
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _name(value: ir.Value | None) -> str:
+    return "" if value is None else value.name or ""

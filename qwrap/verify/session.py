@@ -1,0 +1,90 @@
+"""onnxruntime, quiet, with one kind of error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from qwrap.errors import InputError, ModelError
+
+Array = npt.NDArray[Any]
+FATAL = 4  # onnxruntime's log severity; what goes wrong also arrives as an exception
+
+_ERRORS = (
+    state.EPFail,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NotImplemented,
+    state.RuntimeException,
+    RuntimeError,
+)
+
+
+class Mode(Enum):
+    """How onnxruntime runs a file."""
+
+    LITERAL = "as written"
+    """Every node as it stands: no graph optimisation at all, so that nothing is fused, reordered
+    or replaced, and QuantizeLinear and DequantizeLinear run on their own. What the file means."""
+
+    OPTIMISED = "all optimisations"
+    """As users run it: QDQ groups become integer kernels."""
+
+
+class Session:
+    """A model in onnxruntime on CPU.
+
+    Attributes:
+        label: names the model in errors.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] | bytes, mode: Mode, folder: Path, label: str
+    ) -> None:
+        """Open ``model``: a path, or a serialised model whose external data lies in ``folder``.
+
+        Raises:
+            ModelError: onnxruntime refuses it.
+        """
+        self.label = label
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = FATAL
+        if mode is Mode.LITERAL:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if isinstance(model, bytes):
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder)
+            )
+        source = model if isinstance(model, bytes) else os.fspath(model)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"]
+            )
+        except _ERRORS as error:
+            raise ModelError(f"{label}: onnxruntime refuses the model: {error}") from error
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Return outputs ``names`` by name.
+
+        Raises:
+            InputError: onnxruntime cannot run the model on these inputs.
+        """
+        try:
+            arrays = self._session.run(list(names), dict(feed))
+        except _ERRORS as error:
+            shapes = {name: list(np.shape(array)) for name, array in feed.items()}
+            raise InputError(
+                f"{self.label}: onnxruntime fails on inputs of shape {shapes}: {error}"
+            ) from error
+        return dict(zip(names, arrays, strict=True))
