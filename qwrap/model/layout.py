@@ -113,7 +113,9 @@ class Layout:
         trainable = trainable and role not in RUNNING_STATISTICS
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
-        if parts and self._free(".".join(parts)):
+        # A name without dots says where it belongs only in a model without scopes.
+        is_path = len(parts) > 1 or (len(parts) == 1 and len(path) <= 1)
+        if is_path and self._free(".".join(parts)):
             path, role = parts[:-1], parts[-1]
         path, (role,) = attribute_path(path), attribute_path([role])
         slot = Slot(path, role, trainable)
