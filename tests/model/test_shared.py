@@ -79,11 +79,11 @@ def larger(feed: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         return {k: np.concatenate([v[:, :7]] * 2) for k, v in feed.items()}
     if name == "ppocr_en_number_rec":
         return {k: np.concatenate([v, v[..., : v.shape[-1] // 2]], -1) for k, v in feed.items()}
-    return {k: np.concatenate([v] * 3) for k, v in feed.items()}
+    return {k: np.concatenate([v] * 2) for k, v in feed.items()}
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20_cifar10", "super_resolution", "minilm_l6", "stories260k", "mnist_cntk"]
+    "name", ["resnet20_cifar10", "super_resolution", "minilm_l6", "stories260k"]
 )
 def test_one_compiled_graph_serves_all_sizes(name: str, samples: Any, run_qwrap: Run) -> None:
     torch._dynamo.reset()
