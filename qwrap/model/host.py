@@ -207,10 +207,12 @@ def slice_(
 ) -> list[Number]:
     """Cut a list as ONNX Slice does; starts, ends and steps are constants."""
     step = steps[0] if steps else 1
-    end: int | None = ends[0]
-    if step < 0 and ends[0] < -len(data):
-        end = None  # ONNX clamps to "before the first", which Python cannot write as an index
-    return data[starts[0] : end : step]
+    start, end = (n + len(data) if n < 0 else n for n in (starts[0], ends[0]))
+    if step > 0:
+        return data[max(start, 0) : max(end, 0) : step]
+    # Unlike Python, ONNX starts no further back than at the first entry.
+    start, end = max(start, 0), max(end, -1)
+    return data[start : None if end < 0 else end : step]
 
 
 def _unsqueeze_rule(types: Sequence[HostInput], *_: object) -> HostType | None:

@@ -68,8 +68,10 @@ def test_a_tap_sits_on_a_value_or_on_one_use(
 
 @pytest.mark.parametrize(
     "point",
-    [ValuePoint("none"), ValuePoint("w"), UsePoint("/Add", 7), UsePoint("/none", 0)]
-    + [ValuePoint("s"), UsePoint("/Reshape", 1), UsePoint("/Shape", 0)],  # these are numbers
+    [
+        *(ValuePoint("none"), ValuePoint("w"), UsePoint("/Add", 7), UsePoint("/none", 0)),
+        *(ValuePoint("s"), UsePoint("/Reshape", 1), UsePoint("/Shape", 0)),  # these are numbers
+    ],
 )
 def test_a_place_where_no_tensor_passes_is_refused(
     model: WrappedModel, point: ValuePoint | UsePoint
