@@ -79,7 +79,7 @@ class Layout:
         return operator is not None and operator.wants_host(index)
 
     def is_number(self, node: ir.Node, index: int) -> bool:
-        """Whether input ``index`` reaches its operator as Python numbers, so that no tap sees it."""
+        """Whether input ``index`` reaches its operator as numbers, so that no tap sees it."""
         return self.is_host_use(node, index) or self.as_number(node, index) is not None
 
     def as_number(self, node: ir.Node, index: int) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -109,6 +110,8 @@ def test_slice_equals_onnxruntime(
     nodes = [helper.make_node("Slice", ["x", "s", "e", "a", "t"], ["y"])]
     arrays = {"s": np.array([start]), "e": np.array([end]), "a": np.array([0])}
     arrays["t"] = np.array([step])
+    if step < 0 and end == 2**63 - 1:
+        pytest.skip("onnxruntime takes it for the beginning; the specification says: nothing")
     proto = build(nodes, {"x": (TensorProto.INT64, [3])}, initializers=arrays)
     theirs = run_ort(proto, {"x": np.array([7, 8, 9])})[0].tolist()
     assert host.slice_([7, 8, 9], [start], [end], [0], [step]) == theirs
@@ -154,7 +157,7 @@ CHAINS: dict[str, tuple[int, list[onnx.NodeProto], dict[str, np.ndarray]]] = {
         [node("Slice", "s", "i", "j", "", "k", "y")],
         {"i": np.array([2]), "j": np.array([-9]), "k": np.array([-1])},
     ),
-    "cast with a flag": (19, [node("Cast", "s", "y", to=TensorProto.INT32, saturate=0)], {}),
+    "cast to int32": (19, [node("Cast", "s", "y", to=TensorProto.INT32)], {}),
     "an empty list": (
         13, [node("Slice", "s", "i", "j", "y")], {"i": np.array([3]), "j": np.array([5])}
     ),
@@ -183,3 +186,9 @@ def test_shape_arithmetic_equals_onnxruntime_in_value_and_type(
     feed = {"x": np.zeros((2, 3, 4), np.float32)}
     (mine,), (theirs,) = run_qwrap(load(proto), feed), run_ort(proto, feed)
     assert (mine.tolist(), mine.dtype, mine.shape) == (theirs.tolist(), theirs.dtype, theirs.shape)
+
+
+def test_attributes_that_do_not_concern_integers_are_no_obstacle(build: Build) -> None:
+    # onnxruntime refuses this flag on integers, ONNX does not
+    proto = chain(build, 19, node("Cast", "s", "y", to=TensorProto.INT32, saturate=0))
+    assert load(proto)(torch.zeros(2, 3, 4)).tolist() == [2, 3, 4]

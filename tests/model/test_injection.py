@@ -1,5 +1,6 @@
 """Names and attributes of a file are data: none of them runs as code."""
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -80,9 +81,9 @@ def test_attribute_text_arrives_as_it_is(build: Build) -> None:
     mode = f"'+{PAYLOAD}+'"
     node = helper.make_node("Pad", ["x", "p"], ["y"], "n", mode=mode)
     model = load(build([node], {"x": [2]}, initializers={"p": np.ones(2, np.int64)}))
-    with pytest.raises(Exception, match="throw") as caught:
+    assert f"mode={mode!r}" in model.source
+    with contextlib.suppress(Exception):  # SystemExit would pass
         model(torch.ones(2))
-    assert not isinstance(caught.value, SystemExit)
 
 
 def test_a_scope_written_by_the_dynamo_exporter_is_not_evaluated(build: Build) -> None:

@@ -61,7 +61,7 @@ def test_path_proto_and_ir_model_give_the_same_module(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_deep_copy_and_state_dict_carry_the_model(name: str, samples: Any) -> None:
+def test_a_state_dict_carries_the_model_into_a_fresh_one(name: str, samples: Any) -> None:
     model = load(samples.model_path(name))
     other = load(samples.model_path(name))
     with torch.no_grad():

@@ -194,6 +194,7 @@ def test_constants_are_parameters_and_scalars_are_buffers(build: Build) -> None:
 def test_names_of_the_module_itself_are_never_taken(mlp: onnx.ModelProto) -> None:
     model = load(mlp)
     taken = set(dir(model)) - {"fc1", "head", "act"}
+    taken -= {name for name in taken if name.startswith("___")}  # torch.compile leaves marks
     assert [name for name in taken if attribute_path([name]) == (name,)] == []
 
 
