@@ -1,0 +1,433 @@
+"""How a node of one operator revision is written in the next, so that it computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qwrap.graph.opset_edit import Editor, attribute, graph_of, has, is_used, refuse, take
+
+Adapter = Callable[[Editor, ir.Node], bool]
+"""Rewrites a node in place; says whether anything changed. Raises ExportError if it cannot."""
+
+FLOAT_LIMIT = float(np.finfo(np.float32).max)  # the default bounds of Clip-6, whatever the type
+
+
+def _drop(*names: str) -> Adapter:
+    """Return an adapter for attributes that meant nothing, or nothing at inference."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        del edit
+        found = [name for name in names if node.attributes.pop(name, None) is not None]
+        return bool(found)
+
+    return adapt
+
+
+def _to_input(name: str, index: int, dtype: Any = np.int64, *, keep_empty: bool = False) -> Adapter:
+    """Return an adapter for an attribute that became an input."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        if name not in node.attributes:
+            return False
+        value = take(node, name)
+        if keep_empty or len(value):
+            edit.give(node, index, name, np.array(value, dtype))
+        return True
+
+    return adapt
+
+
+def _set_default(**values: Any) -> Adapter:
+    """Return an adapter that writes out defaults which the next revision changed."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        del edit
+        missing = {name: v for name, v in values.items() if name not in node.attributes}
+        for name, value in missing.items():
+            node.attributes.add(ir.convenience.convert_attribute(name, value))
+        return node.attributes.pop("consumed_inputs", None) is not None or bool(missing)
+
+    return adapt
+
+
+def _rename_mode(**modes: str) -> Adapter:
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        del edit
+        mode = attribute(node, "mode")
+        if mode not in modes:
+            return False
+        node.attributes.add(ir.AttrString("mode", modes[mode]))
+        return True
+
+    return adapt
+
+
+def _only_floats(edit: Editor, node: ir.Node) -> bool:
+    if edit.dtype_for(node).kind in "iu":
+        raise refuse(node, "the next revision takes no integers")
+    return False
+
+
+# --- broadcasting before opset 7 -----------------------------------------------------------
+
+
+def _broadcast(edit: Editor, node: ir.Node) -> bool:
+    """``axis`` said where in the first input the dimensions of the second begin."""
+    given = "broadcast" in node.attributes or "axis" in node.attributes
+    enabled, axis = take(node, "broadcast", 0), take(node, "axis")
+    if not enabled or axis is None:  # equal shapes, or aligned to the right as numpy does
+        return given
+    left, right = (edit.type_of(v).rank for v in node.inputs)
+    if left is None or right is None:
+        raise refuse(node, "broadcasts along an axis of tensors of unknown rank")
+    if trailing := left - axis % left - right:
+        edit.reshape_input(node, 1, [0] * right + [1] * trailing)
+    return True
+
+
+def _prelu_7(edit: Editor, node: ir.Node) -> bool:
+    """One slope a channel was [C]; since then it broadcasts."""
+    slope = edit.type_of(node.inputs[1]).shape
+    if slope is not None and (len(slope) != 1 or slope[0] == 1):
+        return False
+    rank = edit.type_of(node.inputs[0]).rank
+    if slope is None or rank is None:
+        raise refuse(node, "the rank of its input or slope is unknown")
+    if rank > 2:
+        edit.reshape_input(node, 1, [-1] + [1] * (rank - 2))
+    return rank > 2
+
+
+# --- before opset 7: forms that no exporter writes any more ---------------------------------
+
+
+def _cast_6(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    node.attributes.add(ir.AttrInt64("to", ir.DataType[take(node, "to").upper()]))
+    return True
+
+
+def _p_to_int(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    p = take(node, "p")
+    if p is not None and p != int(p):
+        raise refuse(node, f"p={p} is not an integer")
+    if p is not None:
+        node.attributes.add(ir.AttrInt64("p", int(p)))
+    if node.op_type == "LpPool" and "kernel_shape" not in node.attributes:
+        raise refuse(node, "has no kernel_shape")
+    return p is not None
+
+
+def _pad_2(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    node.attributes.add(ir.AttrInt64s("pads", take(node, "paddings")))
+    return True
+
+
+def _reshape_5(edit: Editor, node: ir.Node) -> bool:
+    take(node, "consumed_inputs")
+    return _to_input("shape", 1, keep_empty=True)(edit, node)
+
+
+def _split_2(edit: Editor, node: ir.Node) -> bool:
+    if not has(node, 1):
+        return False
+    sizes = edit.constants.array(node.inputs[1])
+    if sizes is None:
+        raise refuse(node, "the sizes of its parts are computed")
+    old = node.inputs[1]
+    node.resize_inputs(1)
+    edit.constants.drop_unused([old])
+    node.attributes.add(ir.AttrInt64s("split", [int(n) for n in sizes]))
+    return True
+
+
+def _upsample_7(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    scales = [1.0, 1.0, take(node, "height_scale"), take(node, "width_scale")]
+    node.attributes.add(ir.AttrFloat32s("scales", scales))
+    if attribute(node, "mode") == "bilinear":
+        node.attributes.add(ir.AttrString("mode", "linear"))
+    return True
+
+
+# --- normalisation and dropout -------------------------------------------------------------
+
+
+def _batch_norm_9(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    if take(node, "spatial", 1) != 1:
+        raise refuse(node, "has statistics for each position (spatial=0)")
+    return True
+
+
+def _batch_norm_14(edit: Editor, node: ir.Node) -> bool:
+    """Drop the outputs that only training had."""
+    del edit
+    if any(is_used(v) for v in node.outputs[1:]):
+        raise refuse(node, "outputs beside the first are used: this is its training form")
+    if len(node.outputs) == 1:
+        return False
+    node.resize_outputs(1)
+    return True
+
+
+def _no_mask(edit: Editor, node: ir.Node) -> bool:
+    # Its type changed at 10; what it holds at inference was never said before 12.
+    del edit
+    if len(node.outputs) > 1 and is_used(node.outputs[1]):
+        raise refuse(node, "its mask is used")
+    return False
+
+
+def _dropout_12(edit: Editor, node: ir.Node) -> bool:
+    _no_mask(edit, node)
+    if "ratio" not in node.attributes:
+        return False
+    edit.give(node, 1, "ratio", np.array(take(node, "ratio"), np.float32))
+    return True
+
+
+def _group_norm_21(edit: Editor, node: ir.Node) -> bool:
+    """Scale and bias were one a group and are one a channel."""
+    shape, groups = edit.type_of(node.inputs[0]).shape, attribute(node, "num_groups")
+    channels = shape[1] if shape is not None and len(shape) > 1 else None
+    if not isinstance(channels, int):
+        raise refuse(node, "the number of channels of its input is unknown")
+    if edit.dtype_for(node) != np.float32:
+        raise refuse(node, "normalised in its own type, which only float32 still does")
+    if channels == groups:
+        return False
+    for index, name in ((1, "scale"), (2, "bias")):
+        _repeat_each(edit, node, index, name, channels // groups)
+    return True
+
+
+def _repeat_each(edit: Editor, node: ir.Node, index: int, name: str, times: int) -> None:
+    old = node.inputs[index]
+    array = edit.constants.array(old)
+    if array is not None:
+        edit.give(node, index, name, np.repeat(array, times))
+        edit.constants.drop_unused([old])
+        return
+    edit.reshape_input(node, index, [-1, 1])
+    shape = edit.constant(node, "shape", np.array([1, times], np.int64))
+    repeated = edit.insert(node, "Expand", [node.inputs[index], shape], f"{name}_repeated")
+    node.replace_input_with(index, repeated)
+    edit.reshape_input(node, index, [-1])
+
+
+# --- softmax -------------------------------------------------------------------------------
+
+
+def _softmax_13(edit: Editor, node: ir.Node) -> bool:
+    """Everything from ``axis`` on was one dimension; since then only ``axis`` is."""
+    axis, shape = attribute(node, "axis", 1), edit.type_of(node.inputs[0]).shape
+    if axis == -1:
+        return False
+    if shape is not None and all(n == 1 for n in shape[axis % len(shape) + 1 :]):
+        if "axis" in node.attributes or axis == len(shape) - 1:  # the last is the default now
+            return False
+        node.attributes.add(ir.AttrInt64("axis", axis))
+        return True
+    _flatten_around(edit, node, axis)
+    return True
+
+
+def _flatten_around(edit: Editor, node: ir.Node, axis: int) -> None:
+    # The node at hand becomes the Reshape, so that its output stays what it was to its readers.
+    x, output = node.inputs[0], node.outputs[0]
+    flat = edit.insert(node, "Flatten", [x], "flat", {"axis": axis})
+    shape = edit.insert(node, "Shape", [x], "shape")
+    inner = ir.node(
+        node.op_type,
+        [flat],
+        {"axis": -1},
+        name=node.name,
+        metadata_props=dict(node.metadata_props),
+    )
+    inner.outputs[0].name = edit.unique_name(node, "flat_output")
+    inner.outputs[0].dtype = output.dtype
+    graph_of(node).insert_before(node, inner)
+    node.name = edit.unique_name(node, "unflat")
+    node.op_type = "Reshape"
+    node.attributes.clear()
+    node.resize_inputs(2)
+    node.replace_input_with(0, inner.outputs[0])
+    node.replace_input_with(1, shape)
+
+
+# --- attributes that became inputs ---------------------------------------------------------
+
+
+def _clip_11(edit: Editor, node: ir.Node) -> bool:
+    if not node.attributes:
+        dtype = edit.type_of(node.inputs[0]).dtype
+        if dtype is not ir.DataType.DOUBLE:  # without bounds the type's own hold, as before
+            return False
+    dtype_ = edit.dtype_for(node)
+    wide = dtype_ == np.float64
+    for index, name, default in ((1, "min", -FLOAT_LIMIT), (2, "max", FLOAT_LIMIT)):
+        bound = take(node, name, default if wide else None)
+        if bound is not None:
+            with np.errstate(over="ignore"):
+                edit.give(node, index, name, np.array(bound, np.float32).astype(dtype_))
+    return True
+
+
+def _pad_11(edit: Editor, node: ir.Node) -> bool:
+    edit.give(node, 1, "pads", np.array(take(node, "pads"), np.int64))
+    fill = take(node, "value", 0.0)
+    if fill != 0.0:
+        edit.give(node, 2, "value", np.array(fill, edit.dtype_for(node)))
+    return True
+
+
+def _slice_10(edit: Editor, node: ir.Node) -> bool:
+    for index, name in ((1, "starts"), (2, "ends"), (3, "axes")):
+        _to_input(name, index, keep_empty=True)(edit, node)
+    return True
+
+
+def _top_k_10(edit: Editor, node: ir.Node) -> bool:
+    edit.give(node, 1, "k", np.array([take(node, "k")], np.int64))
+    return True
+
+
+def _split_18(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    if has(node, 1):
+        return False
+    node.attributes.add(ir.AttrInt64("num_outputs", len(node.outputs)))
+    return True
+
+
+def _dft_20(edit: Editor, node: ir.Node) -> bool:
+    edit.give(node, 2, "axis", np.array(take(node, "axis", 1), np.int64))
+    return True
+
+
+# --- resizing and regions ------------------------------------------------------------------
+
+
+def _upsample_10(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    node.op_type = "Resize"
+    _align_first(node, "floor")  # an Upsample only ever enlarges
+    return True
+
+
+def _resize_11(edit: Editor, node: ir.Node) -> bool:
+    """Before, the first elements were aligned, and nearest rounded up where it made smaller."""
+    if "coordinate_transformation_mode" in node.attributes:  # an Upsample
+        return False
+    if attribute(node, "mode", "nearest") != "nearest":
+        _align_first(node, "floor")
+        return True
+    scales = edit.constants.array(node.inputs[1])
+    if scales is None:
+        raise refuse(node, "whether it enlarges is unknown, as its scales are computed")
+    if (scales < 1).any() and (scales > 1).any():
+        raise refuse(node, "enlarges one axis and makes another smaller")
+    _align_first(node, "ceil" if (scales < 1).any() else "floor")
+    return True
+
+
+def _align_first(node: ir.Node, nearest_mode: str) -> None:
+    node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
+    if attribute(node, "mode", "nearest") == "nearest":
+        node.attributes.add(ir.AttrString("nearest_mode", nearest_mode))
+    scales = node.inputs[1]
+    node.resize_inputs(3)
+    node.replace_input_with(1, None)  # roi, which only tf_crop_and_resize reads
+    node.replace_input_with(2, scales)
+
+
+def _resize_13(edit: Editor, node: ir.Node) -> bool:
+    changed = False
+    if attribute(node, "coordinate_transformation_mode") == "tf_half_pixel_for_nn":
+        if attribute(node, "mode", "nearest") != "nearest" or attribute(node, "nearest_mode") != (
+            "floor"
+        ):
+            raise refuse(node, "tf_half_pixel_for_nn remains only for nearest with floor")
+        # floor(t) is t - 1/2 rounded with halves up
+        node.attributes.add(ir.AttrString("coordinate_transformation_mode", "half_pixel"))
+        node.attributes.add(ir.AttrString("nearest_mode", "round_prefer_ceil"))
+        changed = True
+    if has(node, 3) and has(node, 2):  # with sizes, scales had to be there and empty
+        empty = node.inputs[2]
+        node.replace_input_with(2, None)
+        edit.constants.drop_unused([empty])
+        changed = True
+    return changed
+
+
+def _scatter_11(edit: Editor, node: ir.Node) -> bool:
+    del edit
+    node.op_type = "ScatterElements"
+    return True
+
+
+def _each(ops: str, revision: int, adapter: Adapter) -> dict[tuple[str, int], Adapter]:
+    return {(op, revision): adapter for op in ops.split()}
+
+
+ADAPTERS: dict[tuple[str, int], Adapter] = {
+    **_each(
+        "Abs Add BatchNormalization Ceil Clip Div Dropout Elu Exp Floor HardSigmoid "
+        "InstanceNormalization LeakyRelu Log Max Mean Min Mul Neg PRelu Reciprocal Relu Sigmoid "
+        "Sqrt Sub Sum Tanh",
+        6,
+        _drop("consumed_inputs"),
+    ),
+    **_each("Add And Div Equal Greater Less Mul Or Pow Sub Xor", 7, _broadcast),
+    **_each("GRU LSTM RNN", 7, _drop("output_sequence")),
+    **_each("GlobalLpPool LpPool", 2, _p_to_int),
+    **_each("Hardmax LogSoftmax Softmax", 13, _softmax_13),
+    **_each(
+        "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+        "ReduceProd ReduceSumSquare",
+        18,
+        _to_input("axes", 1),
+    ),
+    **_each("ReduceLogSum ReduceLogSumExp", 28, _only_floats),
+    ("BatchNormalization", 7): _drop("is_test"),
+    ("BatchNormalization", 9): _batch_norm_9,
+    ("BatchNormalization", 14): _batch_norm_14,
+    ("Cast", 6): _cast_6,
+    ("Clip", 11): _clip_11,
+    ("Concat", 4): _set_default(axis=1),
+    ("DFT", 20): _dft_20,
+    ("Dropout", 7): _drop("is_test"),
+    ("Dropout", 10): _no_mask,
+    ("Dropout", 12): _dropout_12,
+    ("Erf", 13): _only_floats,
+    ("Gemm", 7): _drop("broadcast"),
+    ("GridSample", 20): _rename_mode(bilinear="linear", bicubic="cubic"),
+    ("GroupNormalization", 21): _group_norm_21,
+    ("PRelu", 7): _prelu_7,
+    ("Pad", 2): _pad_2,
+    ("Pad", 11): _pad_11,
+    ("ReduceSum", 13): _to_input("axes", 1),
+    ("Reshape", 5): _reshape_5,
+    ("Resize", 11): _resize_11,
+    ("Resize", 13): _resize_13,
+    ("RoiAlign", 16): _set_default(coordinate_transformation_mode="output_half_pixel"),
+    ("Scatter", 11): _scatter_11,
+    ("Selu", 6): _set_default(alpha=1.6732, gamma=1.0507),
+    ("Slice", 10): _slice_10,
+    ("Split", 2): _split_2,
+    ("Split", 13): _to_input("split", 1),
+    ("Split", 18): _split_18,
+    ("Squeeze", 13): _to_input("axes", 1),
+    ("TopK", 10): _top_k_10,
+    ("Unsqueeze", 13): _to_input("axes", 1, keep_empty=True),
+    ("Upsample", 7): _upsample_7,
+    ("Upsample", 9): _to_input("scales", 1, np.float32),
+    ("Upsample", 10): _upsample_10,
+}
