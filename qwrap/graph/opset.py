@@ -181,7 +181,7 @@ def _raise_node(edit: Editor, node: ir.Node, before: int, target: int) -> list[s
     if not any(r <= before for r in revisions(node.op_type)):
         raise refuse(node, f"ai.onnx {before} has no such operator")
     name, current, changed = label(node), before, False
-    while (revision := _next_revision(node.op_type, current)) <= target:
+    while (revision := _next_revision(node.op_type, current, target)) is not None:
         step = node.op_type, revision
         if step in ADAPTERS:
             changed |= ADAPTERS[step](edit, node)
@@ -192,8 +192,8 @@ def _raise_node(edit: Editor, node: ir.Node, before: int, target: int) -> list[s
     return [f"{name}: from opset {before} to {target}"] if changed else []
 
 
-def _next_revision(op_type: str, version: int) -> float:
-    return min((r for r in revisions(op_type) if r > version), default=float("inf"))
+def _next_revision(op_type: str, current: int, target: int) -> int | None:
+    return next((r for r in revisions(op_type) if current < r <= target), None)
 
 
 @cache

@@ -160,20 +160,23 @@ def _upsample_7(edit: Editor, node: ir.Node) -> bool:
 
 
 def _batch_norm_9(edit: Editor, node: ir.Node) -> bool:
-    del edit
-    if take(node, "spatial", 1) != 1:
+    if attribute(node, "spatial", 1) != 1:
         raise refuse(node, "has statistics for each position (spatial=0)")
-    return True
+    return _drop("spatial")(edit, node)
 
 
 def _batch_norm_14(edit: Editor, node: ir.Node) -> bool:
-    """Drop the outputs that only training had."""
+    """More outputs than one meant training, with the statistics of the batch; now a flag does."""
     del edit
-    if any(is_used(v) for v in node.outputs[1:]):
-        raise refuse(node, "outputs beside the first are used: this is its training form")
-    if len(node.outputs) == 1:
+    count = len(node.outputs)
+    if count == 1:
         return False
-    node.resize_outputs(1)
+    if any(is_used(v) for v in node.outputs[3:]):
+        raise refuse(node, "its saved statistics are used")
+    training = any(v.name for v in node.outputs[1:])
+    if training:
+        node.attributes.add(ir.AttrInt64("training_mode", 1))
+    node.resize_outputs(3 if training else 1)
     return True
 
 
@@ -266,17 +269,15 @@ def _flatten_around(edit: Editor, node: ir.Node, axis: int) -> None:
 
 
 def _clip_11(edit: Editor, node: ir.Node) -> bool:
-    if not node.attributes:
-        dtype = edit.type_of(node.inputs[0]).dtype
-        if dtype is not ir.DataType.DOUBLE:  # without bounds the type's own hold, as before
-            return False
-    dtype_ = edit.dtype_for(node)
-    wide = dtype_ == np.float64
+    wide = edit.type_of(node.inputs[0]).dtype == ir.DataType.DOUBLE
+    if not node.attributes and not wide:  # without bounds the type's own hold, as before
+        return False
+    dtype = edit.dtype_for(node)
     for index, name, default in ((1, "min", -FLOAT_LIMIT), (2, "max", FLOAT_LIMIT)):
         bound = take(node, name, default if wide else None)
         if bound is not None:
             with np.errstate(over="ignore"):
-                edit.give(node, index, name, np.array(bound, np.float32).astype(dtype_))
+                edit.give(node, index, name, np.array(bound, np.float32).astype(dtype))
     return True
 
 
@@ -332,9 +333,11 @@ def _resize_11(edit: Editor, node: ir.Node) -> bool:
     scales = edit.constants.array(node.inputs[1])
     if scales is None:
         raise refuse(node, "whether it enlarges is unknown, as its scales are computed")
-    if (scales < 1).any() and (scales > 1).any():
+    # A position is whole where 1 / scale is, and then it does not matter which way it rounds.
+    up, down = (scales > 1).any(), ((scales < 1) & (1 / scales % 1 != 0)).any()
+    if up and down:
         raise refuse(node, "enlarges one axis and makes another smaller")
-    _align_first(node, "ceil" if (scales < 1).any() else "floor")
+    _align_first(node, "ceil" if down else "floor")
     return True
 
 
