@@ -255,7 +255,7 @@ def _flatten_around(edit: Editor, node: ir.Node, axis: int) -> None:
         metadata_props=dict(node.metadata_props),
     )
     inner.outputs[0].name = edit.unique_name(node, "flat_output")
-    inner.outputs[0].dtype = output.dtype
+    inner.outputs[0].type = output.type
     graph_of(node).insert_before(node, inner)
     node.name = edit.unique_name(node, "unflat")
     node.op_type = "Reshape"
