@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import onnx
@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from qwrap.errors import ExportError
 from qwrap.graph.constants import label
-from qwrap.graph.index import opset_of, walk_nodes
+from qwrap.graph.index import ValueType, opset_of, walk_nodes
 from qwrap.graph.opset_adapters import ADAPTERS
-from qwrap.graph.opset_edit import Editor, refuse
+from qwrap.graph.opset_edit import Editor, known_types, refuse
 
 ONNX_DOMAINS = ("", "ai.onnx")
 
@@ -133,13 +133,16 @@ def raise_opset(model: ir.Model, target: int) -> list[str]:
         raise ExportError(f"opset {target}: not between 13 and {newest}, the newest onnx knows")
     if not any(before < target for _, before in _scopes(model)):
         return []
-    _, problems = _raise(model.clone(), target)  # what an adapter refuses depends on the node
+    types = known_types(model)
+    _, problems = _raise(
+        model.clone(), types, target
+    )  # what an adapter refuses depends on the node
     if problems:
         raise ExportError(
             f"the model cannot be raised from opset {opset_of(model, '')} to {target}; export it "
             "again with a later opset, or use the com.microsoft domain: " + "; ".join(problems)
         )
-    lines, _ = _raise(model, target)
+    lines, _ = _raise(model, types, target)
     return lines
 
 
@@ -151,9 +154,11 @@ def _scopes(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, int]]:
                 yield function, function.opset_imports[domain]
 
 
-def _raise(model: ir.Model, target: int) -> tuple[list[str], list[str]]:
+def _raise(
+    model: ir.Model, types: Mapping[str, ValueType], target: int
+) -> tuple[list[str], list[str]]:
     """Edit ``model`` as far as possible; return what was edited and what could not be."""
-    edit = Editor(model)
+    edit = Editor(model, types)
     lines: list[str] = []
     problems: list[str] = []
     for scope, before in list(_scopes(model)):

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
-from qwrap.graph.opset_edit import Editor, attribute, graph_of, has, is_used, refuse, take
-
-Adapter = Callable[[Editor, ir.Node], bool]
-"""Rewrites a node in place; says whether anything changed. Raises ExportError if it cannot."""
+from qwrap.graph.opset_early import BEFORE_8
+from qwrap.graph.opset_edit import (
+    Adapter,
+    Editor,
+    attribute,
+    drop,
+    each,
+    graph_of,
+    has,
+    is_used,
+    refuse,
+    set_default,
+    take,
+    to_input,
+)
 
 FLOAT_LIMIT = float(np.finfo(np.float32).max)  # the default bounds of Clip-6, whatever the type
-
-
-def _drop(*names: str) -> Adapter:
-    """Return an adapter for attributes that meant nothing, or nothing at inference."""
-
-    def adapt(edit: Editor, node: ir.Node) -> bool:
-        del edit
-        found = [name for name in names if node.attributes.pop(name, None) is not None]
-        return bool(found)
-
-    return adapt
-
-
-def _to_input(name: str, index: int, dtype: Any = np.int64, *, keep_empty: bool = False) -> Adapter:
-    """Return an adapter for an attribute that became an input."""
-
-    def adapt(edit: Editor, node: ir.Node) -> bool:
-        if name not in node.attributes:
-            return False
-        value = take(node, name)
-        if keep_empty or len(value):
-            edit.give(node, index, name, np.array(value, dtype))
-        return True
-
-    return adapt
-
-
-def _set_default(**values: Any) -> Adapter:
-    """Return an adapter that writes out defaults which the next revision changed."""
-
-    def adapt(edit: Editor, node: ir.Node) -> bool:
-        del edit
-        missing = {name: v for name, v in values.items() if name not in node.attributes}
-        for name, value in missing.items():
-            node.attributes.add(ir.convenience.convert_attribute(name, value))
-        return node.attributes.pop("consumed_inputs", None) is not None or bool(missing)
-
-    return adapt
 
 
 def _rename_mode(**modes: str) -> Adapter:
@@ -72,97 +42,13 @@ def _only_floats(edit: Editor, node: ir.Node) -> bool:
     return False
 
 
-# --- broadcasting before opset 7 -----------------------------------------------------------
-
-
-def _broadcast(edit: Editor, node: ir.Node) -> bool:
-    """``axis`` said where in the first input the dimensions of the second begin."""
-    given = "broadcast" in node.attributes or "axis" in node.attributes
-    enabled, axis = take(node, "broadcast", 0), take(node, "axis")
-    if not enabled or axis is None:  # equal shapes, or aligned to the right as numpy does
-        return given
-    left, right = (edit.type_of(v).rank for v in node.inputs)
-    if left is None or right is None:
-        raise refuse(node, "broadcasts along an axis of tensors of unknown rank")
-    if trailing := left - axis % left - right:
-        edit.reshape_input(node, 1, [0] * right + [1] * trailing)
-    return True
-
-
-def _prelu_7(edit: Editor, node: ir.Node) -> bool:
-    """One slope a channel was [C]; since then it broadcasts."""
-    slope = edit.type_of(node.inputs[1]).shape
-    if slope is not None and (len(slope) != 1 or slope[0] == 1):
-        return False
-    rank = edit.type_of(node.inputs[0]).rank
-    if slope is None or rank is None:
-        raise refuse(node, "the rank of its input or slope is unknown")
-    if rank > 2:
-        edit.reshape_input(node, 1, [-1] + [1] * (rank - 2))
-    return rank > 2
-
-
-# --- before opset 7: forms that no exporter writes any more ---------------------------------
-
-
-def _cast_6(edit: Editor, node: ir.Node) -> bool:
-    del edit
-    node.attributes.add(ir.AttrInt64("to", ir.DataType[take(node, "to").upper()]))
-    return True
-
-
-def _p_to_int(edit: Editor, node: ir.Node) -> bool:
-    del edit
-    p = take(node, "p")
-    if p is not None and p != int(p):
-        raise refuse(node, f"p={p} is not an integer")
-    if p is not None:
-        node.attributes.add(ir.AttrInt64("p", int(p)))
-    if node.op_type == "LpPool" and "kernel_shape" not in node.attributes:
-        raise refuse(node, "has no kernel_shape")
-    return p is not None
-
-
-def _pad_2(edit: Editor, node: ir.Node) -> bool:
-    del edit
-    node.attributes.add(ir.AttrInt64s("pads", take(node, "paddings")))
-    return True
-
-
-def _reshape_5(edit: Editor, node: ir.Node) -> bool:
-    take(node, "consumed_inputs")
-    return _to_input("shape", 1, keep_empty=True)(edit, node)
-
-
-def _split_2(edit: Editor, node: ir.Node) -> bool:
-    if not has(node, 1):
-        return False
-    sizes = edit.constants.array(node.inputs[1])
-    if sizes is None:
-        raise refuse(node, "the sizes of its parts are computed")
-    old = node.inputs[1]
-    node.resize_inputs(1)
-    edit.constants.drop_unused([old])
-    node.attributes.add(ir.AttrInt64s("split", [int(n) for n in sizes]))
-    return True
-
-
-def _upsample_7(edit: Editor, node: ir.Node) -> bool:
-    del edit
-    scales = [1.0, 1.0, take(node, "height_scale"), take(node, "width_scale")]
-    node.attributes.add(ir.AttrFloat32s("scales", scales))
-    if attribute(node, "mode") == "bilinear":
-        node.attributes.add(ir.AttrString("mode", "linear"))
-    return True
-
-
 # --- normalisation and dropout -------------------------------------------------------------
 
 
 def _batch_norm_9(edit: Editor, node: ir.Node) -> bool:
     if attribute(node, "spatial", 1) != 1:
         raise refuse(node, "has statistics for each position (spatial=0)")
-    return _drop("spatial")(edit, node)
+    return drop("spatial")(edit, node)
 
 
 def _batch_norm_14(edit: Editor, node: ir.Node) -> bool:
@@ -291,7 +177,7 @@ def _pad_11(edit: Editor, node: ir.Node) -> bool:
 
 def _slice_10(edit: Editor, node: ir.Node) -> bool:
     for index, name in ((1, "starts"), (2, "ends"), (3, "axes")):
-        _to_input(name, index, keep_empty=True)(edit, node)
+        to_input(name, index, keep_empty=True)(edit, node)
     return True
 
 
@@ -376,61 +262,37 @@ def _scatter_11(edit: Editor, node: ir.Node) -> bool:
     return True
 
 
-def _each(ops: str, revision: int, adapter: Adapter) -> dict[tuple[str, int], Adapter]:
-    return {(op, revision): adapter for op in ops.split()}
-
-
 ADAPTERS: dict[tuple[str, int], Adapter] = {
-    **_each(
-        "Abs Add BatchNormalization Ceil Clip Div Dropout Elu Exp Floor HardSigmoid "
-        "InstanceNormalization LeakyRelu Log Max Mean Min Mul Neg PRelu Reciprocal Relu Sigmoid "
-        "Sqrt Sub Sum Tanh",
-        6,
-        _drop("consumed_inputs"),
-    ),
-    **_each("Add And Div Equal Greater Less Mul Or Pow Sub Xor", 7, _broadcast),
-    **_each("GRU LSTM RNN", 7, _drop("output_sequence")),
-    **_each("GlobalLpPool LpPool", 2, _p_to_int),
-    **_each("Hardmax LogSoftmax Softmax", 13, _softmax_13),
-    **_each(
+    **BEFORE_8,
+    **each("Hardmax LogSoftmax Softmax", 13, _softmax_13),
+    **each(
         "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
         "ReduceProd ReduceSumSquare",
         18,
-        _to_input("axes", 1),
+        to_input("axes", 1),
     ),
-    **_each("ReduceLogSum ReduceLogSumExp", 28, _only_floats),
-    ("BatchNormalization", 7): _drop("is_test"),
+    **each("ReduceLogSum ReduceLogSumExp", 28, _only_floats),
     ("BatchNormalization", 9): _batch_norm_9,
     ("BatchNormalization", 14): _batch_norm_14,
-    ("Cast", 6): _cast_6,
     ("Clip", 11): _clip_11,
-    ("Concat", 4): _set_default(axis=1),
     ("DFT", 20): _dft_20,
-    ("Dropout", 7): _drop("is_test"),
     ("Dropout", 10): _no_mask,
     ("Dropout", 12): _dropout_12,
     ("Erf", 13): _only_floats,
-    ("Gemm", 7): _drop("broadcast"),
     ("GridSample", 20): _rename_mode(bilinear="linear", bicubic="cubic"),
     ("GroupNormalization", 21): _group_norm_21,
-    ("PRelu", 7): _prelu_7,
-    ("Pad", 2): _pad_2,
     ("Pad", 11): _pad_11,
-    ("ReduceSum", 13): _to_input("axes", 1),
-    ("Reshape", 5): _reshape_5,
+    ("ReduceSum", 13): to_input("axes", 1),
     ("Resize", 11): _resize_11,
     ("Resize", 13): _resize_13,
-    ("RoiAlign", 16): _set_default(coordinate_transformation_mode="output_half_pixel"),
+    ("RoiAlign", 16): set_default(coordinate_transformation_mode="output_half_pixel"),
     ("Scatter", 11): _scatter_11,
-    ("Selu", 6): _set_default(alpha=1.6732, gamma=1.0507),
     ("Slice", 10): _slice_10,
-    ("Split", 2): _split_2,
-    ("Split", 13): _to_input("split", 1),
+    ("Split", 13): to_input("split", 1),
     ("Split", 18): _split_18,
-    ("Squeeze", 13): _to_input("axes", 1),
+    ("Squeeze", 13): to_input("axes", 1),
     ("TopK", 10): _top_k_10,
-    ("Unsqueeze", 13): _to_input("axes", 1, keep_empty=True),
-    ("Upsample", 7): _upsample_7,
-    ("Upsample", 9): _to_input("scales", 1, np.float32),
+    ("Unsqueeze", 13): to_input("axes", 1, keep_empty=True),
+    ("Upsample", 9): to_input("scales", 1, np.float32),
     ("Upsample", 10): _upsample_10,
 }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnx_ir as ir
 
 from qwrap.errors import ExportError
 from qwrap.graph.constants import Array, Constants, label
-from qwrap.graph.index import ValueType, infer_types, walk_nodes
+from qwrap.graph.index import ValueType, bodies, infer_types, walk_nodes
 
 
 def refuse(node: ir.Node, why: str) -> ExportError:
@@ -51,14 +50,25 @@ def take(node: ir.Node, name: str, default: Any = None) -> Any:
     return value
 
 
+def known_types(model: ir.Model) -> dict[str, ValueType]:
+    """Return what is known of each value whose name no other value has."""
+    made = Counter(v.name for node in walk_nodes(model.graph) for v in node.outputs)
+    for node in walk_nodes(model.graph):  # subgraphs side by side may use a name twice
+        for _, body in bodies(node):
+            made.update(v.name for v in (*body.inputs, *body.initializers.values()))
+    return {name: kind for name, kind in infer_types(model).items() if made[name] <= 1}
+
+
 class Editor:
     """Knows the constants and types of ``model`` and adds constants and nodes to it, in place.
 
+    ``types`` are those of the model before any edit, see ``known_types``; what is added has none.
     New names begin with the name of the node that they are for. Integers of the same value are
     made once for each graph.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, types: Mapping[str, ValueType]) -> None:
+        self._types = types
         self.constants = Constants(model)
         self._model = model
         self._integers: dict[tuple[ir.Graph, tuple[int, ...], bytes], ir.Value] = {}
@@ -67,13 +77,6 @@ class Editor:
             for function in model.functions.values()
             for value in (*function.inputs, *(v for node in function for v in node.outputs))
         }
-
-    @cached_property
-    def _types(self) -> Mapping[str, ValueType]:
-        # Subgraphs side by side may use a name twice: what is known of it then is of either.
-        made = Counter(v.name for node in walk_nodes(self._model.graph) for v in node.outputs)
-        known = infer_types(self._model)
-        return {name: kind for name, kind in known.items() if made[name] <= 1}
 
     def type_of(self, value: ir.Value | None) -> ValueType:
         """Return element type and shape of ``value`` as far as they are known."""
@@ -159,3 +162,50 @@ def _constant_node(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     value.name, value.const_value = name, None
     graph.insert_before(graph[0], node)
     return value
+
+
+Adapter = Callable[[Editor, ir.Node], bool]
+"""Rewrites a node in place; says whether anything changed. Raises ExportError if it cannot."""
+
+
+def drop(*names: str) -> Adapter:
+    """Return an adapter for attributes that meant nothing, or nothing at inference."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        del edit
+        found = [name for name in names if node.attributes.pop(name, None) is not None]
+        return bool(found)
+
+    return adapt
+
+
+def to_input(name: str, index: int, dtype: Any = np.int64, *, keep_empty: bool = False) -> Adapter:
+    """Return an adapter for an attribute that became an input."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        if name not in node.attributes:
+            return False
+        value = take(node, name)
+        if keep_empty or len(value):
+            edit.give(node, index, name, np.array(value, dtype))
+        return True
+
+    return adapt
+
+
+def set_default(**values: Any) -> Adapter:
+    """Return an adapter that writes out defaults which the next revision changed."""
+
+    def adapt(edit: Editor, node: ir.Node) -> bool:
+        del edit
+        missing = {name: v for name, v in values.items() if name not in node.attributes}
+        for name, value in missing.items():
+            node.attributes.add(ir.convenience.convert_attribute(name, value))
+        return node.attributes.pop("consumed_inputs", None) is not None or bool(missing)
+
+    return adapt
+
+
+def each(ops: str, revision: int, adapter: Adapter) -> dict[tuple[str, int], Adapter]:
+    """Return the entries of a table for operators that changed in one way."""
+    return {(op, revision): adapter for op in ops.split()}
