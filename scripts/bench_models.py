@@ -101,11 +101,11 @@ def _measure_qwrap(
 
     _progress(f"{model.model}: qwrap")
     source = shared.path(model.model)
-    model.qwrap = qwrap_file.quantize(source, settings.workdir, calibration)
-    if model.qwrap.exists:
+    model.qwrap, wrapped = qwrap_file.quantize(source, settings.workdir, calibration)
+    if wrapped is not None:
         judge(shared, model.model, model.qwrap)
         batches = shared.validation(model.model, settings.verify_samples)
-        model.verify = qwrap_file.verify(source, Path(model.qwrap.file), calibration, batches)
+        model.verify = qwrap_file.verify(wrapped, model.qwrap.file, batches)
 
 
 def _measure_latency(model: ModelResult, inputs: Any, rounds: int) -> None:

@@ -24,6 +24,7 @@ from onnxruntime.quantization.calibrate import create_calibrator
 from shared_models import Inputs, SharedModels
 
 import qwrap
+from qwrap.config import Method
 
 Work = Callable[[Iterable[Inputs]], None]
 Prepare = Callable[[Path], Work]  # what is set up here is not on the clock
@@ -40,10 +41,10 @@ def _forward(path: Path) -> Work:
     return work
 
 
-def _calibrate(observer: str) -> Prepare:
+def _calibrate(method: Method) -> Prepare:
     def prepare(path: Path) -> Work:
         model = qwrap.load(path)
-        qwrap.prepare(model, qwrap.QConfig(observer=observer))
+        qwrap.prepare(model, qwrap.QConfig(method=method))
         return lambda batches: qwrap.calibrate(model, batches, progress=False)
 
     return prepare

@@ -12,41 +12,41 @@ from results import FileResult
 from shared_models import Inputs
 
 import qwrap
-
-# Column of the results -> attribute of the report that ``qwrap.verify`` returns.
-VERIFY_FIGURES = {
-    "differing_codes": "differing_codes",
-    "codes": "codes",
-    "largest_steps": "largest_steps",
-    "sqnr_dB": "sqnr",
-    "top1_agreement": "top1_agreement",
-}
+from qwrap.verify import LevelReport
 
 
-def quantize(source: Path, folder: Path, samples: Sequence[Inputs]) -> FileResult:
-    """``qwrap.quantize`` with no options beyond the samples."""
+def quantize(
+    source: Path, folder: Path, samples: Sequence[Inputs]
+) -> tuple[FileResult, qwrap.WrappedModel | None]:
+    """The file and the model of ``qwrap.quantize`` with no options beyond the samples."""
     target = folder / f"{source.stem}.qwrap.onnx"
-    result = FileResult(method="qwrap")
+    result, model = FileResult(method="qwrap"), None
     start = time.perf_counter()
     try:
-        qwrap.quantize(source, target, calibration=samples)
+        model = qwrap.quantize(source, target, calibration=samples)
     except Exception as error:  # one model that fails does not end the run over all of them
         result.error = one_line(error)
     else:
         result.file = str(target)
     result.seconds = time.perf_counter() - start
-    return result
+    return result, model
 
 
-def verify(
-    source: Path, quantized: Path, calibration: Sequence[Inputs], batches: Sequence[Inputs]
-) -> dict[str, Any]:
-    """The simulation, calibrated as for ``quantized``, against that file in onnxruntime."""
+def verify(model: qwrap.WrappedModel, quantized: str, batches: Sequence[Inputs]) -> dict[str, Any]:
+    """What ``qwrap.verify`` says of the model and the file made from it, both levels."""
     try:
-        model = qwrap.load(source)
-        qwrap.prepare(model)
-        qwrap.calibrate(model, calibration, progress=False)
         report = qwrap.verify(model, quantized, batches)
-        return {column: getattr(report, name) for column, name in VERIFY_FIGURES.items()}
     except Exception as error:  # as above
         return {"error": one_line(error)}
+    levels = {"specification": report.specification, "deployed": report.deployed}
+    return {name: _figures(level) for name, level in levels.items()}
+
+
+def _figures(level: LevelReport) -> dict[str, Any]:
+    return {
+        "differing_codes": level.differing,
+        "codes": level.elements,
+        "largest_steps": level.worst_step,
+        "sqnr_dB": level.sqnr,
+        "top1_agreement": level.top1_agreement,
+    }

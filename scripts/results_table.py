@@ -22,12 +22,16 @@ _HEADER = (
     "Q + DQ left",
     "codes that differ",
     "SQNR, dB",
-    "top-1 agreement",
 )
 
 
 def markdown(models: Sequence[ModelResult]) -> str:
-    """One row per model; where a cell holds two figures, they are qwrap's and onnxruntime's."""
+    """One row per model.
+
+    Size and latency are over the float file's; where such a cell holds two figures, they are
+    qwrap's and onnxruntime's. The last two columns are of ``qwrap.verify``: codes of the exact
+    simulation against the deployed file, outputs of both levels, specification first.
+    """
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_row, models)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -56,9 +60,8 @@ def _row(model: ModelResult) -> tuple[str, ...]:
         _pair(own, best, lambda file: _latency(file, "1")),
         _pair(own, best, lambda file: _latency(file, "2")),
         _pair(own, best, lambda file: f"{file.quantize_left} + {file.dequantize_left}"),
-        _codes(model.verify),
-        _figure(model.verify, "sqnr_dB", ".1f"),
-        _figure(model.verify, "top1_agreement", ".3f"),
+        _codes(model.verify.get("deployed", {})),
+        " / ".join(_sqnr(model.verify.get(name, {})) for name in ("specification", "deployed")),
     )
 
 
@@ -74,11 +77,9 @@ def _latency(file: FileResult, threads: str) -> str:
     return f"{file.latency[threads]:.2f}" if threads in file.latency else _NONE
 
 
-def _codes(verify: dict[str, Any]) -> str:
-    differing, codes = verify.get("differing_codes"), verify.get("codes")
-    return _NONE if differing is None or codes is None else f"{differing} of {codes}"
+def _codes(level: dict[str, Any]) -> str:
+    return f"{level['differing_codes']} of {level['codes']}" if level else _NONE
 
 
-def _figure(verify: dict[str, Any], name: str, form: str) -> str:
-    value = verify.get(name)
-    return _NONE if value is None else format(value, form)
+def _sqnr(level: dict[str, Any]) -> str:
+    return f"{level['sqnr_dB']:.1f}" if level else _NONE
