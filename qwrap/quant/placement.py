@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
+from qwrap.quant.bounds import bounds_of
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 from qwrap.quant.target import ORT_CPU, Target
 
@@ -186,8 +187,8 @@ class _Placement:
         )
 
     def _constant_bounds(self, node: ir.Node) -> bool:
-        bounds = [v for v in node.inputs[1:] if v is not None]
-        return all(self.values.small_constant(v) is not None for v in bounds)
+        bounds = bounds_of(self.values, node)
+        return bounds is not None and bounds[0] <= 0 <= bounds[1]  # every grid holds 0
 
     def _moved_input(self, node: ir.Node) -> ir.Value | None:
         """Return the input whose values ``node`` only moves, None if it computes."""
