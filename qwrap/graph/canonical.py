@@ -6,8 +6,9 @@ import onnx_ir as ir
 
 from qwrap.graph.constants import Constants, fold_constant_weights, integers, label
 from qwrap.graph.fold import fold_batch_norm, fold_scale_and_shift
-from qwrap.graph.index import ValueType, infer_types, walk_nodes
+from qwrap.graph.index import ValueType, infer_types, opset_of, walk_nodes
 
+ROI_OPTIONAL = 13
 POOLED_RANKS = (4, 5)  # in three dimensions a mean over the last may as well be a LayerNorm's
 
 
@@ -25,7 +26,28 @@ def canonicalize(model: ir.Model) -> list[str]:
     lines = fold_constant_weights(model)
     while folded := fold_batch_norm(model) + fold_scale_and_shift(model):
         lines += folded
-    return lines + mean_to_global_pool(model)
+    return lines + mean_to_global_pool(model) + drop_empty_roi(model)
+
+
+def drop_empty_roi(model: ir.Model) -> list[str]:
+    """Leave out, in place, the region input of each Resize that has none to give.
+
+    Up to opset 12 the input is mandatory, and exporters pass an empty tensor. Where onnxruntime
+    moves a Transpose across the Resize it picks entries of that tensor, and fails when run.
+
+    Returns:
+        A line for each Resize that was changed.
+    """
+    if opset_of(model, "") < ROI_OPTIONAL:
+        return []
+    constants, lines = Constants(model), []
+    for node in walk_nodes(model.graph):
+        roi = node.inputs[1] if node.op_type == "Resize" and len(node.inputs) > 1 else None
+        array = None if roi is None else constants.array(roi)
+        if array is not None and array.size == 0:
+            node.replace_input_with(1, None)
+            lines.append(f"{label(node)}: empty region input left out")
+    return lines
 
 
 def mean_to_global_pool(model: ir.Model) -> list[str]:

@@ -28,6 +28,10 @@ def check_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> None
     """
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{where}: not an ONNX model: it has no graph or imports no opset")
+    if unreadable := [
+        text for g in graphs(proto.graph) for text in _names(g) if type(text) is bytes
+    ]:
+        raise ModelError(f"{where}: names that are not UTF-8: {unreadable}")
     sparse = [t.values.name for g in graphs(proto.graph) for t in g.sparse_initializer]
     if sparse:
         raise ModelError(
@@ -193,11 +197,20 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
             yield f"attribute {name!r} refers to one of a function, outside of any function"
         elif known is None:
             yield f"has no attribute {name!r}"
-        elif kind != str(known.type).rpartition(".")[2]:
-            yield f"attribute {name!r} is of type {kind}, expected {known.type}"
+        elif kind != (expected := str(known.type).rpartition(".")[2]):
+            yield f"attribute {name!r} is of type {kind}, expected {expected}"
     for name, known in schema.attributes.items():
         if known.required and name not in given:
             yield f"lacks its attribute {name!r}"
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    """Yield all names; protobuf hands over as bytes what is not UTF-8."""
+    for named in (*graph.input, *graph.output, *graph.initializer):
+        yield named.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 # --- names ---------------------------------------------------------------------------------------

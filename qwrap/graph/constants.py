@@ -66,7 +66,7 @@ class Constants:
         """Make an initialiser of ``graph``; ``name`` must be free (see ``unique_name``)."""
         if self._model.ir_version < FREE_INITIALISERS:
             self._free_initialisers()
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
         value = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
@@ -99,7 +99,7 @@ class Constants:
             name = self.unique_name(f"{value.name}_{node.name or node.outputs[0].name}")
             node.replace_input_with(index, self.add(_graph(node), name, array))
         elif value.is_initializer():
-            tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
+            tensor = ir.tensor(np.asarray(array, order="C"), name=value.name)
             value.const_value, value.shape = tensor, ir.Shape(array.shape)
         else:
             self.materialise(value, array)

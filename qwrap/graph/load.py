@@ -104,7 +104,9 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
     for graph in (skeleton.graph, *skeleton.graph.subgraphs()):
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is not None and tensor.nbytes > SMALL:
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SMALL:
+                value.const_value = ir.tensor(tensor.numpy(), name=value.name)
+            elif tensor is not None and tensor.nbytes > SMALL:
                 value.const_value = ir.ExternalTensor(
                     "-",
                     0,

@@ -50,6 +50,12 @@ class Block(nn.Module):
         """Run the nodes; arguments and results are the tensors that cross the Block's border."""
         return self._run(self, *args, **kwargs)
 
+    def extra_repr(self) -> str:
+        """Show the parameters of this Block and their shapes."""
+        return ", ".join(
+            f"{name}={list(p.shape)}" for name, p in self._parameters.items() if p is not None
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_run", None)

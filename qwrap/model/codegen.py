@@ -15,7 +15,7 @@ from qwrap.graph.check import STANDARD
 from qwrap.graph.index import bodies
 from qwrap.model.border import Border, Borders, dying, makes, reads
 from qwrap.model.expressions import access, comment, keyword_names, literal
-from qwrap.model.host import HOST_OPERATORS
+from qwrap.model.host import HOST_OPERATORS, inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
@@ -222,10 +222,15 @@ class _Writer:
             what = f"list({x}.shape{span})" if node.op_type == "Shape" else f"{x}.numel()"
             self._line(f"{target} = {what}{note}")
             return
+        arguments = ["None" if v is None else self._number(v) for v in node.inputs]
+        types = [self.layout.values.host_type(v) for v in node.inputs]
+        expression = inline(node.op_type, arguments, types)
+        if expression is not None:
+            self._line(f"{target} = {expression}{note}")
+            return
         function = HOST_OPERATORS[node.op_type].function
         name = f"host_{node.op_type.lower()}"
         self.namespace[name] = function
-        arguments = ["None" if v is None else self._number(v) for v in node.inputs]
         accepted = keyword_names(function)
         arguments += [f"{k}={literal(v)}" for k, v in attributes.items() if k in accepted]
         self._line(f"{target} = {name}({', '.join(arguments)}){note}")

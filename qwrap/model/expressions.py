@@ -7,7 +7,7 @@ import keyword
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
@@ -47,7 +47,7 @@ def comment(key: str) -> str:
     return f"  # {key!r}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def keyword_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names that ``function`` takes by keyword; none for functions of torch itself."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

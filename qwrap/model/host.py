@@ -207,10 +207,12 @@ def slice_(
 ) -> list[Number]:
     """Cut a list as ONNX Slice does; starts, ends and steps are constants."""
     step = steps[0] if steps else 1
-    end: int | None = ends[0]
-    if step < 0 and ends[0] < -len(data):
-        end = None  # ONNX clamps to "before the first", which Python cannot write as an index
-    return data[starts[0] : end : step]
+    start, end = (n + len(data) if n < 0 else n for n in (starts[0], ends[0]))
+    if step > 0:
+        return data[max(start, 0) : max(end, 0) : step]
+    # Unlike Python, ONNX starts no further back than at the first entry.
+    start, end = max(start, 0), max(end, -1)
+    return data[start : None if end < 0 else end : step]
 
 
 def _unsqueeze_rule(types: Sequence[HostInput], *_: object) -> HostType | None:
@@ -260,6 +262,28 @@ def _reduce_rule(
     if (len(types) > 1 and axes is None) or (not axes and attributes.get("noop_with_empty_axes")):
         return None
     return HostType(1) if attributes.get("keepdims", 1) else SCALAR
+
+
+def inline(op_type: str, inputs: Sequence[str], types: Sequence[HostInput]) -> str | None:
+    """Write the commonest operators as expressions of their own, None for the others.
+
+    Exporters make every Reshape out of a dozen of these, and a call costs ten times the work.
+    """
+    scalar = all(t is not None and not t.is_list for t in types)
+    if op_type == "Concat":
+        return f"[{', '.join(f'*{text}' for text in inputs)}]"
+    if op_type == "Unsqueeze":
+        return f"[{inputs[0]}]"
+    if op_type == "Squeeze":
+        return f"{inputs[0]}[0]"
+    if op_type == "Gather" and types[1] == SCALAR:
+        return f"{inputs[0]}[{inputs[1]}]"
+    if op_type in SYMBOLS and scalar:
+        return f"{inputs[0]} {SYMBOLS[op_type]} {inputs[1]}"
+    return None
+
+
+SYMBOLS = {"Add": "+", "Sub": "-", "Mul": "*"}
 
 
 @host_op("ReduceProd", rule=_reduce_rule)

@@ -79,7 +79,7 @@ class Layout:
         return operator is not None and operator.wants_host(index)
 
     def is_number(self, node: ir.Node, index: int) -> bool:
-        """Whether input ``index`` reaches its operator as Python numbers, so that no tap sees it."""
+        """Whether input ``index`` reaches its operator as numbers, so that no tap sees it."""
         return self.is_host_use(node, index) or self.as_number(node, index) is not None
 
     def as_number(self, node: ir.Node, index: int) -> Any:
@@ -113,7 +113,9 @@ class Layout:
         trainable = trainable and role not in RUNNING_STATISTICS
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
-        if parts and self._free(".".join(parts)):
+        # A name without dots says where it belongs only in a model without scopes.
+        is_path = len(parts) > 1 or (len(parts) == 1 and len(path) <= 1)
+        if is_path and self._free(".".join(parts)):
             path, role = parts[:-1], parts[-1]
         path, (role,) = attribute_path(path), attribute_path([role])
         slot = Slot(path, role, trainable)

@@ -69,7 +69,8 @@ def _dynamo_scope(listed: str) -> list[str]:
         return []
     if not isinstance(names, list):
         return []
-    scopes = [name for name in names[:-1] if isinstance(name, str) and name]
+    known = (name for name in names[:-1] if isinstance(name, str) and name)
+    scopes = [name for name in known if not name.startswith("_empty_nn_module_stack")]
     return scopes[-1].split(".") if scopes else []
 
 

@@ -129,7 +129,7 @@ class Values:
         inputs = list(node.inputs)
         if operator is None or not any(v and self.graph.key(v) in self.hosts for v in inputs):
             return False
-        types = [self._host_type(v) for v in inputs]
+        types = [self.host_type(v) for v in inputs]
         if any(v is not None and t is None for v, t in zip(inputs, types, strict=True)):
             return False
         constants = [None if v is None else self._python(v) for v in inputs]
@@ -138,7 +138,8 @@ class Values:
             self.hosts[self.graph.key(node.outputs[0])] = result
         return result is not None
 
-    def _host_type(self, value: ir.Value | None) -> HostType | None:
+    def host_type(self, value: ir.Value | None) -> HostType | None:
+        """Return what is known of a value as Python numbers, None if it is none."""
         if value is None:
             return None
         key = self.graph.key(value)

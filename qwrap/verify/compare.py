@@ -28,6 +28,8 @@ DISTURBED = (
     "the copy that returns them only"
 )
 
+ISOLATED = "every tensor was computed from onnxruntime's own values of the tensors before it"
+
 
 def verify(
     model: WrappedModel,
@@ -35,6 +37,7 @@ def verify(
     batches: Iterable[Any],
     *,
     tensors: bool = True,
+    isolated: bool = False,
     progress: bool = True,
 ) -> VerifyReport:
     """Compare what ``model`` simulates with what onnxruntime computes from the exported file.
@@ -44,13 +47,17 @@ def verify(
     and a difference beyond float rounding is a wrong scale, weight or place. *Deployed*: the exact
     simulation against the file with all optimisations, as users run it. Quantized tensors are
     compared by their codes. A difference travels on to what is computed from it, so the first
-    tensor that differs is the one to look at. One batch is held at a time.
+    tensor that differs is the one to look at; ``isolated`` keeps it from travelling. One batch is
+    held at a time.
 
     Args:
         model: prepared and calibrated; not changed.
         path: the QDQ file exported from it.
         batches: as for ``calibrate``; labels and the like are ignored.
         tensors: compare quantized tensors too, not the graph outputs alone.
+        isolated: compute every tensor from onnxruntime's own values of the tensors before it, so
+            that each operator, or fused group, is judged by itself. Quantized graph outputs are
+            then onnxruntime's.
         progress: show a progress bar.
 
     Raises:
@@ -63,10 +70,11 @@ def verify(
     chosen, skipped = file.tensors(model.graph) if tensors else ((), ())
     exact = EXACT in model.programs
     with ExitStack() as stack:
-        program = training_form(model)
-        specification = Level(Runtime(file, Mode.LITERAL, chosen), model, program, chosen, stack)
-        program = model.programs[EXACT]() if exact else program
-        deployed = Level(Runtime(file, Mode.OPTIMISED, chosen), model, program, chosen, stack)
+        form = training_form(model)
+        literal, optimised = (Runtime(file, mode, chosen) for mode in Mode)
+        specification = Level(literal, model, form, chosen, stack, isolated=isolated)
+        program = model.programs[EXACT]() if exact else form
+        deployed = Level(optimised, model, program, chosen, stack, isolated=isolated)
         float_model = Simulation(model, Program(), stack)
         quantization = [OutputTally(name) for name in file.outputs]
         count = 0
@@ -76,7 +84,11 @@ def verify(
             specification.add(inputs, feed)
             outputs = deployed.add(inputs, feed)
             add_outputs(quantization, reference=float_model.run(inputs), other=outputs)
-    notes = ((NO_EXACT, not exact), (DISTURBED, deployed.runtime.disturbed))
+    notes = (
+        (NO_EXACT, not exact),
+        (DISTURBED, optimised.disturbed),
+        (ISOLATED, isolated and bool(chosen)),
+    )
     return VerifyReport(
         specification=specification.report("specification", "training form"),
         deployed=deployed.report("deployed", "exact simulation" if exact else "training form"),
@@ -101,12 +113,14 @@ class Level:
         program: Program,
         tensors: Sequence[QuantizedTensor],
         stack: ExitStack,
+        *,
+        isolated: bool,
     ) -> None:
         """Prepare the simulation, which runs until ``stack`` closes."""
         self.runtime = runtime
         self._tensors = [TensorTally(tensor) for tensor in tensors]
         self._outputs = [OutputTally(name) for name in model.output_names]
-        self._simulation = Simulation(model, program, stack, self._tensors)
+        self._simulation = Simulation(model, program, stack, self._tensors, isolated=isolated)
 
     def add(self, inputs: Mapping[str, Tensor], feed: Mapping[str, Array]) -> dict[str, Tensor]:
         """Compare one batch; return onnxruntime's graph outputs."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwrap.model.block import Block
-from qwrap.model.points import Program
+from qwrap.model.points import Program, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.verify.session import Array
 from qwrap.verify.tally import TensorTally
@@ -32,24 +33,46 @@ class Simulation:
         program: Program,
         stack: ExitStack,
         tallies: Sequence[TensorTally] = (),
+        *,
+        isolated: bool = False,
     ) -> None:
-        """Make ``program`` of ``model`` runnable until ``stack`` closes; ``tallies`` watch it."""
+        """Make ``program`` of ``model`` runnable until ``stack`` closes; ``tallies`` watch it.
+
+        With ``isolated``, what goes on from a watched tensor is onnxruntime's value of it.
+        """
         self._codes: Mapping[str, Array] = {}
         by_name: dict[str, list[TensorTally]] = defaultdict(list)
         for tally in tallies:
             by_name[tally.tensor.name].append(tally)
         self._model = _sharing_copy(model).eval()
+        if isolated:
+            taps = dict(program.taps)
+            taps |= {ValuePoint(n): self._replacing(n, t, program) for n, t in by_name.items()}
+            program = replace(program, taps=taps)
+        else:
+            watchers = {name: partial(self._compare, found) for name, found in by_name.items()}
+            program = replace(program, watchers={**program.watchers, **watchers})
         stack.enter_context(self._model.running(program))
-        stack.enter_context(
-            self._model.watching({n: self._watcher(found) for n, found in by_name.items()})
-        )
 
-    def _watcher(self, tallies: Sequence[TensorTally]) -> Callable[[Tensor], None]:
-        return partial(self._compare, tallies)
-
-    def _compare(self, tallies: Iterable[TensorTally], value: Tensor) -> None:
+    def _compare(self, tallies: Sequence[TensorTally], value: Tensor) -> None:
         for tally in tallies:
             tally.add(value, self._codes[tally.tensor.codes])
+
+    def _replacing(
+        self, name: str, tallies: Sequence[TensorTally], program: Program
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a tap that compares what the tap of ``program`` returns, and replaces it."""
+        point, first = ValuePoint(name), tallies[0].tensor
+        tap = program.taps.get(point)
+        if isinstance(tap, nn.Module) and point in self._model.attached:
+            tap = self._model.tap(point)  # that of the copy, which is in evaluation mode
+
+        def replaced(value: Tensor) -> Tensor:
+            simulated = value if tap is None else tap(value)
+            self._compare(tallies, simulated)
+            return first.dequantize(self._codes[first.codes]).to(simulated)
+
+        return replaced
 
     def run(
         self, inputs: Mapping[str, Tensor], codes: Mapping[str, Array] | None = None

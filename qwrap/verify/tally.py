@@ -22,9 +22,8 @@ class _Noise:
         self.noise = 0.0
 
     def add(self, reference: Tensor, difference: Tensor) -> None:
-        finite = reference[reference.isfinite()]
-        self.signal += float(finite.square().sum())
-        self.noise += float(difference.square().sum())
+        self.signal += _energy(reference)
+        self.noise += _energy(difference)
 
     @property
     def sqnr(self) -> float:
@@ -34,6 +33,10 @@ class _Noise:
         if self.signal == 0 or not math.isfinite(self.noise):
             return -math.inf
         return 10 * math.log10(self.signal / self.noise)
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
 class TensorTally:
@@ -71,7 +74,7 @@ class TensorTally:
         if value.numel():
             self._worst = max(self._worst, float(steps.amax()))
         reference = self.tensor.dequantize(codes)
-        self._noise.add(reference.double(), (value - reference).double())
+        self._noise.add(reference, value - reference)
 
     def report(self) -> TensorReport | None:
         """Return the figures so far; None if the tensor was never seen."""
@@ -115,7 +118,7 @@ class OutputTally:
         self._differing += int(same.logical_not_().sum())
         if reference.numel():
             self._worst = max(self._worst, float(difference.amax()))
-        self._noise.add(reference, difference)
+        self._noise.add(reference[reference.isfinite()], difference)
         if scores[0] is not None and scores[1] is not None:
             best = scores[0].argmax(-1).cpu(), scores[1].argmax(-1).cpu()
             self._rows += best[0].numel()

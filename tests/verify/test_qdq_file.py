@@ -145,6 +145,20 @@ def test_every_integer_type_and_axis_compares_equal(
     assert (tensor.differing, tensor.sqnr) == (0, np.inf)
 
 
+def test_each_quantize_linear_of_one_tensor_is_compared(build, tmp_path) -> None:
+    nodes, stored = build.pair("x", "one", "x_one", 0.1, 128)
+    more, tensors = build.pair("x", "two", "x_two", 0.2, 128)
+    nodes += [*more, helper.make_node("Add", ["x_one", "x_two"], ["y"])]
+    onnx.save(build.model(nodes, stored + tensors, width=12), tmp_path / "qdq.onnx")
+    model = load(build.model([helper.make_node("Add", ["x", "x"], ["y"])], [], width=12))
+    grid = Grid(np.float32([0.1]), np.float32([128]), 0, 255)
+    model.attach({ValuePoint("x"): grid})
+    x = np.random.default_rng(0).normal(0, 2, (50, 12)).astype(np.float32)
+    one, two = verify(model, tmp_path / "qdq.onnx", [x], progress=False).specification.tensors
+    assert (one.name, one.dequantized, one.differing) == ("x", ("x_one",), 0)
+    assert (two.name, two.dequantized, two.differing > 0) == ("x", ("x_two",), True)
+
+
 def test_external_data_is_found_beside_the_file(make_pair, tmp_path) -> None:
     pair = make_pair()
     (tmp_path / "inner").mkdir()

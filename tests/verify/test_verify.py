@@ -65,6 +65,28 @@ def test_a_wrong_zero_point_shows_where_it_moves_the_range(make_pair) -> None:
     assert y.worst_step == np.abs(steps - (codes - 60.0)).max()
 
 
+def test_isolated_a_difference_does_not_travel(make_pair) -> None:
+    pair = make_pair({"h": (0.06, 0)})
+    travelling = verify(pair.model, pair.path, pair.batches, progress=False)
+    isolated = verify(pair.model, pair.path, pair.batches, isolated=True, progress=False)
+    for found, alone in (
+        (travelling.specification, isolated.specification),
+        (travelling.deployed, isolated.deployed),
+    ):
+        assert [t.differing > 0 for t in found.tensors] == [False, True, True]
+        assert alone.tensors[1] == found.tensors[1]
+    # The exact kernel of ``y`` is told the scale of ``h``, which is not the file's.
+    assert [t.differing > 0 for t in isolated.specification.tensors] == [False, True, False]
+    assert isolated.specification.outputs[0].differing == 0
+    assert "onnxruntime's own values" in isolated.notes[0]
+
+
+def test_isolated_an_equal_simulation_stays_equal(make_pair) -> None:
+    pair = make_pair()
+    report = verify(pair.model, pair.path, pair.batches, isolated=True, progress=False)
+    assert report.specification.differing == report.deployed.differing == 0
+
+
 def test_counts_are_those_of_brute_force(make_pair) -> None:
     pair = make_pair({"h": (0.06, 0)})
     report = verify(pair.model, pair.path, pair.batches, progress=False)
@@ -182,6 +204,12 @@ def test_a_program_that_is_running_does_not_replace_the_training_form(make_pair)
         report = verify(pair.model, pair.path, pair.batches, progress=False)
     assert report.passed()
     assert report.specification.differing == 0
+
+
+def test_nothing_is_printed_where_no_terminal_is(make_pair, capfd) -> None:
+    pair = make_pair()
+    verify(pair.model, pair.path, pair.batches)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_batches(make_pair) -> None:
