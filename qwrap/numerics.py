@@ -70,6 +70,25 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     return QParams(scale.to(torch.float32), zero_point.to(torch.int32), spec.axis)
 
 
+def shrink_into(qparams: QParams, low: float, high: float, spec: QuantSpec) -> QParams:
+    """Return ``qparams`` with the scale reduced until no code lies outside ``[low, high]``.
+
+    Args:
+        qparams: one scale; the code of ``low`` or ``high`` is the zero point where that end is 0.
+        low: at most 0.
+        high: at least 0.
+        spec: gives the range of the codes.
+    """
+    down, up = (code - int(qparams.zero_point) for code in (spec.qmin, spec.qmax))
+    scale = qparams.scale.clone()
+    for end, steps in ((low, down), (high, up)):
+        if steps:
+            scale.clamp_(max=end / steps)
+            while abs(float(scale * steps)) > abs(end):  # the float32 product, as a kernel has it
+                scale = torch.nextafter(scale, torch.zeros_like(scale))
+    return QParams(scale, qparams.zero_point, qparams.axis)
+
+
 def _range_with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     # float64, as in onnxruntime's quantizer: float32 can overflow in high - low, and moves ties.
     low, high = (end.detach().to(torch.float64).reshape(-1) for end in (low, high))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
+import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
 from qwrap.dtypes import INT32, QuantType
-from qwrap.graph.index import OnnxGraph
-from qwrap.model.points import UsePoint, ValuePoint
+from qwrap.graph.index import OnnxGraph, walk_nodes
+from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, quantize
+from qwrap.quant.plan import TensorPlan
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import BiasStub, Stub
+
+Array = npt.NDArray[Any]
 
 
 class QdqWriter:
@@ -23,33 +28,42 @@ class QdqWriter:
     """
 
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
-        self.model, self.plan = model, plan_of(model)
+        self.model, self.plan, self.draft = model, plan_of(model), draft
         self.graph = OnnxGraph(draft)
-        self.draft = draft
         self.names = {v.name for v in self.graph.values.values()}
+        self.names |= {n.name for n in walk_nodes(draft.graph)}
         self.qparams: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self.constants: dict[tuple[str, str], ir.Value] = {}
+        self.constants: dict[tuple[object, ...], list[ir.Value]] = {}
 
     def write(self) -> None:
         """Write all pairs and codes of the plan, in place."""
         for (node, index), constant in self.plan.constants.items():
-            stub = self.model.tap(UsePoint(node, index))
-            assert isinstance(stub, Stub)
-            value = self.model.stored(constant.value)
-            assert value is not None
-            codes = quantize(
-                value, stub.qparams, stub.spec.dtype, narrow_range=stub.spec.narrow_range
-            )
-            self._constant(node, index, constant.value, codes, stub.qparams, stub.spec.dtype)
+            stub = self._stub(UsePoint(node, index))
+            value, spec = self._stored(constant.value), stub.spec
+            codes = quantize(value, stub.qparams, spec.dtype, narrow_range=spec.narrow_range)
+            self._constant(node, index, constant.value, codes, stub.qparams, spec.dtype)
         for (node, index), bias in self.plan.biases.items():
-            stub = self.model.tap(UsePoint(node, index))
-            assert isinstance(stub, BiasStub)
-            value = self.model.stored(bias.value)
-            assert value is not None
-            self._constant(node, index, bias.value, stub.codes(value), stub.qparams, INT32)
-        for key in self.plan.tensors:
-            self._pair(key)
+            bias_stub = self.model.tap(UsePoint(node, index))
+            assert isinstance(bias_stub, BiasStub)
+            codes = bias_stub.codes(self._stored(bias.value))
+            self._constant(node, index, bias.value, codes, bias_stub.qparams, INT32)
+        for key, tensor in self.plan.tensors.items():
+            self._pair(self.graph.values[key], tensor)
         self._remove_unused()
+
+    # --- what the model holds --------------------------------------------------------------------
+
+    def _stub(self, point: Point) -> Stub:
+        stub = self.model.tap(point)
+        assert isinstance(stub, Stub)
+        return stub
+
+    def _stored(self, key: str) -> Tensor:
+        value = self.model.stored(key)
+        assert value is not None
+        return value
+
+    # --- new things ------------------------------------------------------------------------------
 
     def _fresh(self, name: str) -> str:
         unique, count = name, 0
@@ -59,14 +73,13 @@ class QdqWriter:
         self.names.add(unique)
         return unique
 
-    def _initializer(self, name: str, array: np.ndarray, dtype: QuantType | None) -> ir.Value:  # type: ignore[type-arg]
+    def _initializer(self, name: str, array: Array, kind: ir.DataType) -> ir.Value:
         name = self._fresh(name)
-        kind = None if dtype is None else ir.DataType(dtype.onnx_type)
-        tensor = ir.tensor(array, dtype=kind, name=name)
+        tensor = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=name)
         value = ir.Value(
             name=name,
             shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
+            type=ir.TensorType(kind),
             const_value=tensor,
         )
         self.draft.graph.register_initializer(value)
@@ -78,117 +91,39 @@ class QdqWriter:
         scale, zero_point = _array(qparams.scale), _array(qparams.zero_point)
         if qparams.axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        stored = zero_point.astype(ir.DataType(dtype.onnx_type).numpy())
         return (
-            self._initializer(f"{name}_scale", scale, None),
-            self._initializer(f"{name}_zero_point", stored, dtype),
+            self._initializer(f"{name}_scale", scale, ir.DataType.FLOAT),
+            self._initializer(f"{name}_zero_point", zero_point, ir.DataType(dtype.onnx_type)),
         )
 
-    def _node(self, op_type: str, inputs: list[ir.Value], name: str, axis: int | None) -> ir.Node:
+    def _node(
+        self, op_type: str, inputs: list[ir.Value], tensor: str, axis: int | None = None
+    ) -> ir.Node:
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+        name = f"{tensor}_{op_type}"
         node = ir.Node("", op_type, inputs, attributes, num_outputs=1, name=self._fresh(name))
-        output = self._fresh(f"{name}_Output")
-        node.outputs[0].name = output
+        node.outputs[0].name = self._fresh(f"{name}_Output")
         return node
+
+    # --- constants -------------------------------------------------------------------------------
 
     def _constant(
         self, node: str, index: int, key: str, codes: Tensor, qparams: QParams, dtype: QuantType
     ) -> None:
-        """Feed input ``index`` of ``node`` from codes; equal codes are stored once."""
-        user = self.graph.nodes[node]
-        name = self.graph.values[key].name or "constant"
-        array = _array(codes).astype(ir.DataType(dtype.onnx_type).numpy())
-        stored = self._initializer(f"{name}_quantized", array, dtype)
-        inputs = [stored, *self._scale_and_zero_point(name, qparams, dtype)]
+        """Feed input ``index`` of ``node`` from codes; equal codes and scales are stored once."""
+        user, name = self.graph.nodes[node], self.graph.values[key].name or "constant"
+        scale, zero_point = _array(qparams.scale), _array(qparams.zero_point)
+        identity = (key, dtype, qparams.axis, scale.tobytes(), zero_point.tobytes())
+        if identity not in self.constants:
+            kind = ir.DataType(dtype.onnx_type)
+            stored = self._initializer(f"{name}_quantized", _array(codes), kind)
+            qvalues = self._scale_and_zero_point(name, qparams, dtype)
+            self.constants[identity] = [stored, *qvalues]
         dequantize = self._node(
-            "DequantizeLinear", inputs, f"{name}_DequantizeLinear", qparams.axis
+            "DequantizeLinear", self.constants[identity], name, axis=qparams.axis
         )
-        graph = user.graph
-        assert graph is not None
-        graph.insert_before(user, dequantize)
+        _graph(user).insert_before(user, dequantize)
         user.replace_input_with(index, dequantize.outputs[0])
-
-    def _pair(self, key: str) -> None:
-        """Put a pair behind the value ``key``; all its consumers read what comes out."""
-        tensor = self.plan.tensors[key]
-        value = self.graph.values[key]
-        stub = self.model.tap(ValuePoint(tensor.source))
-        assert isinstance(stub, Stub)
-        if tensor.source not in self.qparams:
-            name = self.graph.values[tensor.source].name or "tensor"
-            self.qparams[tensor.source] = self._scale_and_zero_point(
-                name, stub.qparams, tensor.spec.dtype
-            )
-        scale, zero_point = self.qparams[tensor.source]
-        uses = list(value.uses())
-        name = value.name or "tensor"
-        quantize_node = self._node(
-            "QuantizeLinear", [value, scale, zero_point], f"{name}_QuantizeLinear", None
-        )
-        producer = value.producer()
-        home = self.draft.graph if producer is None else producer.graph
-        assert home is not None
-        if producer is None:
-            first = next(iter(home))
-            home.insert_before(first, quantize_node)
-        else:
-            home.insert_after(producer, quantize_node)
-        readers: dict[ir.Graph, ir.Value] = {}
-        codes = quantize_node.outputs[0]
-        for use in uses:
-            where = use.node.graph
-            assert isinstance(where, ir.Graph)
-            if where not in readers:
-                readers[where] = self._dequantize(
-                    codes, scale, zero_point, name, where, quantize_node
-                )
-            use.node.replace_input_with(use.idx, readers[where])
-        self._rewire_outputs(value, codes, scale, zero_point, quantize_node)
-
-    def _dequantize(
-        self,
-        codes: ir.Value,
-        scale: ir.Value,
-        zero_point: ir.Value,
-        name: str,
-        where: ir.Graph,
-        after: ir.Node,
-    ) -> ir.Value:
-        """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
-        node = self._node(
-            "DequantizeLinear", [codes, scale, zero_point], f"{name}_DequantizeLinear", None
-        )
-        if where is after.graph:
-            where.insert_after(after, node)
-        else:
-            where.insert_before(next(iter(where)), node)
-        return node.outputs[0]
-
-    def _rewire_outputs(
-        self,
-        value: ir.Value,
-        codes: ir.Value,
-        scale: ir.Value,
-        zero_point: ir.Value,
-        after: ir.Node,
-    ) -> None:
-        """Let a graph output come out of the pair under its own name."""
-        graph = after.graph
-        assert isinstance(graph, ir.Graph)
-        if value not in graph.outputs:
-            return
-        name = value.name or "output"
-        node = self._node(
-            "DequantizeLinear", [codes, scale, zero_point], f"{name}_output_DequantizeLinear", None
-        )
-        graph.insert_after(after, node)
-        result = node.outputs[0]
-        result.type, result.shape = value.type, value.shape
-        for i, output in enumerate(graph.outputs):
-            if output is value:
-                graph.outputs[i] = result
-        value.name = self._fresh(f"{name}_float")
-        result.name = name
 
     def _remove_unused(self) -> None:
         """Drop the float constants that only codes replaced."""
@@ -200,9 +135,7 @@ class QdqWriter:
                 continue
             producer = value.producer()
             if producer is not None:
-                graph = producer.graph
-                assert graph is not None
-                graph.remove(producer, safe=True)
+                _graph(producer).remove(producer, safe=True)
             else:
                 graph = value.graph
                 assert isinstance(graph, ir.Graph)
@@ -210,7 +143,68 @@ class QdqWriter:
                     graph.inputs.remove(value)
                 graph.initializers.pop(value.name or "")
 
+    # --- activations -----------------------------------------------------------------------------
 
-def _array(tensor: Tensor) -> np.ndarray:  # type: ignore[type-arg]
-    array: np.ndarray = tensor.detach().cpu().numpy()  # type: ignore[type-arg]
+    def _pair(self, value: ir.Value, tensor: TensorPlan) -> None:
+        """Put a pair behind ``value``; all that read it read what comes out."""
+        name = value.name or "tensor"
+        if tensor.source not in self.qparams:
+            source = self.graph.values[tensor.source].name or "tensor"
+            qparams = self._stub(ValuePoint(tensor.source)).qparams
+            self.qparams[tensor.source] = self._scale_and_zero_point(
+                source, qparams, tensor.spec.dtype
+            )
+        scale, zero_point = self.qparams[tensor.source]
+        uses = list(value.uses())
+        quantizer = self._node("QuantizeLinear", [value, scale, zero_point], name)
+        _insert_behind(value, quantizer)
+        codes = [quantizer.outputs[0], scale, zero_point]
+        readers: dict[ir.Graph, ir.Value] = {}
+        for use in uses:
+            where = _graph(use.node)
+            if where not in readers:
+                readers[where] = self._dequantize(codes, name, where, quantizer)
+            use.node.replace_input_with(use.idx, readers[where])
+        if value in _graph(quantizer).outputs and value.producer() is not None:
+            self._take_over_output(value, self._dequantize(codes, name, None, quantizer))
+
+    def _dequantize(
+        self, codes: list[ir.Value], name: str, where: ir.Graph | None, quantizer: ir.Node
+    ) -> ir.Value:
+        """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
+        node = self._node("DequantizeLinear", codes, name)
+        if where is None or where is quantizer.graph:
+            _graph(quantizer).insert_after(quantizer, node)
+        else:
+            where.insert_before(where[0], node)
+        return node.outputs[0]
+
+    def _take_over_output(self, value: ir.Value, result: ir.Value) -> None:
+        """Let a graph output come out of the pair under its own name, in place."""
+        outputs, name = value.graph.outputs if value.graph else [], value.name
+        result.type, result.shape = value.type, value.shape
+        for i, output in enumerate(outputs):
+            if output is value:
+                outputs[i] = result
+        value.name = self._fresh(f"{name}_float")
+        result.name = name
+
+
+def _insert_behind(value: ir.Value, node: ir.Node) -> None:
+    producer = value.producer()
+    if producer is not None:
+        _graph(producer).insert_after(producer, node)
+        return
+    graph = value.graph
+    assert isinstance(graph, ir.Graph), "a quantized value is made by a node or is a graph input"
+    graph.insert_before(graph[0], node)
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)  # nodes of functions are never quantized
+    return node.graph
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwrap.config import QConfig
 from qwrap.errors import NotCalibratedError
 from qwrap.model.batches import iterate
-from qwrap.model.points import UsePoint, ValuePoint
+from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
-from qwrap.numerics import QParams, choose_qparams
-from qwrap.quant.observers import Observer
+from qwrap.numerics import QParams, choose_qparams, shrink_into
+from qwrap.quant.bounds import bounds_of
+from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.placement import place
-from qwrap.quant.prepare import bias_stubs, install, plan_of, stubs
+from qwrap.quant.prepare import bias_stubs, config_of, install, new_observer, plan_of, stubs
 from qwrap.quant.ranges import choose_ranges, choose_weight_range
-from qwrap.quant.stubs import BiasStub, Mode, Stub
+from qwrap.quant.sources import integer_users
+from qwrap.quant.stubs import Mode, Stub
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 
@@ -67,143 +69,164 @@ def calibrate(
 def calibrating(model: WrappedModel) -> Iterator[None]:
     """Let observers watch what the user runs in the ``with`` block, then fix all scales, in place.
 
+    Every calibration starts from nothing. One that fails or is interrupted leaves the model
+    prepared, and computing in float. What an earlier one returned to float stays so.
+
     Raises:
+        ConfigError: the model is not prepared.
         NotCalibratedError: nothing was run.
     """
     plan_of(model)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    _start_afresh(model)
     set_mode(model, "observe")
     try:
         yield
+        _finish(model)
     except BaseException:
-        set_mode(model, "float")
+        _start_afresh(model)
         raise
     finally:
-        model.train(training)
-    _finish(model)
+        for module, training in modes:
+            module.training = training
 
 
 def set_mode(model: WrappedModel, mode: Mode) -> None:
     """Switch every stub to ``mode``, in place."""
-    for _, stub in stubs(model):
+    for _, stub in (*stubs(model), *bias_stubs(model)):
         stub.mode = mode
-    for _, bias in bias_stubs(model):
-        bias.mode = mode
+
+
+def _start_afresh(model: WrappedModel) -> None:
+    for _, stub in stubs(model):
+        observed = stub.observer is not None
+        stub.forget(new_observer(stub.name, config_of(model)) if observed else None)
+    set_mode(model, "float")
 
 
 def _finish(model: WrappedModel) -> None:
-    observers = {s.name: s.observer for _, s in stubs(model) if s.observer is not None}
-    if observers and not any(o.count for o in observers.values()):
+    observers = [s.observer for _, s in stubs(model) if s.observer is not None]
+    if observers and not any(o.count + o.masked + o.nonfinite for o in observers):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
-    _leave_out_unseen(model, observers)
+    _leave_out_problems(model)
     _set_activations(model)
     _set_constants(model)
+    _set_tables(model)
     _fit_biases(model)
     set_mode(model, "quantize")
 
 
-def _leave_out_unseen(model: WrappedModel, observers: dict[str, Observer]) -> None:
+def _leave_out_problems(model: WrappedModel) -> None:
     """Return to float what no data reached, and what works on attention masks, in place."""
-    config = model.config
-    assert isinstance(config, QConfig)
     without: dict[str, str] = {}
-    while True:
-        plan = plan_of(model)
-        problems = {
-            key: problem
-            for key, tensor in plan.sources().items()
-            if tensor.fixed is None and (problem := _problem(observers.get(key)))
-        }
-        if not problems:
-            return
-        without |= {
-            node: f"{problem} (tensor {key!r})"
-            for key, problem in problems.items()
-            for node in _integer_neighbours(model, key)
-        }
-        changes = plan.changes
-        plan = place(model.layout, config, without=without)
+    while problems := _problems(model):
+        assert not problems.keys() <= without.keys(), "a node stayed although it has to go"
+        without = problems | without
+        changes = plan_of(model).changes
+        plan = place(model.layout, config_of(model), without=without)
         plan.changes = changes
-        install(model, plan, config, observers)
+        install(model, plan, config_of(model))
 
 
-def _problem(observer: Observer | None) -> str | None:
-    if observer is None or not (observer.count or observer.masked or observer.nonfinite):
-        return "no calibration data reached it"
-    if observer.masked or observer.nonfinite:
-        return (
-            f"its input or output holds {observer.masked} mask values (beyond 1e30) and "
-            f"{observer.nonfinite} that are not finite"
-        )
-    return None
+def _problems(model: WrappedModel) -> dict[str, str]:
+    """Return node key -> why the node cannot be quantized, after all."""
+    plan = plan_of(model)
+    found: dict[str, str] = {}
+    users = integer_users(plan, model.graph)
+    for _, stub in stubs(model):
+        problem = None if stub.observer is None else _trouble(stub.observer)
+        if problem:
+            found |= {
+                node: f"{problem} (tensor {stub.name!r})" for node in sorted(users[stub.name])
+            }
+    for (node, _), constant in plan.constants.items():
+        observer = MinMaxObserver(constant.value)
+        observer.observe(_stored(model, constant.value))
+        problem = _trouble(observer)
+        if problem:
+            found[node] = f"{problem} (constant {constant.value!r})"
+    return found
 
 
-def _integer_neighbours(model: WrappedModel, source: str) -> list[str]:
-    """Return the integer nodes that read or write a tensor with the scale of ``source``."""
-    plan, graph = plan_of(model), model.graph
-    found = []
-    for key, tensor in plan.tensors.items():
-        if tensor.source == source:
-            value = graph.values[key]
-            nodes = [n for n in (value.producer(), *value.consumers()) if n is not None]
-            found += [graph.node_key(n) for n in nodes]
-    around = {
-        graph.node_key(n)
-        for key in found
-        for v in (*graph.nodes[key].inputs, *graph.nodes[key].outputs)
-        if v is not None
-        for n in (v.producer(), *v.consumers())
-        if n is not None and plan.nodes.get(key) and plan.nodes[key].role != "integer"
-    }
-    return [k for k in {*found, *around} if k in plan.nodes and plan.nodes[k].role == "integer"]
+def _trouble(observer: Observer) -> str | None:
+    if observer.masked:
+        return f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more"
+    if observer.nonfinite:
+        return f"works on {observer.nonfinite} values that are NaN or infinite"
+    return None if observer.count else "no calibration data reached it"
+
+
+def _stored(model: WrappedModel, value: str) -> Tensor:
+    tensor = model.stored(value)
+    assert tensor is not None
+    return tensor
 
 
 def _set_activations(model: WrappedModel) -> None:
-    config = model.config
-    assert isinstance(config, QConfig)
-    plan = plan_of(model)
+    plan, config = plan_of(model), config_of(model)
     watched: list[tuple[Stub, Observer]] = []
-    for point, stub in stubs(model):
-        if isinstance(point, ValuePoint):
-            fixed = plan.tensors[point.value].fixed
-            if fixed is not None:
-                scale, zero_point = torch.tensor([fixed[0]]), torch.tensor([fixed[1]])
-                stub.set_qparams(QParams(scale, zero_point.to(torch.int32)))
-            elif stub.observer is not None:
-                watched.append((stub, stub.observer))
+    for _, stub in stubs(model):
+        tensor = plan.tensors.get(stub.name)
+        if stub.observer is not None:
+            watched.append((stub, stub.observer))
+        elif tensor is not None and tensor.fixed is not None:
+            scale, zero_point = tensor.fixed
+            stub.set_qparams(QParams(torch.tensor([scale]), torch.tensor([zero_point])))
     if not watched:
         return
     lows, highs = choose_ranges(
         [o for _, o in watched], [s.spec for s, _ in watched], config.method, config.percentile
     )
     for (stub, _), low, high in zip(watched, lows, highs, strict=True):
-        stub.set_qparams(choose_qparams(low, high, stub.spec))
+        qparams = choose_qparams(low, high, stub.spec)
+        low_bound, high_bound = _bounds(model, stub.name)
+        stub.set_qparams(shrink_into(qparams, low_bound, high_bound, stub.spec))
 
 
+def _bounds(model: WrappedModel, key: str) -> tuple[float, float]:
+    """Return where the activation that tensor ``key`` comes out of cuts, if it was absorbed.
+
+    onnxruntime removes it only if none of the output's codes lies outside.
+    """
+    node = model.graph.values[key].producer()
+    if node is None or plan_of(model).nodes[model.graph.node_key(node)].role != "absorbed":
+        return -math.inf, math.inf
+    bounds = bounds_of(model.layout.values, node)
+    assert bounds is not None
+    return bounds
+
+
+@torch.no_grad()
 def _set_constants(model: WrappedModel) -> None:
-    config = model.config
-    assert isinstance(config, QConfig)
     for point, constant in plan_of(model).constants.items():
-        stub, value = model.tap(UsePoint(*point)), model.stored(constant.value)
-        assert isinstance(stub, Stub)
-        assert value is not None
-        low, high = choose_weight_range(value.detach(), stub.spec, config.weight_method)
+        stub = _stub(model, UsePoint(*point))
+        value, method = _stored(model, constant.value), config_of(model).weight_method
+        low, high = choose_weight_range(value, stub.spec, method)
         stub.set_qparams(choose_qparams(low, high, stub.spec))
+
+
+def _set_tables(model: WrappedModel) -> None:
+    """Give what is looked up in a constant table the scale of the table, in place."""
+    for key, tensor in plan_of(model).tensors.items():
+        if tensor.table is not None:
+            table = _stub(model, UsePoint(*tensor.table))
+            _stub(model, ValuePoint(key)).set_qparams(table.qparams)
 
 
 @torch.no_grad()
 def _fit_biases(model: WrappedModel) -> None:
     """Enlarge the weight scale of channels whose bias would overflow int32, in place."""
-    for point, bias in plan_of(model).biases.items():
-        stub, weight = model.tap(UsePoint(*point)), model.tap(UsePoint(*bias.weight))
-        value = model.stored(bias.value)
-        assert isinstance(stub, BiasStub)
-        assert isinstance(weight, Stub)
-        assert isinstance(value, Tensor)
-        activation = model.tap(ValuePoint(bias.activation))
-        assert isinstance(activation, Stub)
-        least = value.abs() / (activation.scale * LARGEST_BIAS)
+    for bias in plan_of(model).biases.values():
+        weight = _stub(model, UsePoint(*bias.weight))
+        activation = _stub(model, ValuePoint(bias.activation))
+        least = _stored(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
         weight.scale.copy_(torch.maximum(weight.scale, least))
+
+
+def _stub(model: WrappedModel, point: Point) -> Stub:
+    stub = model.tap(point)
+    assert isinstance(stub, Stub)
+    return stub

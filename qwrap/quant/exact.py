@@ -9,7 +9,6 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
-from qwrap.dtypes import QuantType
 from qwrap.errors import ConfigError
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.values import attributes_of
@@ -17,6 +16,7 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.quant import kernels as k
 from qwrap.quant.plan import QuantPlan
+from qwrap.quant.sources import source_of, written_by
 from qwrap.quant.stubs import BiasStub, Stub
 
 EIGHT_BITS = 8
@@ -59,8 +59,8 @@ class _Lowering:
             if planned.role == "integer" and self._fits(node):
                 kernels[key] = self._kernel(node)
                 made.add(self.graph.key(node.outputs[0]))
-                made.add(self.graph.key(self._output(node)))
-            elif planned.role == "absorbed":
+                made.add(self.graph.key(written_by(self.plan, self.graph, node)))
+            elif planned.role == "absorbed" and self._fits(self._producer(node)):
                 kernels[key] = k.pass_through
         taps: dict[Point, Callable[[Tensor], Tensor]] = {}
         for point in self.model.attached:
@@ -74,32 +74,17 @@ class _Lowering:
     def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
         return point.node in kernels and self.graph.nodes[point.node].op_type in WEIGHTED
 
+    def _producer(self, node: ir.Node) -> ir.Node:
+        value = node.inputs[0]
+        producer = None if value is None else value.producer()
+        assert producer is not None, "an absorbed node has a producer"
+        return producer
+
     def _fits(self, node: ir.Node) -> bool:
         """Whether onnxruntime has the kernel: it fuses 8-bit activations only."""
-        keys = [self._source(v) for v in node.inputs if v is not None]
-        return all(self._dtype(key).bits == EIGHT_BITS for key in keys if key is not None)
-
-    def _source(self, value: ir.Value) -> str | None:
-        """Return the tensor whose grid ``value`` is on, None if it is on none."""
-        tensor = self.plan.tensors.get(self.graph.key(value))
-        if tensor is not None:
-            return tensor.source
-        node = value.producer()
-        if node is not None and node.op_type == "Pad" and node.inputs[0] is not None:
-            return self._source(node.inputs[0])
-        return None
-
-    def _dtype(self, source: str) -> QuantType:
-        return self.plan.tensors[source].spec.dtype
-
-    def _output(self, node: ir.Node) -> ir.Value:
-        """Return the value that a kernel writes: behind an absorbed activation."""
-        value = node.outputs[0]
-        for user in value.consumers():
-            planned = self.plan.nodes.get(self.graph.node_key(user))
-            if planned is not None and planned.role == "absorbed":
-                return user.outputs[0]
-        return value
+        sources = [source_of(self.plan, self.graph, v) for v in node.inputs if v is not None]
+        specs = [self.plan.tensors[key].spec for key in sources if key is not None]
+        return all(spec.dtype.bits == EIGHT_BITS for spec in specs)
 
     def _stub(self, point: Point) -> Stub:
         stub = self.model.tap(point)
@@ -116,12 +101,12 @@ class _Lowering:
         key = self.graph.node_key(node)
         if (key, index) in self.plan.constants:
             return self._grid(self._stub(UsePoint(key, index)))
-        source = self._source(value)
+        source = source_of(self.plan, self.graph, value)
         assert source is not None
         return self._grid(self._stub(ValuePoint(source)))
 
     def _output_grid(self, node: ir.Node) -> k.Grid | None:
-        source = self._source(self._output(node))
+        source = source_of(self.plan, self.graph, written_by(self.plan, self.graph, node))
         return None if source is None else self._grid(self._stub(ValuePoint(source)))
 
     def _weight(self, node: ir.Node) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator
 from functools import partial
 
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.exact import exact_program
 from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement import place
-from qwrap.quant.plan import QuantPlan
+from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Stub
 
 PER_AXIS_OPSET = 13  # QuantizeLinear-13 brought ``axis``
@@ -43,7 +44,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     Raises:
         ConfigError: a selector of ``config`` fits no node.
     """
-    config = config or QConfig()
+    config = copy.deepcopy(config) if config else QConfig()
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
     changes = _raise_opset(draft, config)
@@ -56,7 +57,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     model.rewrite(OnnxGraph(draft), kept)
     plan = place(model.layout, config)
     plan.changes = changes
-    install(model, plan, config, {})
+    install(model, plan, config)
     return plan
 
 
@@ -72,20 +73,16 @@ def _raise_opset(draft: ir.Model, config: QConfig) -> list[str]:
     return [f"opset {before} raised to {opset_of(draft, '')}", *lines]
 
 
-def install(
-    model: WrappedModel, plan: QuantPlan, config: QConfig, observers: Mapping[str, Observer]
-) -> None:
-    """Put the stubs of ``plan`` on ``model``, in place; tensors keep the observers given."""
+def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
+    """Put the stubs of ``plan`` on ``model``, in place; those of an earlier plan stay where due.
+
+    A tensor that had another one's scale before takes a copy of what was observed there.
+    """
     stubs: dict[Point, nn.Module] = {}
     for key, tensor in plan.sources().items():
-        observer = observers.get(key) or _new_observer(key, config)
-        stubs[ValuePoint(key)] = Stub(key, tensor.spec, observer=None if tensor.fixed else observer)
+        stubs[ValuePoint(key)] = _activation_stub(model, key, tensor, config)
     for (node, index), constant in plan.constants.items():
-        value = model.stored(constant.value)
-        assert value is not None
-        axis = constant.spec.axis
-        channels = 1 if axis is None else value.shape[axis]
-        stubs[UsePoint(node, index)] = Stub(constant.value, constant.spec, channels)
+        stubs[UsePoint(node, index)] = _constant_stub(model, UsePoint(node, index), constant)
     for (node, index), bias in plan.biases.items():
         activation, weight = stubs[ValuePoint(bias.activation)], stubs[UsePoint(*bias.weight)]
         assert isinstance(activation, Stub)
@@ -97,7 +94,30 @@ def install(
     model.programs["exact"] = partial(exact_program, model)
 
 
-def _new_observer(name: str, config: QConfig) -> Observer:
+def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: QConfig) -> Stub:
+    if not tensor.is_observed:
+        return Stub(key, tensor.spec)
+    source, earlier = key, model.plan
+    if isinstance(earlier, QuantPlan) and key in earlier.tensors:
+        source = earlier.tensors[key].source
+    stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
+    if not isinstance(stub, Stub):
+        return Stub(key, tensor.spec, observer=new_observer(key, config))
+    return stub if source == key else Stub(key, tensor.spec, observer=copy.deepcopy(stub.observer))
+
+
+def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan) -> Stub:
+    stub = model.tap(point) if point in model.attached else None
+    if isinstance(stub, Stub):
+        return stub
+    value = model.stored(constant.value)
+    assert value is not None
+    axis = constant.spec.axis
+    return Stub(constant.value, constant.spec, 1 if axis is None else value.shape[axis])
+
+
+def new_observer(name: str, config: QConfig) -> Observer:
+    """Return what watches activation ``name`` for the range method of ``config``."""
     return MinMaxObserver(name) if config.method == "minmax" else HistogramObserver(name)
 
 
@@ -110,6 +130,17 @@ def plan_of(model: WrappedModel) -> QuantPlan:
     if not isinstance(model.plan, QuantPlan):
         raise ConfigError("the model is not prepared; call qwrap.prepare(model) first")
     return model.plan
+
+
+def config_of(model: WrappedModel) -> QConfig:
+    """Return what a prepared model was asked for.
+
+    Raises:
+        ConfigError: the model is not prepared.
+    """
+    plan_of(model)
+    assert isinstance(model.config, QConfig)
+    return model.config
 
 
 def stubs(model: WrappedModel) -> Iterator[tuple[Point, Stub]]:

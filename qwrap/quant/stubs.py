@@ -15,65 +15,19 @@ from qwrap.quant.observers import Observer
 Mode = Literal["float", "observe", "quantize"]
 
 
-class Stub(nn.Module):
-    """Rounds a tensor to the grid of its codes once its scale is known; before, passes it on.
-
-    The scale is NaN until it is known. Scale and zero point have their final shape from the start
-    and are written in place, so that wrappers which hold on to them (DDP) keep the right ones.
+class Switch(nn.Module):
+    """A tap that can be switched; saves its mode with the ``state_dict``.
 
     Attributes:
         name: the ONNX tensor.
-        spec: how it is quantized.
-        scale: float32 ``[1]`` or ``[C]``.
-        zero_point: int32 of the same shape.
-        mode: "observe" shows the tensor to ``observer`` and passes it on, "quantize" rounds it,
-            "float" passes it on.
-        observer: what watches the tensor, None where the scale needs no data.
+        mode: "observe" watches the tensor and passes it on, "quantize" rounds it, "float" passes
+            it on.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(
-        self, name: str, spec: QuantSpec, channels: int = 1, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.spec, self.observer = name, spec, observer
+        self.name = name
         self.mode: Mode = "float"
-        self.register_buffer("scale", torch.full((channels,), float("nan")))
-        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the scale is known."""
-        return not bool(self.scale.isnan().any())
-
-    @property
-    def qparams(self) -> QParams:
-        """Scale and zero point.
-
-        Raises:
-            NotCalibratedError: they are not known yet.
-        """
-        if not self.is_calibrated:
-            raise NotCalibratedError(
-                f"tensor {self.name!r} has no scale yet; run calibrate() first"
-            )
-        return QParams(self.scale, self.zero_point, self.spec.axis)
-
-    @torch.no_grad()
-    def set_qparams(self, qparams: QParams) -> None:
-        """Write scale and zero point, in place."""
-        self.scale.copy_(qparams.scale)
-        self.zero_point.copy_(qparams.zero_point)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe, quantize or pass on ``x``."""
-        if self.mode == "quantize":
-            return fake_quantize(x, self.scale, self.zero_point, self.spec)
-        if self.mode == "observe" and self.observer is not None:
-            self.observer.observe(x)
-        return x
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the mode."""
@@ -83,23 +37,78 @@ class Stub(nn.Module):
         """Take over a saved mode."""
         self.mode = state["mode"]
 
+
+class Stub(Switch):
+    """Rounds a tensor to the grid of its codes once its scale is known; before, passes it on.
+
+    The scale is NaN until it is known. Scale and zero point have their final shape from the start
+    and are written in place, so that wrappers which hold on to them (DDP) keep the right ones.
+
+    Attributes:
+        spec: how the tensor is quantized.
+        scale: float32 ``[1]`` or ``[C]``.
+        zero_point: int32 of the same shape.
+        observer: what watches the tensor, None where the scale needs no data.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, name: str, spec: QuantSpec, channels: int = 1, observer: Observer | None = None
+    ) -> None:
+        super().__init__(name)
+        self.spec, self.observer = spec, observer
+        self.register_buffer("scale", torch.full((channels,), float("nan")))
+        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero point.
+
+        Raises:
+            NotCalibratedError: they are not known yet.
+        """
+        if self.scale.isnan().any():
+            raise NotCalibratedError(
+                f"tensor {self.name!r} has no scale yet; run qwrap.calibrate() first"
+            )
+        return QParams(self.scale, self.zero_point, self.spec.axis)
+
+    @torch.no_grad()
+    def set_qparams(self, qparams: QParams) -> None:
+        """Write scale and zero point, in place."""
+        self.scale.copy_(qparams.scale)
+        self.zero_point.copy_(qparams.zero_point)
+
+    @torch.no_grad()
+    def forget(self, observer: Observer | None) -> None:
+        """Drop the scale, in place, and watch with ``observer`` from now on."""
+        self.scale.fill_(float("nan"))
+        self.observer = observer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe, quantize or pass on ``x``."""
+        if self.mode == "quantize":
+            return fake_quantize(x, self.scale, self.zero_point, self.spec)
+        if self.mode == "observe" and self.observer is not None:
+            self.observer.observe(x)
+        return x
+
     def extra_repr(self) -> str:
         """Describe type and granularity in ``print(model)``."""
         axis = "" if self.spec.axis is None else f", axis={self.spec.axis}"
         return f"{self.spec.dtype}{axis}, {self.mode}"
 
 
-class BiasStub(nn.Module):
+class BiasStub(Switch):
     """Rounds a bias to int32 codes at the accumulator's scale: activation scale times weight scale.
 
-    Attributes:
-        mode: "quantize" or "float", as in ``Stub``.
+    It has no scale of its own, so that it follows those two wherever they go.
     """
 
     def __init__(self, name: str, activation: Stub, weight: Stub) -> None:
-        super().__init__()
-        self.name = name
-        self.mode: Mode = "float"
+        super().__init__(name)
         # In a tuple, so that the stubs are not submodules of this one too.
         self._stubs = (activation, weight)
 
@@ -113,8 +122,8 @@ class BiasStub(nn.Module):
     def qparams(self) -> QParams:
         """Scale, zero point 0, and axis 0 where the weight is quantized per channel."""
         scale = self.scale
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        return QParams(scale, zero_point, 0 if scale.numel() > 1 else None)
+        axis = None if self._stubs[1].spec.axis is None else 0
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), axis)
 
     def codes(self, bias: Tensor) -> Tensor:
         """Return the int32 codes of ``bias`` ``[C]``."""
@@ -125,15 +134,7 @@ class BiasStub(nn.Module):
         if self.mode != "quantize":
             return bias
         rounded = dequantize(self.codes(bias), self.qparams)
-        return bias + (rounded - bias).detach()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the mode."""
-        return {"mode": self.mode}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a saved mode."""
-        self.mode = state["mode"]
+        return rounded + (bias - bias.detach())  # adds zero, so that the value stays exact
 
     def extra_repr(self) -> str:
         """Describe the stub in ``print(model)``."""

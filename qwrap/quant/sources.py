@@ -1,0 +1,44 @@
+"""Which scale a value has: its own, or that of the tensor it was moved from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import onnx_ir as ir
+
+from qwrap.graph.index import OnnxGraph
+from qwrap.quant.plan import QuantPlan
+
+
+def source_of(plan: QuantPlan, graph: OnnxGraph, value: ir.Value) -> str | None:
+    """Return the key of the tensor whose scale ``value`` has, None if it is not quantized."""
+    tensor = plan.tensors.get(graph.key(value))
+    if tensor is not None:
+        return tensor.source
+    node = value.producer()
+    if node is None or node.op_type != "Pad" or node.inputs[0] is None:
+        return None
+    return source_of(plan, graph, node.inputs[0])  # no pair stands behind a Pad that is folded
+
+
+def written_by(plan: QuantPlan, graph: OnnxGraph, node: ir.Node) -> ir.Value:
+    """Return the value that a node's kernel writes: behind an absorbed activation."""
+    value = node.outputs[0]
+    for user in value.consumers():
+        planned = plan.nodes.get(graph.node_key(user))
+        if planned is not None and planned.role == "absorbed":
+            return user.outputs[0]
+    return value
+
+
+def integer_users(plan: QuantPlan, graph: OnnxGraph) -> dict[str, set[str]]:
+    """Return for every source tensor the integer nodes that read or write its codes."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for key, planned in plan.nodes.items():
+        if planned.role == "integer":
+            node = graph.nodes[key]
+            for value in (*node.inputs, written_by(plan, graph, node)):
+                source = None if value is None else source_of(plan, graph, value)
+                if source is not None:
+                    users[source].add(key)
+    return users
