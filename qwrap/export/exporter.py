@@ -9,7 +9,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwrap.errors import ExportError
-from qwrap.export.opset import raise_opset, required_opset
 from qwrap.export.qdq import QdqWriter
 from qwrap.graph.save import write_model
 from qwrap.model.materialize import materialize
@@ -35,18 +34,16 @@ def export(
         NotCalibratedError: a tensor has no scale yet.
         ExportError: the file cannot be written, or onnxruntime refuses it.
     """
-    plan = plan_of(model)
     draft = to_quantized_graph(model)
-    del plan
     write_model(draft, path, external_data=external_data, check=_open_session)
 
 
 def to_quantized_graph(model: WrappedModel) -> ir.Model:
     """Return a copy of the model's graph with its QDQ pairs, codes and current parameters."""
+    plan_of(model)
     for _, stub in stubs(model):
         stub.qparams  # noqa: B018 -- raises where a scale is missing, before any work is done
     draft = materialize(model)
-    raise_opset(draft, required_opset(plan_of(model)))
     QdqWriter(model, draft).write()
     return draft
 

@@ -112,6 +112,7 @@ def _finish(model: WrappedModel) -> None:
     _leave_out_problems(model)
     _set_activations(model)
     _set_constants(model)
+    _set_tables(model)
     _fit_biases(model)
     set_mode(model, "quantize")
 
@@ -203,6 +204,14 @@ def _set_constants(model: WrappedModel) -> None:
         value, method = _stored(model, constant.value), config_of(model).weight_method
         low, high = choose_weight_range(value, stub.spec, method)
         stub.set_qparams(choose_qparams(low, high, stub.spec))
+
+
+def _set_tables(model: WrappedModel) -> None:
+    """Give what is looked up in a constant table the scale of the table, in place."""
+    for key, tensor in plan_of(model).tensors.items():
+        if tensor.table is not None:
+            table = _stub(model, UsePoint(*tensor.table))
+            _stub(model, ValuePoint(key)).set_qparams(table.qparams)
 
 
 @torch.no_grad()

@@ -256,6 +256,9 @@ class _Placement:
         for node in self.integer:
             self._add_constants(plan, node)
         for node in self.nodes:
+            if self._is_lookup(node):
+                self._add_lookup(plan, node)
+        for node in self.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         return plan
 
@@ -313,11 +316,30 @@ class _Placement:
                     value=key, activation=source, weight=(node_key, 1)
                 )
 
+    def _is_lookup(self, node: ir.Node) -> bool:
+        """Whether ``node`` fetches rows of a table that is worth storing as codes."""
+        table = node.inputs[0] if node.op_type in self.target.lookup else None
+        excluded = node in self._excluded() or self.graph.node_key(node) in self.without
+        if table is None or excluded or not self._is_stored(table):
+            return False
+        size = self.values.stored[self.graph.key(table)].size
+        return self._is_float32(table) and size >= self.target.least_table
+
+    def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
+        key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
+        spec = self.config.activation_spec
+        table = node.inputs[0]
+        assert table is not None
+        plan.constants[key, 0] = ConstantPlan(value=self.graph.key(table), spec=spec)
+        plan.tensors[output] = TensorPlan(spec=spec, source=output, table=(key, 0))
+
     def _node_plan(self, plan: QuantPlan, node: ir.Node) -> NodePlan:
         if node in self.integer:
             return NodePlan(node.op_type, "integer")
         if self._absorbs(node):
             return NodePlan(node.op_type, "absorbed")
+        if self._is_lookup(node):
+            return NodePlan(node.op_type, "moves")
         outputs = {self.graph.key(v) for v in node.outputs if v.name}
         moved = self._moved_input(node)
         moves = moved is not None and self._from_integer(moved)

@@ -20,11 +20,19 @@ class TensorPlan:
         source: the tensor whose scale and zero point it has: itself, or the one that operators
             which only move values made it from.
         fixed: scale and zero point that the operator dictates, None to observe them.
+        table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
+            and whose scale it has, None where it is computed.
     """
 
     spec: QuantSpec
     source: str
     fixed: tuple[float, int] | None = None
+    table: tuple[str, int] | None = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the scale comes from what calibration sees."""
+        return self.fixed is None and self.table is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

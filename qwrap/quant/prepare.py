@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 
+import onnx_ir as ir
 from torch import nn
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.canonical import canonicalize
-from qwrap.graph.index import OnnxGraph
+from qwrap.graph.index import OnnxGraph, opset_of
+from qwrap.graph.opset import raise_opset
 from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
@@ -21,6 +23,8 @@ from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement import place
 from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Stub
+
+PER_AXIS_OPSET = 13  # QuantizeLinear-13 brought ``axis``
 
 
 def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
@@ -43,7 +47,8 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     config = copy.deepcopy(config) if config else QConfig()
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
-    changes = canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
+    changes = _raise_opset(draft, config)
+    changes += canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
     kept = {
         name
         for name, v in draft.graph.initializers.items()
@@ -54,6 +59,18 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     plan.changes = changes
     install(model, plan, config)
     return plan
+
+
+def _raise_opset(draft: ir.Model, config: QConfig) -> list[str]:
+    """Let ``draft`` import an opset that carries what ``config`` asks for, in place."""
+    specs = (config.activation_spec, config.weight_spec(0))
+    needed = max(spec.dtype.opset for spec in specs)
+    needed = max(needed, PER_AXIS_OPSET if config.per_channel else 0)
+    before = opset_of(draft, "")
+    if before >= needed:
+        return []
+    lines = raise_opset(draft, max(needed, PER_AXIS_OPSET))
+    return [f"opset {before} raised to {opset_of(draft, '')}", *lines]
 
 
 def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
@@ -78,7 +95,7 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
 
 
 def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: QConfig) -> Stub:
-    if tensor.fixed is not None:
+    if not tensor.is_observed:
         return Stub(key, tensor.spec)
     source, earlier = key, model.plan
     if isinstance(earlier, QuantPlan) and key in earlier.tensors:

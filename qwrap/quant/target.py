@@ -18,6 +18,8 @@ class Target:
         folded: operators that disappear into the next matrix operator; no pair may stand between.
         fixed: output scale and zero point that an operator's kernel dictates.
         float_output: matrix operators that also write float, without a pair on their output.
+        lookup: operators that fetch rows of a constant table.
+        least_table: elements from which storing a table as codes is worth a pair behind it.
         least_columns: a weight with fewer output channels costs more to feed than it saves.
     """
 
@@ -29,6 +31,8 @@ class Target:
     folded: frozenset[str]
     fixed: dict[str, tuple[float, int]]
     float_output: frozenset[str]
+    lookup: frozenset[str]
+    least_table: int
     least_columns: int
 
 
@@ -69,5 +73,7 @@ ORT_CPU = Target(
     folded=frozenset({"Pad"}),
     fixed={"Softmax": (1 / 256, 0)},
     float_output=frozenset({"Gemm", "MatMul"}),
+    lookup=frozenset({"Gather"}),
+    least_table=2**14,
     least_columns=16,
 )

@@ -59,6 +59,8 @@ class Session:
         self.label = label
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
+        # Threads that spin while they wait would slow down torch, which runs in turn with this.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if mode is Mode.LITERAL:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -74,10 +74,10 @@ def test_a_real_model_computes_the_same_and_its_other_nodes_are_untouched(
     before = ir.to_proto(ir.load(path))
     feeds = {before.graph.input[0].name: RNG.random(OLD_MODELS[name], np.float32)}
     after, lines = raised(before, target)
-    # From AveragePool-19 on onnxruntime adds in another order: one ulp, here of values near 30,
-    # which some hundred layers then carry on.
+    # From AveragePool-19 on onnxruntime adds in another order, so one ulp differs; the layers
+    # behind carry it on to 7e-6, in values up to some tens.
     pools = target >= 19 and any(n.op_type == "AveragePool" for n in before.graph.node)
-    assert_equal(run(before, feeds), run(after, feeds), tolerance=5e-5 if pools else 0.0)
+    assert_equal(run(before, feeds), run(after, feeds), tolerance=2e-5 if pools else 0.0)
     new = {n.output[0]: n for n in after.graph.node}
     read = {i for n in after.graph.node for i in n.input}
     for node in before.graph.node:
