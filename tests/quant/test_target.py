@@ -21,17 +21,17 @@ CASES = {
     ),
     "GlobalAveragePool": ("b = GlobalAveragePool(a)", {}, "QLinearGlobalAveragePool"),
     "Sigmoid": ("b = Sigmoid(a)", {}, "QLinearSigmoid"),
-    "LeakyRelu": ("b = LeakyRelu<alpha=0.2>(p)", {}, "QLinearLeakyRelu"),
+    "LeakyRelu": ("b = LeakyRelu<alpha=0.2>(a)", {}, "QLinearLeakyRelu"),
     "Softmax": ("b = Softmax<axis=1>(a)", {}, "QLinearSoftmax"),
     "Concat": (
-        "l = Relu(x) m = Conv(x, wm) k = Concat<axis=1>(a, m) b = Conv(k, wk)",
+        "m = Conv(x, wm) k = Concat<axis=1>(a, m) b = Conv(k, wk)",
         {"wm": (2, 3, 1, 1), "wk": (6, 8, 1, 1)},
         "QLinearConcat",
     ),
     "Where": ("g = Greater(x0, z) b = Where(g, a, p)", {"z": np.zeros((), np.float32)}, None),
 }
 MOVING = {
-    "DepthToSpace": ("d = DepthToSpace<blocksize=2>(a) b = Conv(d, wd)", {"wd": (6, 2, 1, 1)}),
+    "DepthToSpace": ("d = DepthToSpace<blocksize=2>(a) b = Conv(d, wd)", {"wi": (8, 3, 1, 1), "wd": (6, 2, 1, 1)}),
     "Flatten": ("f = Flatten(a) b = Gemm(f, wg)", {"wg": (384, 20)}),
     "Gather": ("b = Gather<axis=2>(a, i)", {"i": np.array([3, 1, 1, 0])}),
     "Identity": ("b = Identity(a)", {}),
