@@ -137,9 +137,7 @@ def _problems(model: WrappedModel) -> dict[str, str]:
     for _, stub in stubs(model):
         problem = None if stub.observer is None else _trouble(stub.observer)
         if problem:
-            found |= {
-                node: f"{problem} (tensor {stub.name!r})" for node in sorted(users[stub.name])
-            }
+            found |= dict.fromkeys(sorted(users[stub.name]), f"{problem} (tensor {stub.name!r})")
     for (node, _), constant in plan.constants.items():
         observer = MinMaxObserver(constant.value)
         observer.observe(_stored(model, constant.value))

@@ -31,17 +31,26 @@ CASES = {
     "Where": ("g = Greater(x0, z) b = Where(g, a, p)", {"z": np.zeros((), np.float32)}, None),
 }
 MOVING = {
-    "DepthToSpace": ("d = DepthToSpace<blocksize=2>(a) b = Conv(d, wd)", {"wi": (8, 3, 1, 1), "wd": (6, 2, 1, 1)}),
+    "DepthToSpace": (
+        "d = DepthToSpace<blocksize=2>(a) b = Conv(d, wd)",
+        {"wi": (8, 3, 1, 1), "wd": (6, 2, 1, 1)},
+    ),
     "Flatten": ("f = Flatten(a) b = Gemm(f, wg)", {"wg": (384, 20)}),
     "Gather": ("b = Gather<axis=2>(a, i)", {"i": np.array([3, 1, 1, 0])}),
     "Identity": ("b = Identity(a)", {}),
     "MaxPool": ("b = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", {}),
     "Reshape": ("b = Reshape(a, s)", {"s": np.array([0, 6, 16, 4])}),
-    "Slice": ("b = Slice(a, s, e, i)", {k: np.array([v]) for k, v in (("s", 1), ("e", 7), ("i", 2))}),
+    "Slice": (
+        "b = Slice(a, s, e, i)",
+        {k: np.array([v]) for k, v in (("s", 1), ("e", 7), ("i", 2))},
+    ),
     "Tile": ("b = Tile(a, s)", {"s": np.array([1, 1, 2, 1])}),
     "Transpose": ("b = Transpose<perm=[0,1,3,2]>(a)", {}),
-    "Expand": ("g = MaxPool<kernel_shape=[8,8]>(a) b = Expand(g, s)", {"s": np.array([1, 6, 4, 4])}),
-    "Resize": ("b = Resize<mode=\"nearest\">(a, , s)", {"s": np.array([1, 1, 2, 2], np.float32)}),
+    "Expand": (
+        "g = MaxPool<kernel_shape=[8,8]>(a) b = Expand(g, s)",
+        {"s": np.array([1, 6, 4, 4])},
+    ),
+    "Resize": ('b = Resize<mode="nearest">(a, , s)', {"s": np.array([1, 1, 2, 2], np.float32)}),
     "Squeeze and Unsqueeze": ("u = Unsqueeze(a, i) b = Squeeze(u, i)", {"i": np.array([1])}),
     "Split": ("b1, b2 = Split<axis=1>(a) b = Conv(b1, wb)", {"wb": (6, 3, 1, 1)}),
     "GatherElements": ("b = GatherElements<axis=3>(a, i)", {"i": np.zeros((2, 6, 8, 3), np.int64)}),
@@ -197,7 +206,9 @@ def test_a_zero_pad_folds_into_the_convolution(small, quantized, opset: int) -> 
     weights = {"w": (6, 3, 3, 3), "v": (4, 6, 3, 3)}
     pad = "Pad<pads=[0,0,1,2,0,0,2,1]>(a)" if opset < 11 else "Pad(a, p)"
     weights |= {} if opset < 11 else {"p": np.array([0, 0, 1, 2, 0, 0, 2, 1])}
-    result = quantized(small.build(f"a = Conv(x, w) b = {pad} y = Conv(b, v)", weights, opset=opset))
+    result = quantized(
+        small.build(f"a = Conv(x, w) b = {pad} y = Conv(b, v)", weights, opset=opset)
+    )
     found = result.operators()
     assert (found["QLinearConv"], found["Pad"]) == (2, 0), found
     assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1)
