@@ -38,14 +38,20 @@ def build_model(
     model = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["": {opset}]> small ({inputs}) => ({outputs}) {{{nodes}}}'
     )
-    for node in model.graph.node:
-        node.name = f"/{node.output[0]}"
+    name_nodes(model.graph)
     rng = np.random.default_rng(5)
     for name, value in weights.items():
         drawn = rng.normal(0, 0.3, value) if isinstance(value, tuple) else value
         array = drawn.astype(np.float32) if drawn.dtype == np.float64 else drawn
         model.graph.initializer.append(numpy_helper.from_array(array, name))
     return model
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        node.name = f"/{node.output[0]}"
+        for attribute in node.attribute:
+            name_nodes(attribute.g)
 
 
 def session(path: Path, optimised: Path | None = None) -> onnxruntime.InferenceSession:
