@@ -90,10 +90,12 @@ class QConfig:
     def weight_spec(self, axis: int | None) -> QuantSpec:
         """How a weight with output channels along ``axis`` is quantized."""
         dtype = quant_type(self.weight)
+        axis = axis if self.per_channel else None
         return QuantSpec(
             dtype=dtype,
-            symmetric=dtype.signed,
-            axis=axis if self.per_channel else None,
+            # onnxruntime's kernels read one zero point, even where there is a scale per channel.
+            symmetric=dtype.signed or axis is not None,
+            axis=axis,
             narrow_range=dtype.signed,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from qwrap.algorithms.bias_correction import correct_biases
@@ -12,7 +12,7 @@ from qwrap.config import QConfig
 from qwrap.errors import ExportError
 from qwrap.export.exporter import export
 from qwrap.graph.load import Source
-from qwrap.model.batches import iterate
+from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.calibrate import calibrate
@@ -55,10 +55,11 @@ def quantize(
         raise ExportError(f"{target}: is the float model itself; write to another file")
     model = load(source).eval()
     prepare(model, config)
-    total = len(calibration) if isinstance(calibration, Sized) else None
     batches = iterate(calibration, model)
     kept = list(itertools.islice(batches, KEPT))
-    calibrate(model, itertools.chain(kept, batches), progress=progress, total=total)
+    calibrate(
+        model, itertools.chain(kept, batches), progress=progress, total=count_batches(calibration)
+    )
     if correct_biases(model, kept):
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
     export(model, target)

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from qwrap.errors import ExportError
 from qwrap.export.qdq import QdqWriter
+from qwrap.graph.load import external_tensors
 from qwrap.graph.save import write_model
 from qwrap.model.materialize import materialize
 from qwrap.model.wrapped import WrappedModel
@@ -21,9 +22,9 @@ def export(
 ) -> None:
     """Write a calibrated model as a QDQ ONNX file that onnxruntime runs in integer kernels.
 
-    Names, metadata and everything that is not quantized stay as they were. The opset is raised
-    only if the types or axes in use need it. An onnxruntime session is opened on the result before
-    it takes its place, so that a file which exists can be run.
+    Names, metadata and everything that is not quantized stay as ``prepare`` left them. An
+    onnxruntime session is opened on the result before it takes its place, so that a file which
+    exists can be run.
 
     Args:
         model: prepared and calibrated, perhaps trained since.
@@ -31,10 +32,21 @@ def export(
         external_data: keep weights in ``<name>.data``; None does so if the source did.
 
     Raises:
+        ConfigError: the model is not prepared.
         NotCalibratedError: a tensor has no scale yet.
-        ExportError: the file cannot be written, or onnxruntime refuses it.
+        ExportError: the file cannot be written, onnxruntime refuses it, or its weights would
+            replace those that the model was loaded from and still reads.
     """
     draft = to_quantized_graph(model)
+    sources = [Path(tensor.path) for tensor in external_tensors(model.graph.model)]
+    data = Path(f"{os.fspath(path)}.data")
+    if data.exists() and any(data.samefile(source) for source in sources):
+        raise ExportError(
+            f"{path}: the model still reads its weights from {data.name!r}, which the export would "
+            "replace; write to a file of another name"
+        )
+    if external_data is None and sources:
+        external_data = True
     write_model(draft, path, external_data=external_data, check=_open_session)
 
 

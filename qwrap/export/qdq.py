@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from qwrap.dtypes import INT32, QuantType
+from qwrap.graph.constants import Constants
 from qwrap.graph.index import OnnxGraph, walk_nodes
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
@@ -30,8 +31,8 @@ class QdqWriter:
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
         self.model, self.plan, self.draft = model, plan_of(model), draft
         self.graph = OnnxGraph(draft)
-        self.names = {v.name for v in self.graph.values.values()}
-        self.names |= {n.name for n in walk_nodes(draft.graph)}
+        self.initializers = Constants(draft)
+        self.node_names = {node.name for node in walk_nodes(draft.graph)}
         self.qparams: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.constants: dict[tuple[object, ...], list[ir.Value]] = {}
 
@@ -65,25 +66,10 @@ class QdqWriter:
 
     # --- new things ------------------------------------------------------------------------------
 
-    def _fresh(self, name: str) -> str:
-        unique, count = name, 0
-        while unique in self.names:
-            count += 1
-            unique = f"{name}_{count}"
-        self.names.add(unique)
-        return unique
-
-    def _initializer(self, name: str, array: Array, kind: ir.DataType) -> ir.Value:
-        name = self._fresh(name)
-        tensor = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(kind),
-            const_value=tensor,
-        )
-        self.draft.graph.register_initializer(value)
-        return value
+    def _initializer(self, name: str, array: Array, kind: int) -> ir.Value:
+        array = array.astype(ir.DataType(kind).numpy())
+        name = self.initializers.unique_name(name)
+        return self.initializers.add(self.draft.graph, name, array)
 
     def _scale_and_zero_point(
         self, name: str, qparams: QParams, dtype: QuantType
@@ -92,17 +78,22 @@ class QdqWriter:
         if qparams.axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
         return (
-            self._initializer(f"{name}_scale", scale, ir.DataType.FLOAT),
-            self._initializer(f"{name}_zero_point", zero_point, ir.DataType(dtype.onnx_type)),
+            self._initializer(f"{name}_scale", scale, ir.DataType.FLOAT.value),
+            self._initializer(f"{name}_zero_point", zero_point, dtype.onnx_type),
         )
 
     def _node(
         self, op_type: str, inputs: list[ir.Value], tensor: str, axis: int | None = None
     ) -> ir.Node:
         attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        name = f"{tensor}_{op_type}"
-        node = ir.Node("", op_type, inputs, attributes, num_outputs=1, name=self._fresh(name))
-        node.outputs[0].name = self._fresh(f"{name}_Output")
+        name = unique = f"{tensor}_{op_type}"
+        count = 0
+        while unique in self.node_names:
+            count += 1
+            unique = f"{name}_{count}"
+        self.node_names.add(unique)
+        node = ir.Node("", op_type, inputs, attributes, num_outputs=1, name=unique)
+        node.outputs[0].name = self.initializers.unique_name(f"{name}_Output")
         return node
 
     # --- constants -------------------------------------------------------------------------------
@@ -115,8 +106,7 @@ class QdqWriter:
         scale, zero_point = _array(qparams.scale), _array(qparams.zero_point)
         identity = (key, dtype, qparams.axis, scale.tobytes(), zero_point.tobytes())
         if identity not in self.constants:
-            kind = ir.DataType(dtype.onnx_type)
-            stored = self._initializer(f"{name}_quantized", _array(codes), kind)
+            stored = self._initializer(f"{name}_quantized", _array(codes), dtype.onnx_type)
             qvalues = self._scale_and_zero_point(name, qparams, dtype)
             self.constants[identity] = [stored, *qvalues]
         dequantize = self._node(
@@ -127,21 +117,9 @@ class QdqWriter:
 
     def _remove_unused(self) -> None:
         """Drop the float constants that only codes replaced."""
-        replaced = {c.value for c in self.plan.constants.values()}
-        replaced |= {b.value for b in self.plan.biases.values()}
-        for key in replaced:
-            value = self.graph.values[key]
-            if value.uses() or value.is_graph_output():
-                continue
-            producer = value.producer()
-            if producer is not None:
-                _graph(producer).remove(producer, safe=True)
-            else:
-                graph = value.graph
-                assert isinstance(graph, ir.Graph)
-                if value in graph.inputs:
-                    graph.inputs.remove(value)
-                graph.initializers.pop(value.name or "")
+        replaced = [c.value for c in self.plan.constants.values()]
+        replaced += [b.value for b in self.plan.biases.values()]
+        self.initializers.drop_unused(self.graph.values[key] for key in dict.fromkeys(replaced))
 
     # --- activations -----------------------------------------------------------------------------
 
@@ -186,7 +164,7 @@ class QdqWriter:
         for i, output in enumerate(outputs):
             if output is value:
                 outputs[i] = result
-        value.name = self._fresh(f"{name}_float")
+        value.name = self.initializers.unique_name(f"{name}_float")
         result.name = name
 
 

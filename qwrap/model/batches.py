@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,15 @@ def iterate(batches: Iterable[Any], model: WrappedModel | OnnxGraph) -> Iterator
         yield inputs
     if index < 0:
         raise InputError("no batches: the data is empty (or an iterator that was already used up)")
+
+
+def count_batches(batches: object) -> int | None:
+    """Return how many batches there are, None if that shows only while they are read."""
+    # Data loaders and readers of unknown length have a __len__ too; it raises.
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def to_inputs(batch: Any, model: WrappedModel | OnnxGraph) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwrap.errors import NotCalibratedError
-from qwrap.model.batches import iterate
+from qwrap.model.batches import count_batches, iterate
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, shrink_into
@@ -51,13 +51,11 @@ def calibrate(
             NaN or infinity.
         ConfigError: the model is not prepared.
     """
-    if total is None and isinstance(batches, Sized):
-        total = len(batches)
     with calibrating(model), torch.no_grad():
         bar = tqdm(
             iterate(batches, model),
             desc="calibrating",
-            total=total,
+            total=count_batches(batches) if total is None else total,
             unit="batch",
             disable=None if progress else True,
         )
@@ -137,9 +135,7 @@ def _problems(model: WrappedModel) -> dict[str, str]:
     for _, stub in stubs(model):
         problem = None if stub.observer is None else _trouble(stub.observer)
         if problem:
-            found |= {
-                node: f"{problem} (tensor {stub.name!r})" for node in sorted(users[stub.name])
-            }
+            found |= dict.fromkeys(sorted(users[stub.name]), f"{problem} (tensor {stub.name!r})")
     for (node, _), constant in plan.constants.items():
         observer = MinMaxObserver(constant.value)
         observer.observe(_stored(model, constant.value))

@@ -56,15 +56,15 @@ class _Placement:
         self.graph, self.values = layout.graph, layout.values
         self.nodes = [node for node, _ in layout.placed()]
         self.reasons: dict[ir.Node, str] = {}
+        self.excluded = self._excluded()
         self.integer: dict[ir.Node, None] = {}
 
     # --- which nodes -----------------------------------------------------------------------------
 
     def decide(self) -> None:
-        excluded = self._excluded()
         for node in self.nodes:
-            reason = "excluded" if node in excluded else self.without.get(self.graph.node_key(node))
-            reason = reason or self._obstacle(node)
+            reason = self.without.get(self.graph.node_key(node)) or self._obstacle(node)
+            reason = "excluded" if node in self.excluded else reason
             if reason is None:
                 self.integer[node] = None
             else:
@@ -177,6 +177,7 @@ class _Placement:
         producer = None if value is None else value.producer()
         return (
             node.op_type in self.target.absorbed
+            and node not in self.excluded
             and producer in self.integer
             and value is not None
             and len(value.consumers()) == 1
@@ -192,6 +193,8 @@ class _Placement:
 
     def _moved_input(self, node: ir.Node) -> ir.Value | None:
         """Return the input whose values ``node`` only moves, None if it computes."""
+        if node in self.excluded:
+            return None
         moves = node.op_type in self.target.moving and self._moves_exactly(node)
         if not moves and not self._is_zero_pad(node):
             return None
@@ -319,7 +322,7 @@ class _Placement:
     def _is_lookup(self, node: ir.Node) -> bool:
         """Whether ``node`` fetches rows of a table that is worth storing as codes."""
         table = node.inputs[0] if node.op_type in self.target.lookup else None
-        excluded = node in self._excluded() or self.graph.node_key(node) in self.without
+        excluded = node in self.excluded or self.graph.node_key(node) in self.without
         if table is None or excluded or not self._is_stored(table):
             return False
         size = self.values.stored[self.graph.key(table)].size
@@ -345,7 +348,7 @@ class _Placement:
         moves = moved is not None and self._from_integer(moved)
         if moves and (self._is_zero_pad(node) or outputs & set(plan.tensors)):
             return NodePlan(node.op_type, "moves")
-        if not any(self._is_float32(v) for v in node.outputs):
+        if not any(self.graph.type_of(v).is_float for v in node.outputs):
             return NodePlan(node.op_type, "float", "not floating point")
         return NodePlan(node.op_type, "float", self.reasons.get(node, NO_KERNEL))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from qwrap.model.batches import iterate
+from qwrap.model.batches import count_batches, iterate
 from qwrap.model.points import Program
 from qwrap.model.wrapped import WrappedModel
 from qwrap.verify.qdq_file import QdqFile, QuantizedTensor
@@ -150,8 +150,12 @@ def track(items: Iterator[T], source: object, progress: bool) -> Iterable[T]:
     """Return ``items`` behind a progress bar, which stays away where there is no terminal."""
     from tqdm import tqdm  # only who verifies pays for the import
 
-    total = len(source) if isinstance(source, Sized) else None
     bar: Iterable[T] = tqdm(
-        items, "verifying", total, unit="batch", leave=False, disable=None if progress else True
+        items,
+        "verifying",
+        count_batches(source),
+        unit="batch",
+        leave=False,
+        disable=None if progress else True,
     )
     return bar
