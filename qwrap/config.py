@@ -61,6 +61,8 @@ class QConfig:
         method: how an activation's range is chosen from what was observed.
         weight_method: how a weight's range is chosen; "percentile" has no meaning here.
         percentile: share of the values, in percent, that method "percentile" keeps in range.
+        only_if_faster: leave in float what integer kernels would not speed up, going by the shapes
+            and costs measured for onnxruntime on CPUs; False quantizes all that has a kernel.
         excluded: nodes left in float: shell patterns over node names, or operator types.
     """
 
@@ -70,6 +72,7 @@ class QConfig:
     method: Method = "mse"
     weight_method: Method = "mse"
     percentile: float = 99.999
+    only_if_faster: bool = True
     excluded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

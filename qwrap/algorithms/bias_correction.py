@@ -105,7 +105,9 @@ def _layers(model: WrappedModel) -> dict[str, _Layer]:
         users[plan.value] = users.get(plan.value, 0) + 1
     for (key, _), plan in biases.items():
         bias = model.stored(plan.value)
-        if bias is not None and users[plan.value] == 1:  # a shared one has no shift of its own
+        layer = model.graph.nodes[key].op_type in ("Conv", "Gemm")
+        # A shared bias has no shift of its own.
+        if layer and bias is not None and users[plan.value] == 1:
             layers[key] = _Layer(_operator(model, key), bias)
     return layers
 

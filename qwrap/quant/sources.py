@@ -13,12 +13,7 @@ from qwrap.quant.plan import QuantPlan
 def source_of(plan: QuantPlan, graph: OnnxGraph, value: ir.Value) -> str | None:
     """Return the key of the tensor whose scale ``value`` has, None if it is not quantized."""
     tensor = plan.tensors.get(graph.key(value))
-    if tensor is not None:
-        return tensor.source
-    node = value.producer()
-    if node is None or node.op_type != "Pad" or node.inputs[0] is None:
-        return None
-    return source_of(plan, graph, node.inputs[0])  # no pair stands behind a Pad that is folded
+    return None if tensor is None else tensor.source
 
 
 def written_by(plan: QuantPlan, graph: OnnxGraph, node: ir.Node) -> ir.Value:

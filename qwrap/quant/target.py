@@ -15,12 +15,10 @@ class Target:
         moving: operators that pass codes on, where input and output have the same qparams,
             with the indices of the inputs that carry values.
         absorbed: activations that the clamp of the producer's output replaces.
-        folded: operators that disappear into the next matrix operator; no pair may stand between.
         fixed: output scale and zero point that an operator's kernel dictates.
         float_output: matrix operators that also write float, without a pair on their output.
         lookup: operators that fetch rows of a constant table.
         least_table: elements from which storing a table as codes is worth a pair behind it.
-        least_columns: a weight with fewer output channels costs more to feed than it saves.
     """
 
     name: str
@@ -28,12 +26,10 @@ class Target:
     elementwise: frozenset[str]
     moving: dict[str, tuple[int, ...]]
     absorbed: frozenset[str]
-    folded: frozenset[str]
     fixed: dict[str, tuple[float, int]]
     float_output: frozenset[str]
     lookup: frozenset[str]
     least_table: int
-    least_columns: int
 
 
 # Measured with onnxruntime 1.31 on fused graphs (SessionOptions.optimized_model_filepath);
@@ -70,10 +66,8 @@ ORT_CPU = Target(
         "Unsqueeze": (0,),
     },
     absorbed=frozenset({"Relu", "Clip"}),
-    folded=frozenset({"Pad"}),
     fixed={"Softmax": (1 / 256, 0)},
     float_output=frozenset({"Gemm", "MatMul"}),
     lookup=frozenset({"Gather"}),
     least_table=2**14,
-    least_columns=16,
 )

@@ -1,0 +1,108 @@
+"""Which nodes are worth an integer kernel: a minimum cut over kernel and conversion costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from qwrap.graph.index import ValueType
+from qwrap.model.values import attributes_of
+from qwrap.quant.cost import Shape, dequantize_cost, float_cost, integer_cost, quantize_cost
+from qwrap.quant.eligibility import Eligibility
+from qwrap.quant.mincut import NEVER, Network
+
+NOMINAL = 64  # size of a dimension that is known only at run time; the first counts as 1
+MARGIN = 1.1  # an integer kernel costs accuracy, so it has to save something
+
+
+def worth_it(facts: Eligibility, candidates: Sequence[ir.Node]) -> list[ir.Node]:
+    """Return those of ``candidates`` whose integer kernels make the whole graph fastest.
+
+    Every candidate, and every node that only moves values, runs either way; a tensor that goes
+    from a float producer to an integer consumer costs a QuantizeLinear, one that goes the other
+    way a DequantizeLinear. The cheapest split is a minimum cut.
+    """
+    cut = _Cut(facts, candidates)
+    chosen = cut.network.source_side()
+    return [node for node in candidates if cut.numbers[node] in chosen]
+
+
+class _Cut:
+    def __init__(self, facts: Eligibility, candidates: Sequence[ir.Node]) -> None:
+        self.facts, self.graph = facts, facts.graph
+        self.network = Network()
+        self.numbers: dict[ir.Node, int] = {}
+        for node in candidates:
+            self.numbers[node] = self._add(node)
+        for node in facts.nodes:
+            producer = facts.absorbed_by(node)
+            if producer in self.numbers and producer is not None:
+                self.numbers[node] = self.numbers[producer]
+            elif node not in self.numbers and facts.moved_input(node) is not None:
+                self.numbers[node] = self._add(node)
+        values = [v for node in facts.nodes for v in node.outputs if facts.is_float32(v)]
+        for value in (*self.graph.inputs, *values):
+            self._connect(value)
+
+    def _add(self, node: ir.Node) -> int:
+        inputs = [self._shape(v) for v in node.inputs if v is not None]
+        output = self._shape(node.outputs[0])
+        weight = inputs[1] if node.op_type in self.facts.target.matrix else None
+        group = attributes_of(node).get("group", 1)
+        as_float = float_cost(node.op_type, inputs, output, weight, group)
+        as_integer = integer_cost(node.op_type, inputs, output, weight, group)
+        return self.network.add_node(as_integer * MARGIN, as_float)
+
+    def _connect(self, value: ir.Value) -> None:
+        """Add what conversions of ``value`` cost: at most one each way."""
+        producer = value.producer()
+        source = None if producer is None else self.numbers.get(producer)
+        readers = [u for u in value.consumers() if u.op_type not in ("Shape", "Size")]
+        absorbed = [self.facts.absorbed_by(u) is producer for u in readers]
+        if producer is not None and any(absorbed):
+            return  # the tensor never exists in integers
+        users = {self.numbers[u] for u in readers if self._takes_codes(u, value)}
+        elements = 1
+        for size in self._shape(value):
+            elements *= size
+        if users:
+            self._quantize(source, users, quantize_cost(elements))
+        if source is not None and producer is not None:
+            all_integer = all(self._takes_codes(u, value) for u in readers)
+            fixed = not all_integer or value.is_graph_output()
+            writes_float = producer.op_type in self.facts.target.float_output
+            if not (writes_float and not users):
+                self._dequantize(source, users, fixed, dequantize_cost(elements))
+
+    def _takes_codes(self, user: ir.Node, value: ir.Value) -> bool:
+        if user not in self.numbers:
+            return False
+        if self.facts.moved_input(user) is value:
+            return True
+        return any(v is value for v in self.facts.operands(user))
+
+    def _quantize(self, source: int | None, users: set[int], cost: float) -> None:
+        pair = self.network.add_node(cost if source is None else 0.0, 0.0)
+        if source is not None:
+            self.network.add_edge(pair, source, cost)
+        for user in users:
+            self.network.add_edge(user, pair, NEVER)
+
+    def _dequantize(self, source: int, users: set[int], fixed: bool, cost: float) -> None:
+        pair = self.network.add_node(NEVER if fixed else 0.0, 0.0)
+        self.network.add_edge(source, pair, cost)
+        for user in users:
+            self.network.add_edge(pair, user, NEVER)
+
+    def _shape(self, value: ir.Value) -> Shape:
+        return nominal_shape(self.graph.type_of(value))
+
+
+def nominal_shape(kind: ValueType) -> Shape:
+    """Return a shape with a plausible size for every dimension that is not known."""
+    sizes = kind.shape if kind.shape is not None else (None, None, None)
+    return tuple(
+        size if isinstance(size, int) and size > 0 else (1 if axis == 0 else NOMINAL)
+        for axis, size in enumerate(sizes)
+    )
