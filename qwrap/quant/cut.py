@@ -22,7 +22,7 @@ from qwrap.quant.mincut import NEVER, Network
 
 JOINED = ("Add", "HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh")
 NOMINAL = 64  # size of a dimension that is known only at run time; the first counts as 1
-MARGIN = 1.1  # an integer kernel costs accuracy, so it has to save something
+MARGIN = 1.02  # an integer kernel costs accuracy, so it has to save something
 
 
 def worth_it(facts: Eligibility, candidates: Sequence[ir.Node]) -> list[ir.Node]:
@@ -61,15 +61,23 @@ class _Cut:
         attributes = attributes_of(node)
         group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
         sizes = (node.op_type, inputs, output, weight, group, window)
-        as_float = 0.0 if self._joins_float_conv(node) else float_cost(*sizes)
-        return self.network.add_node(integer_cost(*sizes) * MARGIN, as_float)
+        as_integer, as_float = integer_cost(*sizes) * MARGIN, float_cost(*sizes)
+        conv = self._joined_conv(node)
+        if conv is None:
+            return self.network.add_node(as_integer, as_float)
+        number = self.network.add_node(as_integer, 0.0)
+        self.network.add_edge(self.numbers[conv], number, as_float)
+        return number
 
-    def _joins_float_conv(self, node: ir.Node) -> bool:
-        """Whether onnxruntime fuses a float ``node`` into the Conv before it."""
-        if node.op_type not in JOINED:
-            return False
-        producers = [v.producer() for v in node.inputs if v is not None and len(v.uses()) == 1]
-        return any(p is not None and p.op_type == "Conv" for p in producers)
+    def _joined_conv(self, node: ir.Node) -> ir.Node | None:
+        """Return the Conv that onnxruntime fuses ``node`` into, if both are float."""
+        if node.op_type in JOINED:
+            for value in node.inputs:
+                producer = None if value is None else value.producer()
+                if producer in self.numbers and value is not None and len(value.uses()) == 1:
+                    if producer is not None and producer.op_type == "Conv":
+                        return producer
+        return None
 
     def _connect(self, value: ir.Value) -> None:
         """Add what conversions of ``value`` cost: at most one each way."""
