@@ -60,7 +60,8 @@ def _convolutions() -> Iterator[Case]:
 def _products() -> Iterator[Case]:
     for rows in (1, 8, 16, 64, 256):
         for depth, columns in [(16, 16), (16, 64), (64, 16), (64, 64), (64, 172), (172, 64),
-                               (96, 96), (64, 384), (384, 384), (384, 1536), (1536, 384)]:  # fmt: skip
+                               (96, 96), (64, 384), (384, 384), (384, 1536),
+                               (1536, 384)]:  # fmt: skip
             yield Case(op_type="MatMul", x=(rows, depth), weight=(depth, columns))
     for shape in [(1, 12, 16, 32), (1, 12, 64, 32), (1, 8, 64, 8), (1, 8, 32, 64), (1, 4, 128, 64)]:
         yield Case(op_type="MatMul", x=shape, operands=2)
