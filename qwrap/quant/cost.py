@@ -234,7 +234,7 @@ def _round_up(count: int, step: int) -> int:
 # Fitted by scripts/fit_costs.py to onnxruntime 1.31 on one thread of a CPU with AVX512-VNNI, each
 # kernel on its own at sizes of mobile networks; columns: fixed, mac, gather, write. Median error of
 # a row mostly below 10 %, worst 35 % (60 % for small "integer conv", 80 % for layouts and moves).
-# Whole networks find caches colder and take 1.1 to 1.7 times as long, in both kinds alike.
+# Whole networks find caches colder and take 1.1 to 2 times as long, float and integer alike.
 # Two are therefore taken from networks instead: what a GEMM pays for its weights ("gather"; alone
 # 0.027 and 0.006), and "float prelu", which mispredicts a branch on each change of sign.
 ORT_CPU_COSTS = KernelCosts(
