@@ -1,188 +1,256 @@
-"""GPTQ: round weights so that their errors cancel on the layer's input."""
+"""GPTQ: round the weights of a layer so that their errors cancel on its input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.bias_correction import _error, _operator, _outputs
+from qwrap.algorithms.held_out import HeldOut
 from qwrap.algorithms.unfold import Unfold
-from qwrap.errors import InputError
+from qwrap.errors import ConfigError, InputError
 from qwrap.model.batches import iterate
-from qwrap.model.points import Program, UsePoint
+from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize
+from qwrap.quant.placement import weight_axis
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
+from qwrap.quant.target import ORT_CPU
 
-BLOCK = 128  # columns whose errors are spread together
-LARGEST = 8192  # inputs of a layer; beyond, the square matrix would outgrow memory
-import os
-ASYM = int(os.environ.get("ASYM", "0")); CENTRE = int(os.environ.get("CENTRE", "1")); ORDER = int(os.environ.get("ORDER", "1")); SWEEPS=int(os.environ.get("SWEEPS","1"))
+BLOCK = 128  # inputs whose errors are spread over the later ones in one product
+LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
+CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
 
 
 @torch.no_grad()
-def round_weights(
-    model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01
-) -> bool:
+def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> bool:
+    """Choose the codes of all weights so that each layer's output stays near its float one.
+
+    Weights are replaced in place, by values on the grid that calibration chose: quantizing them
+    again gives these codes. The rounding error of one input is made good by the inputs after it,
+    as far as they were correlated in the data; where a layer has a bias of its own, that takes
+    the mean error. All layers learn in one pass, behind weights rounded to nearest.
+
+    Half of the batches teach; the other half decide: if their outputs do not come closer to the
+    float model's, everything stays as it was. One batch does both. Weights that several nodes
+    use, of more than two axes in a MatMul, or of more than 8192 inputs, are left alone.
+
+    Args:
+        model: calibrated; biases not yet corrected.
+        batches: as for ``calibrate``; some 30 samples do. They are held in memory.
+        damping: what is added to each input's variance, relative to their mean.
+
+    Returns:
+        Whether the new weights were kept.
+
+    Raises:
+        ConfigError: ``damping`` is not above 0, or the model is not prepared.
+        InputError: there are no batches.
+        NotCalibratedError: the model is not calibrated.
+
+    Source: Frantar et al., arXiv:2210.17323.
+    """
+    if not damping > 0:
+        raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
     data = list(iterate(batches, model))
     if not data:
         raise InputError("rounding weights needs at least one batch; got none")
-    layers = dict(_layers(model))
+    layers, moments = _layers(model)
     if not layers:
         return False
-    training = model.training
+    training, kept = model.training, False
     model.eval()
     try:
-        return _round(model, layers, data[::2], data[1::2] or data, damping)
-    finally:
-        model.train(training)
-
-
-def _round(model, layers, teaching, deciding, damping) -> bool:
-    with model.running(Program()):
-        wanted = [_outputs(model, inputs) for inputs in deciding]
-    before = _error(model, deciding, wanted)
-    for s in range(SWEEPS):
-        _learn(model, layers, teaching)
-        for layer in layers.values():
+        held_out = HeldOut(model, data[1::2] or data)
+        before = held_out.error()
+        _learn(model, moments, data[::2])
+        for layer in layers:
             layer.round(damping)
-        after = _error(model, deciding, wanted)
-        if os.environ.get('GV'): print('   gptq', before, after)
-    if after < before:
-        return True
-    for layer in layers.values():
-        layer.restore()
-    return False
+        kept = held_out.error() < before
+    finally:
+        if not kept:
+            for layer in layers:
+                layer.restore()
+        model.train(training)
+    return kept
+
+
+class _Moments:
+    """Mean and covariance of a layer's input rows, in memory that does not grow with them."""
+
+    def __init__(self, unfold: Unfold) -> None:
+        self.unfold, self.count = unfold, 0
+
+    def add(self, x: Tensor) -> None:
+        rows = self.unfold.rows(x.float(), start=self.count)
+        if not self.count:
+            # Sums of squares around a mean lose no digits to it, even if it is the first batch's.
+            groups, _, inputs = rows.shape
+            self._centre = rows.mean(1, keepdim=True)
+            self._sum = rows.new_zeros(groups, inputs, dtype=torch.float64)
+            self._squares = rows.new_zeros(groups, inputs, inputs)
+        rows = rows - self._centre
+        self.count += rows.shape[1]
+        self._sum += rows.sum(1)
+        self._squares.baddbmm_(rows.mT, rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, float64 ``[G, K]``."""
+        return self._centre[:, 0] + self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance, float64 ``[G, K, K]``; exactly 0 for inputs that never change."""
+        shift = self._sum / self.count
+        covariance = self._squares.double() / self.count - shift[:, :, None] * shift[:, None]
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        varies = variance > CONSTANT * (self.mean.square() + variance)
+        return covariance * (varies[:, :, None] & varies[:, None])
+
+
+Moments = dict[str, dict[Unfold, _Moments]]  # of every input value, one for each way to cut it
 
 
 class _Layer:
-    def __init__(self, function, unfold: Unfold, weight: Tensor, bias: Tensor | None, stub: Stub):
-        self.function, self.unfold, self.stub = function, unfold, stub
-        self.weight, self.bias = weight, bias
-        self.original = weight.clone()
-        self.original_bias = None if bias is None else bias.clone()
-        self.reset()
+    """One quantized weight, with its bias if that is its own."""
 
-    def reset(self):
-        self.count = 0
-        self.rows = None
-        self.gram = None
+    def __init__(
+        self, moments: _Moments, weight: Tensor, bias: Tensor | None, stub: Stub, node: ir.Node
+    ) -> None:
+        self.moments, self.weight, self.bias, self.stub = moments, weight, bias, stub
+        self.outputs_first = weight_axis(node, weight.dim()) == 0
+        self._original = weight.clone()
+        self._original_bias = None if bias is None else bias.clone()
 
-    def restore(self):
-        self.weight.copy_(self.original)
-        if self.bias is not None:
-            self.bias.copy_(self.original_bias)
+    def restore(self) -> None:
+        """Put back what was there, in place."""
+        self.weight.copy_(self._original)
+        if self.bias is not None and self._original_bias is not None:
+            self.bias.copy_(self._original_bias)
 
-    def watch(self, x, w, *rest):
-        self.rows = self.unfold.rows(x, self.weight.shape, self.count)
-        return self.function(x, self.original, *([self.original_bias] if self.bias is not None else rest))
-
-    def learn(self, x, w, *rest):
-        rows = self.unfold.rows(x, self.weight.shape, self.count)
-        if self.gram is None:
-            g, _, k = rows.shape
-            self.gram, self.cross = rows.new_zeros(g, k, k), rows.new_zeros(g, k, k)
-            self.sum, self.sum_difference = rows.new_zeros(g, k), rows.new_zeros(g, k)
-        difference = self.rows.sub_(rows)
-        self.rows = None
-        self.count += rows.shape[1]
-        self.gram.baddbmm_(rows.mT, rows)
-        self.cross.baddbmm_(difference.mT, rows)
-        self.sum += rows.sum(1)
-        self.sum_difference += difference.sum(1)
-        return self.function(x, w, *rest)
-
-    def round(self, damping):
-        if not self.count:
+    def round(self, damping: float) -> None:
+        """Round the weight and let the bias take the mean error, in place."""
+        if not self.moments.count:
             return
-        n = self.count
-        gram, cross = self.gram.double() / n, self.cross.double() / n
-        mean, dmean = self.sum.double() / n, self.sum_difference.double() / n
-        if self.bias is not None and CENTRE:
-            gram -= mean[:, :, None] * mean[:, None]
-            cross -= dmean[:, :, None] * mean[:, None]
-        if not ASYM:
-            cross.zero_()
-        original = self.unfold.matrix(self.original).double()
-        rounded = gptq(original, gram, cross, self._grid(), damping)
-        self.weight.copy_(self.unfold.weight(rounded, self.original.shape))
-        if self.bias is not None and CENTRE:
-            fm = mean + (dmean if ASYM else 0)
-            shift = (original @ fm[:, :, None] - rounded @ mean[:, :, None]).flatten()
-            self.bias.copy_(self.original_bias + shift)
-        self.reset()
+        mean, second = self.moments.mean, self.moments.covariance
+        if self.bias is None:
+            second += mean[:, :, None] * mean[:, None]
+        original = self._matrix()
+        rounded = compensate(original, second, self._grid(), damping)
+        if self.bias is not None:
+            self.bias += ((original - rounded).mT @ mean[:, :, None]).flatten().to(self.bias.dtype)
+        columns = rounded.mT.flatten(0, 1)  # [outputs, K]
+        first = columns if self.outputs_first else columns.t()
+        self.weight.copy_(first.reshape(self.weight.shape))
 
-    def _grid(self):
-        scale, zero_point = self.stub.scale, self.stub.zero_point
-        spec = replace(self.stub.spec, axis=None if scale.numel() == 1 else 0)
+    def _matrix(self) -> Tensor:
+        """Return the weight as float64 ``[G, K, R]``."""
+        weight = self.weight if self.outputs_first else self.weight.t()
+        groups = self.moments.unfold.groups
+        matrix = weight.double().reshape(groups, weight.shape[0] // groups, -1)
+        return matrix.mT.contiguous()
 
-        def grid(column: Tensor) -> Tensor:
-            flat = fake_quantize(column.flatten().float(), scale, zero_point, spec)
-            return flat.reshape(column.shape).double()
+    def _grid(self) -> Callable[[Tensor], Tensor]:
+        qparams = self.stub.qparams
+        spec = replace(self.stub.spec, axis=None if qparams.axis is None else 0)
 
-        return grid
+        def round_to_grid(values: Tensor) -> Tensor:
+            """Round what one input contributes to every output, ``[G, R]``."""
+            flat = values.flatten().to(torch.float32)
+            rounded = fake_quantize(flat, qparams.scale, qparams.zero_point, spec)
+            return rounded.reshape(values.shape).to(values.dtype)
 
-
-def gptq(weight, gram, cross, grid, damping):
-    k = weight.shape[-1]
-    power = gram.diagonal(dim1=1, dim2=2).clone()
-    mean = power.mean(1, keepdim=True)
-    dead = power <= 1e-9 * mean
-    alive = ~dead
-    gram = gram * (alive[:, :, None] & alive[:, None])
-    cross = cross * (alive[:, :, None] & alive[:, None])
-    gram.diagonal(dim1=1, dim2=2).add_(torch.where(dead, 1.0, damping * mean))
-    weight = weight + weight @ torch.cholesky_solve(cross.mT, torch.linalg.cholesky(gram)).mT
-    order = torch.argsort(power, dim=1, descending=True, stable=True) if ORDER else torch.arange(k).expand(weight.shape[0], k)
-    gram = gram.gather(1, order[:, :, None].expand_as(gram)).gather(2, order[:, None].expand_as(gram))
-    weight = weight.gather(2, order[:, None].expand_as(weight))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        errors = torch.empty_like(weight[:, :, start:end])
-        for j in range(start, end):
-            column = weight[:, :, j]
-            rounded = grid(column)
-            error = (column - rounded) / upper[:, j, j, None]
-            weight[:, :, j + 1 : end] -= error[:, :, None] * upper[:, j, None, j + 1 : end]
-            weight[:, :, j] = rounded
-            errors[:, :, j - start] = error
-        weight[:, :, end:] -= errors @ upper[:, start:end, end:]
-    return torch.empty_like(weight).scatter_(2, order[:, None].expand_as(weight), weight)
+        return round_to_grid
 
 
-def _layers(model: WrappedModel) -> Iterator[tuple[str, _Layer]]:
+def compensate(
+    weight: Tensor, second: Tensor, grid: Callable[[Tensor], Tensor], damping: float
+) -> Tensor:
+    """Return ``weight`` on its grid, every rounding error made good by the inputs still to round.
+
+    Inputs are rounded in order of falling power. What is never there is rounded to nearest.
+
+    Args:
+        weight: float64 ``[G, K, R]``.
+        second: second moments of the inputs, float64 ``[G, K, K]``.
+        grid: rounds ``[G, R]`` values, one of each output.
+        damping: share of the mean power that is added to every power.
+
+    Source: Frantar et al., arXiv:2210.17323, algorithm 1; the order is their "act_order".
+    """
+    power = second.diagonal(dim1=1, dim2=2)
+    order = torch.argsort(power, dim=1, descending=True, stable=True)
+    weight = weight.gather(1, order[:, :, None].expand_as(weight))
+    factor = _inverse_factor(second, order, damping)
+    inputs = weight.shape[1]
+    for start in range(0, inputs, BLOCK):
+        end = min(start + BLOCK, inputs)
+        errors = torch.empty_like(weight[:, start:end])
+        for k in range(start, end):
+            value = weight[:, k].clone()
+            weight[:, k] = grid(value)
+            error = (value - weight[:, k]) / factor[:, k, k, None]
+            weight[:, k + 1 : end] -= factor[:, k, k + 1 : end, None] * error[:, None]
+            errors[:, k - start] = error
+        weight[:, end:] -= factor[:, start:end, end:].mT @ errors
+    return torch.empty_like(weight).scatter_(1, order[:, :, None].expand_as(weight), weight)
+
+
+def _inverse_factor(second: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of damped moments, inputs in ``order``."""
+    rows = order[:, :, None].expand_as(second)
+    damped = second.gather(1, rows).gather(2, rows.mT)
+    power = damped.diagonal(dim1=1, dim2=2)
+    power += torch.where(power > 0, damping * power.mean(1, keepdim=True), 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
     plan, graph = plan_of(model), model.graph
-    biases = {k: b for (k, _), b in plan.biases.items()}
+    moments: Moments = defaultdict(dict)
+    layers = []
     for (key, index), constant in plan.constants.items():
-        node = graph.nodes[key]
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or index != 1:
-            continue
-        weight = model.stored(constant.value)
-        unfold = Unfold.of(node)
-        if len(graph.values[constant.value].consumers()) > 1 or weight.dim() < 2 or (node.op_type == "MatMul" and weight.dim() != 2):
-            continue
-        if unfold.matrix(weight).shape[-1] > LARGEST:
+        node, weight = graph.nodes[key], _own(model, constant.value)
+        if node.op_type not in ORT_CPU.matrix or weight is None or not _fits(node, weight):
             continue
         stub = model.tap(UsePoint(key, index))
-        bias = None
-        if key in biases and len(graph.values[biases[key].value].consumers()) == 1:
-            bias = model.stored(biases[key].value)
-        yield key, _Layer(_operator(model, key), unfold, weight, bias, stub)
+        assert isinstance(stub, Stub)
+        assert node.inputs[0] is not None
+        unfold = Unfold.of(node, weight)
+        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, _Moments(unfold))
+        bias = plan.biases.get((key, 2))
+        own_bias = None if bias is None else _own(model, bias.value)
+        layers.append(_Layer(shared, weight, own_bias, stub, node))
+    return layers, moments
 
 
-def _learn(model, layers, batches) -> None:
-    taps = model.program.taps
-    watch = Program(kernels={key: layer.watch for key, layer in layers.items()})
-    learn = Program(taps=taps, kernels={key: layer.learn for key, layer in layers.items()})
-    for inputs in batches:
-        with model.running(watch):
-            model(**inputs)
-        with model.running(learn):
+def _own(model: WrappedModel, value: str) -> Tensor | None:
+    """Return the tensor of an initialiser that one node alone reads."""
+    return model.stored(value) if len(model.graph.values[value].uses()) == 1 else None
+
+
+def _fits(node: ir.Node, weight: Tensor) -> bool:
+    if node.op_type != "Conv" and weight.dim() != 2:
+        return False
+    return weight.numel() // weight.shape[weight_axis(node, weight.dim())] <= LARGEST_LAYER
+
+
+def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def watch(found: Iterable[_Moments], x: Tensor) -> None:
+        for each in found:
+            each.add(x)
+
+    watchers = {value: partial(watch, found.values()) for value, found in moments.items()}
+    with model.watching(watchers):
+        for inputs in batches:
             model(**inputs)

@@ -1,11 +1,9 @@
-"""Matrix operators as matrix products: rows of inputs times a matrix of weights, per group."""
+"""Matrix operators as products of input rows with weight columns, group by group."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,81 +13,91 @@ from torch import Tensor
 from qwrap.model.values import attributes_of
 from qwrap.ops.window import torch_pads, window
 
-VALUES = 2**21  # of one batch in one layer; more positions teach little and cost much
+LARGEST_SAMPLE = 2**21  # values taken of one batch; neighbouring positions teach little more
 
 
 @dataclass(frozen=True, slots=True)
 class Unfold:
-    """How a Conv, Gemm or MatMul is a matrix product.
+    """How the input of a Conv, Gemm or MatMul falls into rows of a matrix product.
 
-    ``K`` inputs make one of ``R`` outputs of a group, for each of ``G`` groups (1 unless Conv).
+    Equal ones cut equal rows out of the same input. In shapes below, ``K`` inputs make each of
+    ``R`` outputs in each of ``G`` groups, at ``P`` positions.
+
+    Attributes:
+        kernel: window of a Conv, None for matrix products.
+        strides: of the window, None for all ones.
+        dilations: of the window, None for all ones.
+        pads: zeros around the input, None for none.
+        auto_pad: as in ONNX Conv.
+        groups: ``G``.
+        transposed: rows of the product are columns of the input (Gemm with ``transA``).
     """
 
-    op_type: str
-    attributes: dict[str, Any]
+    kernel: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+    dilations: tuple[int, ...] | None = None
+    pads: tuple[int, ...] | None = None
+    auto_pad: str = "NOTSET"
+    groups: int = 1
+    transposed: bool = False
 
     @classmethod
-    def of(cls, node: ir.Node) -> Unfold:
-        return cls(node.op_type, attributes_of(node))
+    def of(cls, node: ir.Node, weight: Tensor) -> Unfold:
+        """Return it for a node with ``weight``."""
+        settings = attributes_of(node)
+        if node.op_type != "Conv":
+            return cls(transposed=bool(settings.get("transA", 0)))
+        lists = {
+            name: tuple(settings[name])
+            for name in ("strides", "dilations", "pads")
+            if settings.get(name)
+        }
+        return cls(
+            kernel=tuple(weight.shape[2:]),
+            auto_pad=settings.get("auto_pad", "NOTSET"),
+            groups=settings.get("group", 1),
+            **lists,
+        )
 
-    @property
-    def groups(self) -> int:
-        return int(self.attributes.get("group", 1))
+    def rows(self, x: Tensor, start: int = 0, largest: int = LARGEST_SAMPLE) -> Tensor:
+        """Return rows ``[G, P, K]`` of the product that input ``x`` goes into.
 
-    @property
-    def _outputs_first(self) -> bool:
-        return self.op_type == "Conv" or bool(self.attributes.get("transB", 0))
+        Args:
+            x: the input as the node reads it.
+            start: shifts the positions taken, where not all are.
+            largest: about how many values to return at most.
+        """
+        if self.kernel is not None:
+            return self._patches(x, start, largest)
+        rows = (x.t() if self.transposed else x).reshape(-1, x.shape[0 if self.transposed else -1])
+        return rows[_positions(*rows.shape, start, largest, x.device)][None]
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight as ``[G, R, K]``."""
-        if not self._outputs_first:
-            weight = weight.t()
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
-
-    def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return what ``matrix`` made of a weight of ``shape``."""
-        if self._outputs_first:
-            return matrix.reshape(*shape)
-        return matrix[0].t().reshape(*shape)
-
-    def rows(self, x: Tensor, shape: Sequence[int], offset: int) -> Tensor:
-        """Return inputs of the matrix product, ``[G, P, K]``, at some positions P of many."""
-        if self.op_type == "Conv":
-            return self._patches(x, shape, offset)
-        x = x.t() if self.attributes.get("transA", 0) else x
-        flat = x.reshape(-1, x.shape[-1])
-        return flat[positions(len(flat), flat.shape[1], 1, offset)][None]
-
-    def _patches(self, x: Tensor, shape: Sequence[int], offset: int) -> Tensor:
-        a = self.attributes
-        place = window(
-            x, shape[2:], a.get("strides"), a.get("dilations"), a.get("pads"),
-            a.get("auto_pad", "NOTSET"),
-        )  # fmt: skip
+    def _patches(self, x: Tensor, start: int, largest: int) -> Tensor:
+        assert self.kernel is not None
+        place = window(x, self.kernel, self.strides, self.dilations, self.pads, self.auto_pad)
         x = F.pad(x, torch_pads(place.begin, place.end))
-        sizes = x.shape[2:]
-        counts = [(n - e) // s + 1 for n, e, s in zip(sizes, place.extents, place.strides, strict=True)]
-        total = x.shape[0] * math.prod(counts)
-        taken = positions(total, x.shape[1] * math.prod(shape[2:]), counts[-1], offset, x.device)
-        corners = torch.zeros_like(taken)
-        offsets = torch.zeros(1, dtype=torch.int64, device=x.device)
-        rest, stride = taken, 1
+        spatial = zip(x.shape[2:], place.extents, place.strides, strict=True)
+        counts = [(size - extent) // stride + 1 for size, extent, stride in spatial]
+        total, size = x.shape[0] * math.prod(counts), x.shape[1] * math.prod(self.kernel)
+        rest = _positions(total, size, start, largest, x.device)
+        corners, offsets = torch.zeros_like(rest), torch.zeros_like(rest[:1])
+        pitch = 1  # elements of x from one index of the axis to the next
         for axis in reversed(range(len(counts))):
-            corners += rest % counts[axis] * (place.strides[axis] * stride)
+            corners += rest % counts[axis] * (place.strides[axis] * pitch)
             rest = rest // counts[axis]
-            steps = torch.arange(shape[2 + axis], device=x.device) * (place.dilations[axis] * stride)
+            steps = torch.arange(self.kernel[axis], device=x.device) * place.dilations[axis] * pitch
             offsets = (steps[:, None] + offsets).flatten()
-            stride *= sizes[axis]
-        corners += rest * stride
-        flat = x.transpose(0, 1).reshape(x.shape[1], -1)
-        found = flat[:, corners[:, None] + offsets]  # [C, P, k]
-        found = found.reshape(self.groups, -1, *found.shape[1:]).transpose(1, 2)
-        return found.flatten(2)
+            pitch *= x.shape[2 + axis]
+        corners += rest * pitch  # what rests is the sample
+        patches = x.transpose(0, 1).flatten(1)[:, corners[:, None] + offsets]
+        split = patches.reshape(self.groups, -1, *patches.shape[1:])  # [G, C / G, P, window]
+        return split.transpose(1, 2).flatten(2)
 
 
-def positions(total: int, size: int, width: int, offset: int, device=None) -> Tensor:
-    step = -(-total * size // VALUES)
-    while math.gcd(step, total) > 1 and step > 1:
+def _positions(total: int, size: int, start: int, largest: int, device: torch.device) -> Tensor:
+    """Return evenly spaced positions of ``total``, so many that ``size`` values of each fit."""
+    step = -(-total * size // largest)
+    while math.gcd(step, total) > 1 and step < total:  # or they would all lie in a few columns
         step += 1
-    if step >= total: step = max(total, 1)
-    return torch.arange(offset % step if step else 0, total, step, device=device)
+    step = max(min(step, total), 1)
+    return torch.arange(start % step, total, step, device=device)
