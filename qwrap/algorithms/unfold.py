@@ -25,18 +25,18 @@ class Unfold:
 
     Attributes:
         kernel: window of a Conv, None for matrix products.
-        strides: of the window, None for all ones.
-        dilations: of the window, None for all ones.
-        pads: zeros around the input, None for none.
+        strides: of the window, () for all ones.
+        dilations: of the window, () for all ones.
+        pads: zeros around the input, () for none.
         auto_pad: as in ONNX Conv.
         groups: ``G``.
         transposed: rows of the product are columns of the input (Gemm with ``transA``).
     """
 
     kernel: tuple[int, ...] | None = None
-    strides: tuple[int, ...] | None = None
-    dilations: tuple[int, ...] | None = None
-    pads: tuple[int, ...] | None = None
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
     auto_pad: str = "NOTSET"
     groups: int = 1
     transposed: bool = False
@@ -47,16 +47,13 @@ class Unfold:
         settings = attributes_of(node)
         if node.op_type != "Conv":
             return cls(transposed=bool(settings.get("transA", 0)))
-        lists = {
-            name: tuple(settings[name])
-            for name in ("strides", "dilations", "pads")
-            if settings.get(name)
-        }
         return cls(
             kernel=tuple(weight.shape[2:]),
+            strides=tuple(settings.get("strides", ())),
+            dilations=tuple(settings.get("dilations", ())),
+            pads=tuple(settings.get("pads", ())),
             auto_pad=settings.get("auto_pad", "NOTSET"),
             groups=settings.get("group", 1),
-            **lists,
         )
 
     def rows(self, x: Tensor, start: int = 0, largest: int = LARGEST_SAMPLE) -> Tensor:
@@ -70,7 +67,7 @@ class Unfold:
         if self.kernel is not None:
             return self._patches(x, start, largest)
         rows = (x.t() if self.transposed else x).reshape(-1, x.shape[0 if self.transposed else -1])
-        return rows[_positions(*rows.shape, start, largest, x.device)][None]
+        return rows[_positions(len(rows), rows.shape[1], start, largest, x.device)][None]
 
     def _patches(self, x: Tensor, start: int, largest: int) -> Tensor:
         assert self.kernel is not None
