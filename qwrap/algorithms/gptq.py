@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwrap.algorithms.held_out import HeldOut
 from qwrap.algorithms.unfold import Unfold
-from qwrap.errors import ConfigError, InputError
+from qwrap.errors import ConfigError
 from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
@@ -52,7 +52,7 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
 
     Raises:
         ConfigError: ``damping`` is not above 0, or the model is not prepared.
-        InputError: there are no batches.
+        InputError: there are no batches, or one does not fit.
         NotCalibratedError: the model is not calibrated.
 
     Source: Frantar et al., arXiv:2210.17323.
@@ -60,8 +60,6 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
     if not damping > 0:
         raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
     data = list(iterate(batches, model))
-    if not data:
-        raise InputError("rounding weights needs at least one batch; got none")
     layers, moments = _layers(model)
     if not layers:
         return False
