@@ -26,6 +26,7 @@ from qwrap.quant.target import ORT_CPU
 
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
+LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
 CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
 
 
@@ -38,9 +39,9 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
     as far as they were correlated in the data; where a layer has a bias of its own, that takes
     the mean error. All layers learn in one pass, behind weights rounded to nearest.
 
-    Half of the batches teach; the other half decide: if their outputs do not come closer to the
-    float model's, everything stays as it was. One batch does both. Weights that several nodes
-    use, of more than two axes in a MatMul, or of more than 8192 inputs, are left alone.
+    Half of the batches teach; the other half decide: if the squared error of their outputs does
+    not fall by a twentieth, everything stays as it was. One batch does both. Weights that several
+    nodes use, of more than two axes in a MatMul, or of more than 8192 inputs are left alone.
 
     Args:
         model: calibrated; biases not yet corrected.
@@ -71,7 +72,7 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
         _learn(model, moments, data[::2])
         for layer in layers:
             layer.round(damping)
-        kept = held_out.error() < before
+        kept = held_out.error() < (1 - LEAST_GAIN) * before
     finally:
         if not kept:
             for layer in layers:
