@@ -50,6 +50,8 @@ def build_model(
 def name_nodes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.name = f"/{node.output[0]}"
+        if not node.domain:
+            node.ClearField("domain")  # as exporters write it; the parser sets it to ""
         for attribute in node.attribute:
             name_nodes(attribute.g)
 
