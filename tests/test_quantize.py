@@ -13,7 +13,13 @@ from qwrap.errors import ConfigError, ExportError, InputError, ModelError
 def test_one_call_gives_a_file_that_the_model_simulates_exactly(small, tmp_path: Path) -> None:
     onnx.save(small.convs(), tmp_path / "m.onnx")
     target = tmp_path / "q.onnx"
-    model = qwrap.quantize(tmp_path / "m.onnx", target, calibration=small.batches(), progress=False)
+    model = qwrap.quantize(
+        tmp_path / "m.onnx",
+        target,
+        calibration=small.batches(),
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
     assert qwrap.verify(model, target, small.batches(), progress=False).deployed.differing == 0
     expected, found = (
         small.run(path, small.batches()[0])[0] for path in (tmp_path / "m.onnx", target)
@@ -23,9 +29,15 @@ def test_one_call_gives_a_file_that_the_model_simulates_exactly(small, tmp_path:
 
 def test_it_equals_the_steps_by_hand(small, tmp_path: Path) -> None:
     batches = small.batches()
-    qwrap.quantize(small.convs(), tmp_path / "a", calibration=batches, progress=False)
+    qwrap.quantize(
+        small.convs(),
+        tmp_path / "a",
+        calibration=batches,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
     model = qwrap.load(small.convs()).eval()
-    qwrap.prepare(model)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     qwrap.calibrate(model, batches, progress=False)
     qwrap.correct_biases(model, batches)
     qwrap.export(model, tmp_path / "b")
@@ -42,7 +54,13 @@ def test_a_stream_is_read_once(small, tmp_path: Path, length: str) -> None:
             yield from map(torch.from_numpy, small.batches())
 
     stream = Stream() if length == "none" else torch.utils.data.DataLoader(Stream(), None)
-    qwrap.quantize(small.convs(), tmp_path / "q", calibration=stream, progress=False)
+    qwrap.quantize(
+        small.convs(),
+        tmp_path / "q",
+        calibration=stream,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
     assert Stream.reads == 1
 
 
@@ -55,7 +73,13 @@ def test_the_source_is_never_replaced(small, tmp_path: Path, alias: str) -> None
         target.symlink_to(source)
     before = source.read_bytes()
     with pytest.raises(ExportError, match="is the float model itself"):
-        qwrap.quantize(source, target, calibration=small.batches(), progress=False)
+        qwrap.quantize(
+            source,
+            target,
+            calibration=small.batches(),
+            config=qwrap.QConfig(only_if_faster=False),
+            progress=False,
+        )
     assert source.read_bytes() == before
 
 
@@ -94,7 +118,7 @@ def test_bad_files_and_settings_are_refused(small, tmp_path: Path) -> None:
             small.convs(),
             tmp_path / "q",
             calibration=small.batches(),
-            config=qwrap.QConfig(excluded=["nothing"]),
+            config=qwrap.QConfig(only_if_faster=False, excluded=["nothing"]),
             progress=False,
         )
     assert os.listdir(tmp_path) == ["cut.onnx"]
@@ -102,7 +126,13 @@ def test_bad_files_and_settings_are_refused(small, tmp_path: Path) -> None:
 
 def test_what_was_corrected_is_in_the_summary(small, tmp_path: Path) -> None:
     batches = [np.abs(b) for b in small.batches(4)]
-    model = qwrap.quantize(small.convs(), tmp_path / "q", calibration=batches, progress=False)
+    model = qwrap.quantize(
+        small.convs(),
+        tmp_path / "q",
+        calibration=batches,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
     corrected = "biases corrected" in model.plan.summary()
     changed = not torch.equal(model.stored("b2"), qwrap.load(small.convs()).stored("b2"))
     assert corrected == changed

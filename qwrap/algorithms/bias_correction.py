@@ -63,12 +63,13 @@ def _correct(
         wanted = [_outputs(model, inputs) for inputs in deciding]
     before = _error(model, deciding, wanted)
     _learn(model, layers, teaching)
+    saved = [layer.bias.clone() for layer in layers.values()]
     for layer in layers.values():
-        layer.apply(1)
+        layer.bias.add_(layer.shift)
     if _error(model, deciding, wanted) < before:
         return True
-    for layer in layers.values():
-        layer.apply(-1)
+    for layer, bias in zip(layers.values(), saved, strict=True):
+        layer.bias.copy_(bias)  # bit for bit, as subtracting the shift again would not be
     return False
 
 
@@ -91,10 +92,6 @@ class _Layer:
         self.seen += 1
         self.shift += (shift - self.shift) / self.seen
         return output + self.shift.reshape(1, -1, *[1] * (output.dim() - 2))
-
-    def apply(self, sign: int) -> None:
-        """Add the shift to the bias, or take it away again, in place."""
-        self.bias.add_(self.shift, alpha=sign)
 
 
 def _layers(model: WrappedModel) -> dict[str, _Layer]:

@@ -14,7 +14,7 @@ from qwrap.errors import ConfigError, ExportError, NotCalibratedError
 
 def calibrated(source, batches, config=None):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, config)
+    qwrap.prepare(model, config or qwrap.QConfig(only_if_faster=False))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -62,7 +62,7 @@ def test_a_model_that_is_not_prepared_is_refused(small, tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_calibrated_is_refused_by_tensor(small, tmp_path: Path) -> None:
     model = qwrap.load(small.convs())
-    qwrap.prepare(model)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     with pytest.raises(NotCalibratedError, match=r"tensor '\w+' has no scale yet; run"):
         qwrap.export(model, tmp_path / "q.onnx")
     assert not list(tmp_path.iterdir())
