@@ -50,6 +50,8 @@ def build_model(
 def name_nodes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.name = f"/{node.output[0]}"
+        if not node.domain:
+            node.ClearField("domain")  # as exporters write it; the parser sets it to ""
         for attribute in node.attribute:
             name_nodes(attribute.g)
 
@@ -115,7 +117,7 @@ def quantize_model(
 ) -> Quantized:
     batches = make_batches() if batches is None else batches
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, config)
+    qwrap.prepare(model, config or qwrap.QConfig(only_if_faster=False))
     qwrap.calibrate(model, batches, progress=False)
     path = folder / "small.int8.onnx"
     qwrap.export(model, path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.held_out import HeldOut
+from qwrap.algorithms.held_out import HeldOut, float_model
 from qwrap.errors import InputError
 from qwrap.model.batches import iterate
 from qwrap.model.points import Program
@@ -61,12 +61,13 @@ def _correct(
     held_out = HeldOut(model, deciding)
     before = held_out.error()
     _learn(model, layers, teaching)
+    saved = [layer.bias.clone() for layer in layers.values()]
     for layer in layers.values():
-        layer.apply(1)
+        layer.bias.add_(layer.shift)
     if held_out.error() < before:
         return True
-    for layer in layers.values():
-        layer.apply(-1)
+    for layer, bias in zip(layers.values(), saved, strict=True):
+        layer.bias.copy_(bias)  # bit for bit, as subtracting the shift again would not be
     return False
 
 
@@ -89,10 +90,6 @@ class _Layer:
         self.seen += 1
         self.shift += (shift - self.shift) / self.seen
         return output + self.shift.reshape(1, -1, *[1] * (output.dim() - 2))
-
-    def apply(self, sign: int) -> None:
-        """Add the shift to the bias, or take it away again, in place."""
-        self.bias.add_(self.shift, alpha=sign)
 
 
 def _layers(model: WrappedModel) -> dict[str, _Layer]:
@@ -128,9 +125,10 @@ def _learn(
     graph = model.graph
     watchers = {graph.key(graph.nodes[key].outputs[0]): la.watch for key, la in layers.items()}
     taps = model.program.taps
-    with model.running(Program(watchers=watchers)):
+    reference = float_model(model)
+    with reference.watching(watchers):
         for inputs in batches:
-            model(**inputs)
+            reference(**inputs)
     with model.running(Program(taps=taps, kernels=layers)):
         for inputs in batches:
             model(**inputs)

@@ -17,9 +17,10 @@ from qwrap.algorithms.unfold import Unfold
 from qwrap.errors import ConfigError
 from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
+from qwrap.model.values import attributes_of
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize
-from qwrap.quant.placement import weight_axis
+from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
 from qwrap.quant.target import ORT_CPU
@@ -125,7 +126,7 @@ class _Layer:
         self, moments: _Moments, weight: Tensor, bias: Tensor | None, stub: Stub, node: ir.Node
     ) -> None:
         self.moments, self.weight, self.bias, self.stub = moments, weight, bias, stub
-        self.outputs_first = weight_axis(node, weight.dim()) == 0
+        self.outputs_first = _channel_axis(node, weight) == 0
         self._original = weight.clone()
         self._original_bias = None if bias is None else bias.clone()
 
@@ -231,6 +232,10 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
         own_bias = None if bias is None else _own(model, bias.value)
         layers.append(_Layer(shared, weight, own_bias, stub, node))
     return layers, moments
+
+
+def _channel_axis(node: ir.Node, weight: Tensor) -> int:
+    return WEIGHTED[node.op_type].axis(attributes_of(node)) % weight.dim()
 
 
 def _own(model: WrappedModel, value: str) -> Tensor | None:

@@ -6,24 +6,31 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from qwrap.model.points import Program
 from qwrap.model.wrapped import WrappedModel
 
 
+def float_model(model: WrappedModel) -> WrappedModel:
+    """Return the float model that was prepared, without what algorithms did to it since."""
+    device = next((tensor.device for tensor in model.parameters()), None)
+    return WrappedModel(model.graph).eval().to(device)
+
+
 class HeldOut:
-    """Batches with the outputs of the float model, to be made before its parameters change."""
+    """Batches, and what the float model makes of them."""
 
     def __init__(self, model: WrappedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self._model, self._batches = model, batches
-        with model.running(Program()):
-            self._wanted = [self._outputs(inputs) for inputs in batches]
+        reference = float_model(model)
+        self._wanted = [_outputs(reference, inputs) for inputs in batches]
 
     def error(self) -> float:
         """Return the squared error of all float outputs, each relative to its own power."""
         error: list[float] = []
         power: list[float] = []
         for inputs, targets in zip(self._batches, self._wanted, strict=True):
-            for i, (output, target) in enumerate(zip(self._outputs(inputs), targets, strict=True)):
+            for i, (output, target) in enumerate(
+                zip(_outputs(self._model, inputs), targets, strict=True)
+            ):
                 if i == len(error):
                     error.append(0.0)
                     power.append(0.0)
@@ -32,6 +39,7 @@ class HeldOut:
                     power[i] += float(target.square().sum())
         return sum(e / p for e, p in zip(error, power, strict=True) if p > 0)
 
-    def _outputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        result = self._model(**inputs)
-        return list(result) if isinstance(result, tuple) else [result]
+
+def _outputs(model: WrappedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    result = model(**inputs)
+    return list(result) if isinstance(result, tuple) else [result]

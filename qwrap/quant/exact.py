@@ -15,9 +15,10 @@ from qwrap.model.values import attributes_of
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.quant import kernels as k
-from qwrap.quant.plan import QuantPlan
+from qwrap.quant.plan import NodePlan, QuantPlan
 from qwrap.quant.sources import source_of, written_by
 from qwrap.quant.stubs import BiasStub, Stub
+from qwrap.quant.target import ORT_CPU
 
 EIGHT_BITS = 8
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -56,7 +57,7 @@ class _Lowering:
         made: set[str] = set()
         for key, planned in self.plan.nodes.items():
             node = self.graph.nodes[key]
-            if planned.role == "integer" and self._fits(node):
+            if self._is_fused(node, planned) and self._fits(node):
                 kernels[key] = self._kernel(node)
                 made.add(self.graph.key(node.outputs[0]))
                 made.add(self.graph.key(written_by(self.plan, self.graph, node)))
@@ -73,6 +74,16 @@ class _Lowering:
 
     def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
         return point.node in kernels and self.graph.nodes[point.node].op_type in WEIGHTED
+
+    def _is_fused(self, node: ir.Node, planned: NodePlan) -> bool:
+        """Whether onnxruntime takes an integer kernel: it does wherever the pairs around allow.
+
+        That may be so for a node which the plan leaves float, because of its neighbours' pairs.
+        """
+        if planned.role == "integer" or node.op_type not in ORT_CPU.elementwise or node.domain:
+            return planned.role == "integer"
+        values = [*node.inputs[self._first(node) :], node.outputs[0]]
+        return all(v is not None and self.graph.key(v) in self.plan.tensors for v in values)
 
     def _producer(self, node: ir.Node) -> ir.Node:
         value = node.inputs[0]

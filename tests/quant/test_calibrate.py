@@ -15,7 +15,7 @@ from qwrap.model.points import UsePoint, ValuePoint
 
 def prepared(source, **settings):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(**settings))
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
     return model
 
 

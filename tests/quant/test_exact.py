@@ -77,18 +77,17 @@ SETTINGS = {
 def test_every_8_bit_setting_is_exact(small, quantized, name: str) -> None:
     signed = SETTINGS[name].get("activation") == "int8"
     # onnxruntime fuses no int8 tensor with two readers (1.31, x86).
-    residual = "d = Add(c, k)" if signed else "d = Add(c, b)"
+    middle = "d = Sigmoid(c)" if signed else "d = Add(c, b)"
     nodes = (
         "a = Conv<pads=[1,1,1,1]>(x, w1, b1) b = Relu(a) c = Conv<pads=[1,1,1,1]>(b, w2, b2) "
-        f"{residual} e = GlobalAveragePool(d) f = Flatten(e) y = Gemm(f, w3, b3)"
+        f"{middle} e = GlobalAveragePool(d) f = Flatten(e) y = Gemm(f, w3, b3)"
     )
     weights = {"w1": (6, 3, 3, 3), "b1": (6,), "w2": (6, 6, 3, 3), "b2": (6,)}
-    source = small.build(
-        nodes, weights | {"w3": (6, 20), "b3": (20,), "k": (6, 8, 8)}, outputs="float[N,20] y"
-    )
-    result = quantized(source, config=qwrap.QConfig(**SETTINGS[name]))
+    source = small.build(nodes, weights | {"w3": (6, 20), "b3": (20,)}, outputs="float[N,20] y")
+    result = quantized(source, config=qwrap.QConfig(only_if_faster=False, **SETTINGS[name]))
     found = result.operators()
-    assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"]) == (2, 1, 1), found
+    between = found["QLinearAdd"] + found["QLinearSigmoid"]
+    assert (found["QLinearConv"], between, found["QGemm"]) == (2, 1, 1), found
     report = result.verify()
     assert (report.deployed.differing, report.notes) == (0, ())
     assert report.deployed.outputs[0].max_abs_difference == 0
@@ -97,7 +96,7 @@ def test_every_8_bit_setting_is_exact(small, quantized, name: str) -> None:
 @pytest.mark.parametrize("name", ["uint16", "int16"])
 def test_16_bit_activations_run_as_specified(small, quantized, name: str) -> None:
     """onnxruntime fuses none of them: it computes in float between the pairs, and so do we."""
-    result = quantized(small.convs(), config=qwrap.QConfig(activation=name))
+    result = quantized(small.convs(), config=qwrap.QConfig(only_if_faster=False, activation=name))
     kinds = {t.data_type for t in result.file().graph.initializer}
     assert getattr(TensorProto, name.upper()) in kinds
     assert result.file().opset_import[0].version == 21
@@ -147,7 +146,13 @@ def test_real_networks_are_exact(tmp_path, name: str, left: tuple[int, int], sma
         sys.path.pop(0)
     target = tmp_path / "q.onnx"
     calibration = [inputs for inputs, _ in load.calib(name, 8)]
-    model = qwrap.quantize(load.model_path(name), target, calibration=calibration, progress=False)
+    model = qwrap.quantize(
+        load.model_path(name),
+        target,
+        calibration=calibration,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
     small.session(target, tmp_path / "optimised.onnx")
     import onnx
 
@@ -157,3 +162,49 @@ def test_real_networks_are_exact(tmp_path, name: str, left: tuple[int, int], sma
     report = qwrap.verify(model, target, batches, progress=False)
     assert report.deployed.differing == 0
     assert report.deployed.top1_agreement == 1
+
+
+NEIGHBOURS = {
+    "a float Add between quantized layers": (
+        "a = Conv(x, w) b = Conv(x, u) c = Add(a, b) y = Conv(c, o)",
+        ["Add"],
+    ),
+    "a float Concat between quantized layers": (
+        "a = Conv(x, w) b = Conv(x, u) c = Concat<axis=0>(a, b) y = Conv(c, o)",
+        ["Concat"],
+    ),
+    "a float Sigmoid between quantized layers": (
+        "a = Conv(x, w) c = Sigmoid(a) y = Conv(c, o)",
+        ["Sigmoid"],
+    ),
+    "a float Relu between quantized layers": (
+        "a = Conv(x, w) c = Relu(a) y = Conv(c, o)",
+        ["Relu"],
+    ),
+    "a layer read before and after its Relu": (
+        "a = Conv(x, w) r = Relu(a) b = Conv(r, p) c = Add(a, b) y = Conv(c, o)",
+        [],
+    ),
+    "a float MaxPool between quantized layers": (
+        "a = Conv(x, w) c = MaxPool<kernel_shape=[2,2]>(a) y = Conv(c, o)",
+        ["MaxPool"],
+    ),
+    "two activations in a row": (
+        "a = Conv(x, w) r = Relu(a) c = Clip(r, , six) y = Conv(c, o)",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_what_onnxruntime_fuses_unasked_is_simulated_as_fused(small, quantized, name: str) -> None:
+    nodes, excluded = NEIGHBOURS[name]
+    weights = {"w": (6, 3, 1, 1), "u": (6, 3, 1, 1), "o": (4, 6, 1, 1), "p": (6, 6, 1, 1)}
+    weights["six"] = np.array(0.4, np.float32)
+    used = {k: v for k, v in weights.items() if f"{k})" in nodes}
+    config = qwrap.QConfig(only_if_faster=False, excluded=excluded, method="minmax")
+    batches = small.batches(shape=(4, 3, 32, 32))
+    source = small.build(nodes, used, "float[N,3,H,W] x")
+    result = quantized(source, batches, config)
+    report = result.verify()
+    assert report.deployed.differing == 0, (result.operators(), str(report))

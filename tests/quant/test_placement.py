@@ -8,7 +8,7 @@ from qwrap.errors import ConfigError, UnsupportedOpError
 
 
 def plan_for(model, **settings):
-    return qwrap.prepare(qwrap.load(model), qwrap.QConfig(**settings))
+    return qwrap.prepare(qwrap.load(model), qwrap.QConfig(only_if_faster=False, **settings))
 
 
 def test_a_residual_add_is_quantized_on_both_inputs_and_the_output(small) -> None:
@@ -59,11 +59,19 @@ def test_an_excluded_moving_node_is_not_in_the_group_of_its_input(small) -> None
     assert plan.tensors["b"].source == "b"
 
 
-def test_a_product_with_few_columns_stays_float(small) -> None:
-    source = small.build("y = MatMul(x, w)", {"w": (64, 8)}, "float[N,64] x", "float[N,8] y")
-    assert plan_for(source).nodes["/y"].role == "float"
-    source = small.build("y = MatMul(x, w)", {"w": (64, 16)}, "float[N,64] x", "float[N,16] y")
-    assert plan_for(source).nodes["/y"].role == "integer"
+def test_what_would_run_slower_stays_float_unless_asked_for(small) -> None:
+    source = small.convs()
+    plan = qwrap.prepare(qwrap.load(source))
+    assert not plan.tensors
+    assert "would not pay" in plan.nodes["/a"].reason
+    assert plan_for(source).nodes["/a"].role == "integer"
+
+
+def test_a_large_layer_is_quantized_by_default(small) -> None:
+    source = small.build(
+        "y = MatMul(x, w)", {"w": (512, 512)}, "float[64,512] x", "float[64,512] y"
+    )
+    assert qwrap.prepare(qwrap.load(source)).nodes["/y"].role == "integer"
 
 
 def test_a_product_with_few_columns_behind_integers_is_quantized(small) -> None:
@@ -157,7 +165,9 @@ def test_a_tensor_added_to_itself_is_quantized_once(small, quantized) -> None:
 def test_a_scalar_operand_is_stored_as_a_code(small, quantized, number) -> None:
     nodes = "a = Conv(x, w) b = Mul(a, c) y = Conv(b, v)"
     weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1), "c": np.asarray(number)}
-    result = quantized(small.build(nodes, weights), config=qwrap.QConfig(excluded=[]))
+    result = quantized(
+        small.build(nodes, weights), config=qwrap.QConfig(only_if_faster=False, excluded=[])
+    )
     assert result.verify().deployed.differing == 0
     assert result.operators()["Mul"] == 0
 

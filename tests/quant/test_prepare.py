@@ -11,14 +11,14 @@ def test_a_prepared_model_still_computes_in_float(small) -> None:
     x = torch.from_numpy(small.batches()[0])
     model = qwrap.load(small.convs())
     expected = model(x)
-    qwrap.prepare(model)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     assert torch.equal(model(x), expected)
 
 
 def test_parameters_stay_the_objects_that_an_optimizer_holds(small) -> None:
     model = qwrap.load(small.convs())
     before = dict(model.named_parameters())
-    qwrap.prepare(model)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[name] is parameter for name, parameter in before.items())
@@ -26,7 +26,7 @@ def test_parameters_stay_the_objects_that_an_optimizer_holds(small) -> None:
 
 def test_preparing_again_starts_afresh(small, quantized) -> None:
     model = quantized(small.convs()).model
-    plan = qwrap.prepare(model, qwrap.QConfig(excluded=["/a"]))
+    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, excluded=["/a"]))
     assert model.plan is plan
     assert plan.nodes["/a"].role == "float"
     x = torch.from_numpy(small.batches()[0])
@@ -41,7 +41,7 @@ def test_trained_weights_are_what_is_quantized(small) -> None:
         model.stored("w1").mul_(3)
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
-    qwrap.prepare(model)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     assert torch.equal(model(x), expected)
 
 
@@ -52,7 +52,7 @@ def test_batch_normalization_is_folded_and_said_so(small) -> None:
     model = qwrap.load(source).eval()
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
-    plan = qwrap.prepare(model)
+    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     assert "/n" not in plan.nodes
     assert any("BatchNormalization" in line for line in plan.changes)
     assert "changed:" in plan.summary()
@@ -61,14 +61,14 @@ def test_batch_normalization_is_folded_and_said_so(small) -> None:
 
 
 def test_a_setting_changed_afterwards_changes_nothing(small) -> None:
-    config = qwrap.QConfig()
+    config = qwrap.QConfig(only_if_faster=False)
     model = qwrap.load(small.convs())
     qwrap.prepare(model, config)
     config.method = "minmax"
     config.exclude("Conv")
     qwrap.calibrate(model, small.batches(), progress=False)
     other = qwrap.load(small.convs())
-    qwrap.prepare(other)
+    qwrap.prepare(other, qwrap.QConfig(only_if_faster=False))
     qwrap.calibrate(other, small.batches(), progress=False)
     x = torch.from_numpy(small.batches()[0])
     assert torch.equal(model(x), other(x))
@@ -79,7 +79,7 @@ def test_a_refused_setting_leaves_a_model_that_works(small) -> None:
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
     with pytest.raises(ConfigError, match="no node has such a name"):
-        qwrap.prepare(model, qwrap.QConfig(excluded=["nothing"]))
+        qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, excluded=["nothing"]))
     assert torch.equal(model(x), expected)
     with pytest.raises(ConfigError, match="not prepared"):
         plan_of(model)
@@ -107,8 +107,8 @@ def test_the_gradient_is_that_of_the_float_model_where_nothing_is_clamped(small)
     """Straight through: fine grids change values a little, and gradients with them."""
     source = small.convs()
     model, floating = qwrap.load(source), qwrap.load(source)
-    qwrap.prepare(model, qwrap.QConfig(activation="uint16", weight="int16", method="minmax",
-                                       weight_method="minmax"))  # fmt: skip
+    fine = {"activation": "uint16", "weight": "int16", "weight_method": "minmax"}
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="minmax", **fine))
     x = torch.from_numpy(small.batches()[0])
     qwrap.calibrate(model, [x], progress=False)
     for m in (model, floating):

@@ -1,0 +1,138 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import qwrap
+from qwrap.errors import ConfigError, ExportError, InputError, ModelError
+
+
+def test_one_call_gives_a_file_that_the_model_simulates_exactly(small, tmp_path: Path) -> None:
+    onnx.save(small.convs(), tmp_path / "m.onnx")
+    target = tmp_path / "q.onnx"
+    model = qwrap.quantize(
+        tmp_path / "m.onnx",
+        target,
+        calibration=small.batches(),
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
+    assert qwrap.verify(model, target, small.batches(), progress=False).deployed.differing == 0
+    expected, found = (
+        small.run(path, small.batches()[0])[0] for path in (tmp_path / "m.onnx", target)
+    )
+    assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(found - expected)) > 25
+
+
+def test_it_equals_the_steps_by_hand(small, tmp_path: Path) -> None:
+    batches = small.batches()
+    qwrap.quantize(
+        small.convs(),
+        tmp_path / "a",
+        calibration=batches,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
+    model = qwrap.load(small.convs()).eval()
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.calibrate(model, batches, progress=False)
+    qwrap.correct_biases(model, batches)
+    qwrap.export(model, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("length", ["none", "raises"])
+def test_a_stream_is_read_once(small, tmp_path: Path, length: str) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        reads = 0
+
+        def __iter__(self):
+            type(self).reads += 1
+            yield from map(torch.from_numpy, small.batches())
+
+    stream = Stream() if length == "none" else torch.utils.data.DataLoader(Stream(), None)
+    qwrap.quantize(
+        small.convs(),
+        tmp_path / "q",
+        calibration=stream,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
+    assert Stream.reads == 1
+
+
+@pytest.mark.parametrize("alias", ["same", "link"])
+def test_the_source_is_never_replaced(small, tmp_path: Path, alias: str) -> None:
+    source, target = tmp_path / "m.onnx", tmp_path / "m.onnx"
+    onnx.save(small.convs(), source)
+    if alias == "link":
+        target = tmp_path / "link.onnx"
+        target.symlink_to(source)
+    before = source.read_bytes()
+    with pytest.raises(ExportError, match="is the float model itself"):
+        qwrap.quantize(
+            source,
+            target,
+            calibration=small.batches(),
+            config=qwrap.QConfig(only_if_faster=False),
+            progress=False,
+        )
+    assert source.read_bytes() == before
+
+
+def bad_batch(small):
+    batch = small.batches()[0]
+    batch[0, 0, 0, 0] = np.nan
+    return [batch]
+
+
+ERRORS = {
+    "no data": (InputError, "no batches", lambda _: []),
+    "NaN": (InputError, "batch 0: input 'x': 1 of 384 values", bad_batch),
+    "rank": (InputError, "batch 0: input 'x': expected 4 dimensions", lambda _: [np.zeros(3)]),
+    "type": (InputError, "batch 0: input 'x'", lambda _: [np.zeros((1, 3, 8, 8), np.int64)]),
+    "name": (InputError, r"graph inputs \['x'\] are missing", lambda _: [{"y": np.zeros(1)}]),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_bad_data_is_refused_and_writes_nothing(small, tmp_path: Path, case: str) -> None:
+    error, message, batches = ERRORS[case]
+    with pytest.raises(error, match=message):
+        qwrap.quantize(
+            small.convs(), tmp_path / "q.onnx", calibration=batches(small), progress=False
+        )
+    assert not os.listdir(tmp_path)
+
+
+def test_bad_files_and_settings_are_refused(small, tmp_path: Path) -> None:
+    (tmp_path / "cut.onnx").write_bytes(small.convs().SerializeToString()[:-200])
+    for name in ("missing.onnx", "cut.onnx"):
+        with pytest.raises(ModelError, match=name):
+            qwrap.quantize(tmp_path / name, tmp_path / "q", calibration=[], progress=False)
+    with pytest.raises(ConfigError, match="exclude 'nothing'"):
+        qwrap.quantize(
+            small.convs(),
+            tmp_path / "q",
+            calibration=small.batches(),
+            config=qwrap.QConfig(only_if_faster=False, excluded=["nothing"]),
+            progress=False,
+        )
+    assert os.listdir(tmp_path) == ["cut.onnx"]
+
+
+def test_what_was_corrected_is_in_the_summary(small, tmp_path: Path) -> None:
+    batches = [np.abs(b) for b in small.batches(4)]
+    model = qwrap.quantize(
+        small.convs(),
+        tmp_path / "q",
+        calibration=batches,
+        config=qwrap.QConfig(only_if_faster=False),
+        progress=False,
+    )
+    corrected = "biases corrected" in model.plan.summary()
+    changed = not torch.equal(model.stored("b2"), qwrap.load(small.convs()).stored("b2"))
+    assert corrected == changed
