@@ -246,7 +246,7 @@ def _own(model: WrappedModel, value: str) -> Tensor | None:
 def _fits(node: ir.Node, weight: Tensor) -> bool:
     if node.op_type != "Conv" and weight.dim() != 2:
         return False
-    return weight.numel() // weight.shape[weight_axis(node, weight.dim())] <= LARGEST_LAYER
+    return weight.numel() // weight.shape[_channel_axis(node, weight)] <= LARGEST_LAYER
 
 
 def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:

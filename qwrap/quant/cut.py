@@ -71,13 +71,11 @@ class _Cut:
 
     def _joined_conv(self, node: ir.Node) -> ir.Node | None:
         """Return the Conv that onnxruntime fuses ``node`` into, if both are float."""
-        if node.op_type in JOINED:
-            for value in node.inputs:
-                producer = None if value is None else value.producer()
-                if producer in self.numbers and value is not None and len(value.uses()) == 1:
-                    if producer is not None and producer.op_type == "Conv":
-                        return producer
-        return None
+        if node.op_type not in JOINED:
+            return None
+        producers = [v.producer() for v in node.inputs if v is not None and len(v.uses()) == 1]
+        convs = [p for p in producers if p is not None and p.op_type == "Conv"]
+        return next((conv for conv in convs if conv in self.numbers), None)
 
     def _connect(self, value: ir.Value) -> None:
         """Add what conversions of ``value`` cost: at most one each way."""
