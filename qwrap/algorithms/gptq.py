@@ -233,10 +233,6 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
     return layers, moments
 
 
-def _channel_axis(node: ir.Node, weight: Tensor) -> int:
-    return WEIGHTED[node.op_type].axis(attributes_of(node)) % weight.dim()
-
-
 def _own(model: WrappedModel, value: str) -> Tensor | None:
     """Return the tensor of an initialiser that one node alone reads."""
     return model.stored(value) if len(model.graph.values[value].uses()) == 1 else None
