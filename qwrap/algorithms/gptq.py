@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwrap.algorithms.held_out import HeldOut
-from qwrap.algorithms.unfold import Unfold
+from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
 from qwrap.errors import ConfigError
 from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
@@ -23,7 +23,6 @@ from qwrap.numerics import fake_quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
-from qwrap.quant.target import ORT_CPU
 
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
@@ -126,7 +125,7 @@ class _Layer:
         self, moments: _Moments, weight: Tensor, bias: Tensor | None, stub: Stub, node: ir.Node
     ) -> None:
         self.moments, self.weight, self.bias, self.stub = moments, weight, bias, stub
-        self.outputs_first = _channel_axis(node, weight) == 0
+        self.outputs_first = _output_axis(node) == 0
         self._original = weight.clone()
         self._original_bias = None if bias is None else bias.clone()
 
@@ -221,7 +220,7 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
     layers = []
     for (key, index), constant in plan.constants.items():
         node, weight = graph.nodes[key], _own(model, constant.value)
-        if node.op_type not in ORT_CPU.matrix or weight is None or not _fits(node, weight):
+        if weight is None or not _fits(node, index, weight):
             continue
         stub = model.tap(UsePoint(key, index))
         assert isinstance(stub, Stub)
@@ -234,19 +233,21 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
     return layers, moments
 
 
-def _channel_axis(node: ir.Node, weight: Tensor) -> int:
-    return WEIGHTED[node.op_type].axis(attributes_of(node)) % weight.dim()
-
-
 def _own(model: WrappedModel, value: str) -> Tensor | None:
     """Return the tensor of an initialiser that one node alone reads."""
     return model.stored(value) if len(model.graph.values[value].uses()) == 1 else None
 
 
-def _fits(node: ir.Node, weight: Tensor) -> bool:
+def _fits(node: ir.Node, index: int, weight: Tensor) -> bool:
+    if node.op_type not in MATRIX_OPERATORS or index != WEIGHTED[node.op_type].weight:
+        return False
     if node.op_type != "Conv" and weight.dim() != 2:
         return False
-    return weight.numel() // weight.shape[_channel_axis(node, weight)] <= LARGEST_LAYER
+    return weight.numel() <= LARGEST_LAYER * weight.shape[_output_axis(node)]
+
+
+def _output_axis(node: ir.Node) -> int:
+    return WEIGHTED[node.op_type].axis(attributes_of(node))
 
 
 def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:

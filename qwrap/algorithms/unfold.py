@@ -13,6 +13,7 @@ from torch import Tensor
 from qwrap.model.values import attributes_of
 from qwrap.ops.window import torch_pads, window
 
+MATRIX_OPERATORS = ("Conv", "Gemm", "MatMul")
 LARGEST_SAMPLE = 2**21  # values taken of one batch; neighbouring positions teach little more
 
 
