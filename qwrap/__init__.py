@@ -1,6 +1,7 @@
 """qwrap: quantize any ONNX model in PyTorch, exactly as onnxruntime will run it."""
 
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig, QuantSpec
 from qwrap.errors import QwrapError
 from qwrap.export.exporter import export
@@ -27,5 +28,6 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "round_weights",
     "verify",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig
 from qwrap.errors import ExportError
 from qwrap.export.exporter import export
@@ -60,6 +61,8 @@ def quantize(
     calibrate(
         model, itertools.chain(kept, batches), progress=progress, total=count_batches(calibration)
     )
+    if round_weights(model, kept):
+        plan_of(model).changes.append("weights rounded so that their errors cancel (GPTQ)")
     if correct_biases(model, kept):
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
     export(model, target)

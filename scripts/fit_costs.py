@@ -36,43 +36,40 @@ _BORDERS = {
     "ReorderInput": "float layout",
     "ReorderOutput": "float layout",
 }
-_RUN_AS = {  # operator -> names of its kernels once the graph is optimised
-    "Conv": ("Conv", "FusedConv", "QLinearConv"),
-    "MatMul": ("MatMul", "FusedMatMul", "MatMulIntegerToFloat", "QLinearMatMul"),
-    "MaxPool": ("MaxPool", "NhwcMaxPool"),
-}
 
 
 def measure(case: Case) -> list[Sample]:
     """Time the kernels of one case, conversions around them included."""
     models = [build(case, quantized=q).SerializeToString() for q in (False, True)]
     rng = np.random.default_rng(0)
-    shapes = enumerate(case.data_shapes)
-    inputs = {f"x{i}": rng.normal(size=s).astype(np.float32) for i, s in shapes}
-    samples: list[Sample] = []
-    for work_of, times in zip((float_work, integer_work), node_times(models, inputs), strict=True):
-        samples += _borders(case, times)
-        names = _RUN_AS.get(case.op_type, (case.op_type, f"QLinear{case.op_type}"))
-        hits = [t for t in times if t.op_type in names and not t.name.startswith("y")]
-        integer = work_of is integer_work
-        if case.op_type not in ("MaxPool", "Transpose"):
-            hits = [t for t in hits if (t.op_type not in (case.op_type, "FusedConv")) == integer]
-        if case.op_type == "Transpose":
-            hits = [t for t in times if t.op_type == "Transpose"]
-        if len(hits) != 1:
-            print("#", case, "ran as", [(t.name, t.op_type) for t in times], file=sys.stderr)
-            continue
-        work = work_of(
-            case.op_type,
-            case.data_shapes,
-            output_shape(models[0]),
-            case.weight,
-            case.group,
-            case.window,
-        )
-        if work is not None:
-            samples.append((work, hits[0].nanoseconds))
+    shapes = case.data_shapes
+    inputs = {f"x{i}": rng.normal(size=s).astype(np.float32) for i, s in enumerate(shapes)}
+    about = (case.op_type, shapes, output_shape(models[0]), case.weight, case.group, case.window)
+    in_float, in_integers = node_times(models, inputs)
+    samples = _borders(case, in_float + in_integers)
+    for work, times, integer in (
+        (float_work(*about), in_float, False),
+        (integer_work(*about), in_integers, True),
+    ):
+        kernel = None if work is None else _kernel(case, times, integer)
+        if work is not None and kernel is not None:
+            samples.append((work, kernel.nanoseconds))
     return samples
+
+
+def _kernel(case: Case, times: list[NodeTime], integer: bool) -> NodeTime | None:
+    """The node that runs the operator of ``case``; None, and a line on stderr, if it was lost."""
+    if case.op_type in ("MaxPool", "Transpose"):  # one name for floats and codes
+        names = {case.op_type, f"Nhwc{case.op_type}"}
+    elif integer:
+        names = {f"QLinear{case.op_type}", f"{case.op_type}IntegerToFloat"}
+    else:
+        names = {case.op_type, f"Fused{case.op_type}"}
+    hits = [t for t in times if t.op_type in names and not t.name.startswith("y")]
+    if len(hits) != 1:
+        print(f"# {case} ran as {[(t.name, t.op_type) for t in times]}", file=sys.stderr)
+        return None
+    return hits[0]
 
 
 def _borders(case: Case, times: list[NodeTime]) -> list[Sample]:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwrap.algorithms.held_out import HeldOut, float_model
 from qwrap.errors import InputError
 from qwrap.model.batches import iterate
 from qwrap.model.points import Program
 from qwrap.model.values import attributes_of, tensors_to_torch
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of
-
-Outputs = list[Tensor]
 
 
 @torch.no_grad()
@@ -59,14 +58,13 @@ def _correct(
     teaching: Sequence[Mapping[str, Tensor]],
     deciding: Sequence[Mapping[str, Tensor]],
 ) -> bool:
-    with model.running(Program()):
-        wanted = [_outputs(model, inputs) for inputs in deciding]
-    before = _error(model, deciding, wanted)
+    held_out = HeldOut(model, deciding)
+    before = held_out.error()
     _learn(model, layers, teaching)
     saved = [layer.bias.clone() for layer in layers.values()]
     for layer in layers.values():
         layer.bias.add_(layer.shift)
-    if _error(model, deciding, wanted) < before:
+    if held_out.error() < before:
         return True
     for layer, bias in zip(layers.values(), saved, strict=True):
         layer.bias.copy_(bias)  # bit for bit, as subtracting the shift again would not be
@@ -127,9 +125,10 @@ def _learn(
     graph = model.graph
     watchers = {graph.key(graph.nodes[key].outputs[0]): la.watch for key, la in layers.items()}
     taps = model.program.taps
-    with model.running(Program(watchers=watchers)):
+    reference = float_model(model)
+    with reference.watching(watchers):
         for inputs in batches:
-            model(**inputs)
+            reference(**inputs)
     with model.running(Program(taps=taps, kernels=layers)):
         for inputs in batches:
             model(**inputs)
@@ -137,27 +136,3 @@ def _learn(
 
 def _channel_means(output: Tensor) -> Tensor:
     return output.mean([axis for axis in range(output.dim()) if axis != 1])
-
-
-def _outputs(model: WrappedModel, inputs: Mapping[str, Tensor]) -> Outputs:
-    result = model(**inputs)
-    return list(result) if isinstance(result, tuple) else [result]
-
-
-def _error(
-    model: WrappedModel,
-    batches: Sequence[Mapping[str, Tensor]],
-    wanted: Sequence[Outputs],
-) -> float:
-    """Return the squared error of all float outputs, each relative to its own power."""
-    error: list[float] = []
-    power: list[float] = []
-    for inputs, targets in zip(batches, wanted, strict=True):
-        for i, (output, target) in enumerate(zip(_outputs(model, inputs), targets, strict=True)):
-            if i == len(error):
-                error.append(0.0)
-                power.append(0.0)
-            if output.is_floating_point():
-                error[i] += float((output - target).square().sum())
-                power[i] += float(target.square().sum())
-    return sum(e / p for e, p in zip(error, power, strict=True) if p > 0)

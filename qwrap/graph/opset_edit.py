@@ -56,7 +56,8 @@ def known_types(model: ir.Model) -> dict[str, ValueType]:
     for node in walk_nodes(model.graph):  # subgraphs side by side may use a name twice
         for _, body in bodies(node):
             made.update(v.name for v in (*body.inputs, *body.initializers.values()))
-    return {name: kind for name, kind in infer_types(model).items() if made[name] <= 1}
+    types = infer_types(model).items()
+    return {v.name: kind for v, kind in types if v.name is not None and made[v.name] <= 1}
 
 
 class Editor:

@@ -42,10 +42,10 @@ def set_stored(value: ir.Value, tensor: ir.TensorProtocol) -> None:
         node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray:  # type: ignore[type-arg]  # any element type
+def to_numpy(tensor: Tensor) -> np.ndarray:
     """Return a tensor as an array, bfloat16 as ml_dtypes has it."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: np.ndarray = tensor.numpy()  # type: ignore[type-arg]
+    array: np.ndarray = tensor.numpy()
     return array

@@ -23,6 +23,7 @@ from qwrap.quant.prepare import bias_stubs, config_of, install, new_observer, pl
 from qwrap.quant.ranges import choose_ranges, choose_weight_range
 from qwrap.quant.sources import integer_users
 from qwrap.quant.stubs import Mode, Stub
+from qwrap.quant.unify import unify_joined
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 
@@ -174,8 +175,12 @@ def _set_activations(model: WrappedModel) -> None:
     lows, highs = choose_ranges(
         [o for _, o in watched], [s.spec for s, _ in watched], config.method, config.percentile
     )
-    for (stub, _), low, high in zip(watched, lows, highs, strict=True):
-        qparams = choose_qparams(low, high, stub.spec)
+    ends = zip(lows.tolist(), highs.tolist(), strict=True)
+    ranges = {stub.name: pair for (stub, _), pair in zip(watched, ends, strict=True)}
+    ranges = unify_joined(plan, model.graph, ranges)
+    for stub, _ in watched:
+        low, high = ranges[stub.name]
+        qparams = choose_qparams(torch.tensor(low), torch.tensor(high), stub.spec)
         low_bound, high_bound = _bounds(model, stub.name)
         stub.set_qparams(shrink_into(qparams, low_bound, high_bound, stub.spec))
 

@@ -97,7 +97,7 @@ _INTEGER_ELEMENTWISE = {
     "Where": "integer lookup",
 }
 _MOVES = frozenset({
-    "DepthToSpace", "Expand", "Gather", "GatherElements", "Resize", "Slice", "Split", "Tile",
+    "Expand", "Gather", "GatherElements", "Resize", "Slice", "Split", "Tile",
 })  # fmt: skip
 
 
@@ -123,6 +123,8 @@ def float_work(
         return Work("float prelu", written=size)
     if op_type in _VIEWS:
         return Work("view")
+    if op_type == "DepthToSpace":
+        return Work("float depth to space", written=size)
     if op_type == "Transpose":
         return Work("float transpose", written=size)
     if op_type in _MOVES or op_type == "Concat":
@@ -156,6 +158,8 @@ def integer_work(
         return Work("integer reduce", gathered=math.prod(inputs[0]), written=size)
     if op_type in _VIEWS:
         return Work("view")
+    if op_type == "DepthToSpace":
+        return Work("integer depth to space", written=size)
     if op_type == "Transpose":
         return Work("integer transpose", written=size)
     if op_type in _MOVES:
@@ -228,9 +232,11 @@ def _round_up(count: int, step: int) -> int:
 # --- what it costs -------------------------------------------------------------------------------
 
 # Fitted by scripts/fit_costs.py to onnxruntime 1.31 on one thread of a CPU with AVX512-VNNI, each
-# kernel on its own at sizes of mobile networks. Median error of a row mostly below 10 %, worst 35 %
-# (60 % for tiny "integer conv", 50 % for layouts and moves). Columns: fixed, mac, gather, write.
-# "float prelu" is that of real activations: it mispredicts a branch on every change of sign.
+# kernel on its own at sizes of mobile networks; columns: fixed, mac, gather, write. Median error of
+# a row mostly below 10 %, worst 35 % (60 % for small "integer conv", 80 % for layouts and moves).
+# Whole networks find caches colder and take 1.1 to 2 times as long, float and integer alike.
+# Two are therefore taken from networks instead: what a GEMM pays for its weights ("gather"; alone
+# 0.027 and 0.006), and "float prelu", which mispredicts a branch on each change of sign.
 ORT_CPU_COSTS = KernelCosts(
     rates=MappingProxyType({
         "quantize": Rate(1000, 0, 0, 0.0555),
@@ -247,9 +253,9 @@ ORT_CPU_COSTS = KernelCosts(
         "integer conv depthwise": Rate(1840, 0.0109, 0.559, 0.074),
         "integer conv depthwise uneven": Rate(10500, 0.0267, 1.68, 0.151),
         "integer conv grouped": Rate(4670, 0.00214, 3.07, 0.0827),
-        "float gemm": Rate(958, 0.00747, 0.0273, 0),
+        "float gemm": Rate(958, 0.00747, 0.2, 0),
         "float product": Rate(1860, 0.00798, 0.0749, 0),
-        "integer gemm": Rate(1350, 0.00195, 0.00584, 0.131),
+        "integer gemm": Rate(1350, 0.00195, 0.05, 0.131),
         "integer product": Rate(3030, 0.00459, 0.0145, 0.189),
         "float binary": Rate(700, 0, 0, 0.105),
         "integer add": Rate(1820, 0, 0, 0.0925),
@@ -257,7 +263,7 @@ ORT_CPU_COSTS = KernelCosts(
         "float unary": Rate(1210, 0, 0, 0.185),
         "float curve": Rate(1200, 0, 0, 0.231),
         "float softmax": Rate(1080, 0, 0, 0.193),
-        "float prelu": Rate(1200, 0, 0, 2.4),
+        "float prelu": Rate(1200, 0, 0, 1.7),
         "integer lookup": Rate(1150, 0, 0, 0.25),
         "integer softmax": Rate(1570, 0, 0, 2.03),
         "float pool": Rate(780, 0, 0.0134, 0.06),
@@ -267,7 +273,9 @@ ORT_CPU_COSTS = KernelCosts(
         "integer reduce": Rate(1110, 0, 0.0244, 0),
         "integer concat": Rate(1220, 0, 0, 0.112),
         "float move": Rate(700, 0, 0, 0.065),
-        "integer move": Rate(700, 0, 0, 0.02),
+        "integer move": Rate(700, 0, 0, 0.035),
+        "float depth to space": Rate(1000, 0, 0, 1.05),
+        "integer depth to space": Rate(1000, 0, 0, 0.74),
         "float transpose": Rate(930, 0, 0, 0.129),
         "integer transpose": Rate(1170, 0, 0, 0.041),
     })
@@ -288,7 +296,8 @@ def float_cost(
     it out.
 
     Args:
-        op_type: ONNX operator; one not known counts as a dear elementwise one.
+        op_type: ONNX operator; one not known counts as a dear elementwise one, Resize as nearest
+            (the other modes have no integer kernel to compare with).
         inputs: shapes of the data inputs.
         output: shape of the first output.
         weight_shape: shape of a stored weight of Conv, Gemm or MatMul; None if it is computed.

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from qwrap.graph.index import ValueType
 from qwrap.model.values import attributes_of
-from qwrap.quant.cost import Shape, dequantize_cost, float_cost, integer_cost, quantize_cost
+from qwrap.quant.cost import (
+    Shape,
+    dequantize_cost,
+    float_cost,
+    integer_cost,
+    integer_layout_cost,
+    quantize_cost,
+)
 from qwrap.quant.eligibility import Eligibility
 from qwrap.quant.mincut import NEVER, Network
 
+JOINED = ("Add", "HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh")
 NOMINAL = 64  # size of a dimension that is known only at run time; the first counts as 1
-MARGIN = 1.1  # an integer kernel costs accuracy, so it has to save something
+MARGIN = 1.02  # an integer kernel costs accuracy, so it has to save something
 
 
 def worth_it(facts: Eligibility, candidates: Sequence[ir.Node]) -> list[ir.Node]:
@@ -49,10 +58,24 @@ class _Cut:
         inputs = [self._shape(v) for v in node.inputs if v is not None]
         output = self._shape(node.outputs[0])
         weight = inputs[1] if node.op_type in self.facts.target.matrix else None
-        group = attributes_of(node).get("group", 1)
-        as_float = float_cost(node.op_type, inputs, output, weight, group)
-        as_integer = integer_cost(node.op_type, inputs, output, weight, group)
-        return self.network.add_node(as_integer * MARGIN, as_float)
+        attributes = attributes_of(node)
+        group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
+        sizes = (node.op_type, inputs, output, weight, group, window)
+        as_integer, as_float = integer_cost(*sizes) * MARGIN, float_cost(*sizes)
+        conv = self._joined_conv(node)
+        if conv is None:
+            return self.network.add_node(as_integer, as_float)
+        number = self.network.add_node(as_integer, 0.0)
+        self.network.add_edge(self.numbers[conv], number, as_float)
+        return number
+
+    def _joined_conv(self, node: ir.Node) -> ir.Node | None:
+        """Return the Conv that onnxruntime fuses ``node`` into, if both are float."""
+        if node.op_type not in JOINED:
+            return None
+        producers = [v.producer() for v in node.inputs if v is not None and len(v.uses()) == 1]
+        convs = [p for p in producers if p is not None and p.op_type == "Conv"]
+        return next((conv for conv in convs if conv in self.numbers), None)
 
     def _connect(self, value: ir.Value) -> None:
         """Add what conversions of ``value`` cost: at most one each way."""
@@ -63,17 +86,18 @@ class _Cut:
         if producer is not None and any(absorbed):
             return  # the tensor never exists in integers
         users = {self.numbers[u] for u in readers if self._takes_codes(u, value)}
-        elements = 1
-        for size in self._shape(value):
-            elements *= size
+        shape = self._shape(value)
+        elements = math.prod(shape)
+        # Integer convolutions have the channels last; onnxruntime transposes at their borders.
+        layout = integer_layout_cost(elements) if len(shape) > 3 else 0.0
         if users:
-            self._quantize(source, users, quantize_cost(elements))
+            self._quantize(source, users, quantize_cost(elements) + layout)
         if source is not None and producer is not None:
             all_integer = all(self._takes_codes(u, value) for u in readers)
             fixed = not all_integer or value.is_graph_output()
             writes_float = producer.op_type in self.facts.target.float_output
             if not (writes_float and not users):
-                self._dequantize(source, users, fixed, dequantize_cost(elements))
+                self._dequantize(source, users, fixed, dequantize_cost(elements) + layout)
 
     def _takes_codes(self, user: ir.Node, value: ir.Value) -> bool:
         if user not in self.numbers:

@@ -112,9 +112,9 @@ class QuantPlan:
         for role in ("integer", "absorbed", "moves"):
             counts = [f"{op} {n}" for (r, op), n in sorted(roles.items()) if r == role]
             if counts:
-                lines.append(f"{role + ':':10s}{', '.join(counts)}")
+                lines.append(f"{role + ':':10s} {', '.join(counts)}")
         lines.append(
-            f"{'quantized:':10s} {len(self.sources())} activations, "
+            f"quantized: {len(self.sources())} activations, "
             f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
         )
         reasons: dict[str, list[str]] = {}
@@ -123,8 +123,8 @@ class QuantPlan:
                 reasons.setdefault(f"{node.op_type}: {node.reason}", []).append(key)
         for reason, keys in sorted(reasons.items()):
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
-            lines.append(f"float:    {reason} [{shown}]")
-        return "\n".join([*lines, *(f"changed:  {line}" for line in self.changes)])
+            lines.append(f"float:     {reason} [{shown}]")
+        return "\n".join([*lines, *(f"changed:   {line}" for line in self.changes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries and lists."""

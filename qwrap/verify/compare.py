@@ -75,7 +75,8 @@ def verify(
         specification = Level(literal, model, form, chosen, stack, isolated=isolated)
         program = model.programs[EXACT]() if exact else form
         deployed = Level(optimised, model, program, chosen, stack, isolated=isolated)
-        float_model = Simulation(model, Program(), stack)
+        # What was prepared, not what algorithms have made of its weights since.
+        float_model = Simulation(WrappedModel(model.graph), Program(), stack)
         quantization = [OutputTally(name) for name in file.outputs]
         count = 0
         for inputs in track(iterate(batches, model), batches, progress):

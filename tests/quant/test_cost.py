@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -66,7 +67,7 @@ def test_an_elementwise_operator_costs_more_on_more_elements(op_type: str) -> No
 @pytest.mark.parametrize(
     "cost", [quantize_cost, dequantize_cost, integer_layout_cost, float_layout_cost]
 )
-def test_a_conversion_costs_per_node_and_per_element(cost) -> None:
+def test_a_conversion_costs_per_node_and_per_element(cost: Callable[[int], float]) -> None:
     assert 0 < cost(0) < cost(1000) < cost(100_000) < math.inf
 
 

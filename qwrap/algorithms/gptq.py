@@ -1,0 +1,260 @@
+"""GPTQ: round the weights of a layer so that their errors cancel on its input."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qwrap.algorithms.held_out import HeldOut
+from qwrap.algorithms.unfold import Unfold
+from qwrap.errors import ConfigError
+from qwrap.model.batches import iterate
+from qwrap.model.points import UsePoint
+from qwrap.model.values import attributes_of
+from qwrap.model.wrapped import WrappedModel
+from qwrap.numerics import fake_quantize
+from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.prepare import plan_of
+from qwrap.quant.stubs import Stub
+from qwrap.quant.target import ORT_CPU
+
+BLOCK = 128  # inputs whose errors are spread over the later ones in one product
+LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
+LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
+CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
+
+
+@torch.no_grad()
+def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> bool:
+    """Choose the codes of all weights so that each layer's output stays near its float one.
+
+    Weights are replaced in place, by values on the grid that calibration chose: quantizing them
+    again gives these codes. The rounding error of one input is made good by the inputs after it,
+    as far as they were correlated in the data; where a layer has a bias of its own, that takes
+    the mean error. All layers learn in one pass, behind weights rounded to nearest.
+
+    Half of the batches teach; the other half decide: if the squared error of their outputs does
+    not fall by a twentieth, everything stays as it was. One batch does both. Weights that several
+    nodes use, of more than two axes in a MatMul, or of more than 8192 inputs are left alone.
+
+    Args:
+        model: calibrated; biases not yet corrected.
+        batches: as for ``calibrate``; some 30 samples do. They are held in memory.
+        damping: what is added to each input's variance, relative to their mean.
+
+    Returns:
+        Whether the new weights were kept.
+
+    Raises:
+        ConfigError: ``damping`` is not above 0, or the model is not prepared.
+        InputError: there are no batches, or one does not fit.
+        NotCalibratedError: the model is not calibrated.
+
+    Source: Frantar et al., arXiv:2210.17323.
+    """
+    if not damping > 0:
+        raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
+    data = list(iterate(batches, model))
+    layers, moments = _layers(model)
+    if not layers:
+        return False
+    training, kept = model.training, False
+    model.eval()
+    try:
+        held_out = HeldOut(model, data[1::2] or data)
+        before = held_out.error()
+        _learn(model, moments, data[::2])
+        for layer in layers:
+            layer.round(damping)
+        kept = held_out.error() < (1 - LEAST_GAIN) * before
+    finally:
+        if not kept:
+            for layer in layers:
+                layer.restore()
+        model.train(training)
+    return kept
+
+
+class _Moments:
+    """Mean and covariance of a layer's input rows, in memory that does not grow with them."""
+
+    def __init__(self, unfold: Unfold) -> None:
+        self.unfold, self.count = unfold, 0
+
+    def add(self, x: Tensor) -> None:
+        rows = self.unfold.rows(x.float(), start=self.count)
+        if not self.count:
+            # Sums of squares around a mean lose no digits to it, even if it is the first batch's.
+            groups, _, inputs = rows.shape
+            self._centre = rows.mean(1, keepdim=True)
+            self._sum = rows.new_zeros(groups, inputs, dtype=torch.float64)
+            self._squares = rows.new_zeros(groups, inputs, inputs)
+        rows = rows - self._centre
+        self.count += rows.shape[1]
+        self._sum += rows.sum(1)
+        self._squares.baddbmm_(rows.mT, rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, float64 ``[G, K]``."""
+        return self._centre[:, 0] + self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance, float64 ``[G, K, K]``; exactly 0 for inputs that never change."""
+        shift = self._sum / self.count
+        covariance = self._squares.double() / self.count - shift[:, :, None] * shift[:, None]
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        varies = variance > CONSTANT * (self.mean.square() + variance)
+        return covariance * (varies[:, :, None] & varies[:, None])
+
+
+Moments = dict[str, dict[Unfold, _Moments]]  # of every input value, one for each way to cut it
+
+
+class _Layer:
+    """One quantized weight, with its bias if that is its own."""
+
+    def __init__(
+        self, moments: _Moments, weight: Tensor, bias: Tensor | None, stub: Stub, node: ir.Node
+    ) -> None:
+        self.moments, self.weight, self.bias, self.stub = moments, weight, bias, stub
+        self.outputs_first = _channel_axis(node, weight) == 0
+        self._original = weight.clone()
+        self._original_bias = None if bias is None else bias.clone()
+
+    def restore(self) -> None:
+        """Put back what was there, in place."""
+        self.weight.copy_(self._original)
+        if self.bias is not None and self._original_bias is not None:
+            self.bias.copy_(self._original_bias)
+
+    def round(self, damping: float) -> None:
+        """Round the weight and let the bias take the mean error, in place."""
+        if not self.moments.count:
+            return
+        mean, second = self.moments.mean, self.moments.covariance
+        if self.bias is None:
+            second += mean[:, :, None] * mean[:, None]
+        original = self._matrix()
+        rounded = compensate(original, second, self._grid(), damping)
+        if self.bias is not None:
+            self.bias += ((original - rounded).mT @ mean[:, :, None]).flatten().to(self.bias.dtype)
+        columns = rounded.mT.flatten(0, 1)  # [outputs, K]
+        first = columns if self.outputs_first else columns.t()
+        self.weight.copy_(first.reshape(self.weight.shape))
+
+    def _matrix(self) -> Tensor:
+        """Return the weight as float64 ``[G, K, R]``."""
+        weight = self.weight if self.outputs_first else self.weight.t()
+        groups = self.moments.unfold.groups
+        matrix = weight.double().reshape(groups, weight.shape[0] // groups, -1)
+        return matrix.mT.contiguous()
+
+    def _grid(self) -> Callable[[Tensor], Tensor]:
+        qparams = self.stub.qparams
+        spec = replace(self.stub.spec, axis=None if qparams.axis is None else 0)
+
+        def round_to_grid(values: Tensor) -> Tensor:
+            """Round what one input contributes to every output, ``[G, R]``."""
+            flat = values.flatten().to(torch.float32)
+            rounded = fake_quantize(flat, qparams.scale, qparams.zero_point, spec)
+            return rounded.reshape(values.shape).to(values.dtype)
+
+        return round_to_grid
+
+
+def compensate(
+    weight: Tensor, second: Tensor, grid: Callable[[Tensor], Tensor], damping: float
+) -> Tensor:
+    """Return ``weight`` on its grid, every rounding error made good by the inputs still to round.
+
+    Inputs are rounded in order of falling power. What is never there is rounded to nearest.
+
+    Args:
+        weight: float64 ``[G, K, R]``.
+        second: second moments of the inputs, float64 ``[G, K, K]``.
+        grid: rounds ``[G, R]`` values, one of each output.
+        damping: share of the mean power that is added to every power.
+
+    Source: Frantar et al., arXiv:2210.17323, algorithm 1; the order is their "act_order".
+    """
+    power = second.diagonal(dim1=1, dim2=2)
+    order = torch.argsort(power, dim=1, descending=True, stable=True)
+    weight = weight.gather(1, order[:, :, None].expand_as(weight))
+    factor = _inverse_factor(second, order, damping)
+    inputs = weight.shape[1]
+    for start in range(0, inputs, BLOCK):
+        end = min(start + BLOCK, inputs)
+        errors = torch.empty_like(weight[:, start:end])
+        for k in range(start, end):
+            value = weight[:, k].clone()
+            weight[:, k] = grid(value)
+            error = (value - weight[:, k]) / factor[:, k, k, None]
+            weight[:, k + 1 : end] -= factor[:, k, k + 1 : end, None] * error[:, None]
+            errors[:, k - start] = error
+        weight[:, end:] -= factor[:, start:end, end:].mT @ errors
+    return torch.empty_like(weight).scatter_(1, order[:, :, None].expand_as(weight), weight)
+
+
+def _inverse_factor(second: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of damped moments, inputs in ``order``."""
+    rows = order[:, :, None].expand_as(second)
+    damped = second.gather(1, rows).gather(2, rows.mT)
+    power = damped.diagonal(dim1=1, dim2=2)
+    power += torch.where(power > 0, damping * power.mean(1, keepdim=True), 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
+    plan, graph = plan_of(model), model.graph
+    moments: Moments = defaultdict(dict)
+    layers = []
+    for (key, index), constant in plan.constants.items():
+        node, weight = graph.nodes[key], _own(model, constant.value)
+        if node.op_type not in ORT_CPU.matrix or weight is None or not _fits(node, weight):
+            continue
+        stub = model.tap(UsePoint(key, index))
+        assert isinstance(stub, Stub)
+        assert node.inputs[0] is not None
+        unfold = Unfold.of(node, weight)
+        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, _Moments(unfold))
+        bias = plan.biases.get((key, 2))
+        own_bias = None if bias is None else _own(model, bias.value)
+        layers.append(_Layer(shared, weight, own_bias, stub, node))
+    return layers, moments
+
+
+def _channel_axis(node: ir.Node, weight: Tensor) -> int:
+    return WEIGHTED[node.op_type].axis(attributes_of(node)) % weight.dim()
+
+
+def _own(model: WrappedModel, value: str) -> Tensor | None:
+    """Return the tensor of an initialiser that one node alone reads."""
+    return model.stored(value) if len(model.graph.values[value].uses()) == 1 else None
+
+
+def _fits(node: ir.Node, weight: Tensor) -> bool:
+    if node.op_type != "Conv" and weight.dim() != 2:
+        return False
+    return weight.numel() // weight.shape[_channel_axis(node, weight)] <= LARGEST_LAYER
+
+
+def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def watch(found: Iterable[_Moments], x: Tensor) -> None:
+        for each in found:
+            each.add(x)
+
+    watchers = {value: partial(watch, found.values()) for value, found in moments.items()}
+    with model.watching(watchers):
+        for inputs in batches:
+            model(**inputs)

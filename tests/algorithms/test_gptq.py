@@ -1,0 +1,227 @@
+"""GPTQ against closed forms, nearest rounding, and onnxruntime's output."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+
+import qwrap
+from qwrap.algorithms.gptq import _Moments, compensate, round_weights
+from qwrap.algorithms.unfold import Unfold
+from qwrap.errors import ConfigError, InputError, NotCalibratedError
+from qwrap.model.points import UsePoint
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.prepare import bias_stubs, plan_of, stubs
+
+FLOAT = onnx.TensorProto.FLOAT
+SIDE = {"pads": [1, 1, 1, 1]}
+# Operator, weight shape, input shape, attributes, whether it has a bias.
+LAYERS = {
+    "Conv": ("Conv", (8, 6, 3, 3), (2, 6, 9, 9), {}, True),
+    "Conv without bias": ("Conv", (8, 6, 3, 3), (2, 6, 9, 9), {}, False),
+    "strided": ("Conv", (8, 6, 3, 3), (2, 6, 13, 13), {"strides": [2, 2], **SIDE}, True),
+    "dilated": ("Conv", (8, 6, 3, 3), (2, 6, 13, 13), {"dilations": [2, 2]}, True),
+    "groups": ("Conv", (8, 3, 3, 3), (2, 6, 9, 9), {"group": 2, "pads": [0, 1, 2, 1]}, True),
+    "depthwise": ("Conv", (6, 1, 3, 3), (2, 6, 9, 9), {"group": 6, **SIDE}, True),
+    "wide": ("Conv", (8, 20, 3, 3), (2, 20, 13, 13), {}, True),  # two blocks of inputs
+    "Gemm": ("Gemm", (24, 16), (48, 24), {}, True),
+    "Gemm transB": ("Gemm", (16, 24), (48, 24), {"transB": 1}, True),
+    "Gemm transA": ("Gemm", (24, 16), (24, 48), {"transA": 1}, False),
+    "MatMul": ("MatMul", (24, 16), (2, 24, 24), {}, False),
+}
+
+
+def build(name: str, seed: int = 0) -> onnx.ModelProto:
+    op_type, weight_shape, input_shape, attributes, has_bias = LAYERS[name]
+    rng = np.random.default_rng(seed)
+    stored = {"w": rng.standard_normal(weight_shape).astype(np.float32)}
+    if has_bias:
+        stored["b"] = rng.standard_normal(8 if name == "wide" else 16).astype(np.float32)
+        first = op_type == "Conv" or "transB" in attributes
+        stored["b"] = stored["b"][: weight_shape[0 if first else 1]]
+    return model_of(op_type, stored, len(input_shape), attributes)
+
+
+def model_of(
+    op_type: str, stored: dict[str, np.ndarray], rank: int, attributes: dict[str, object]
+) -> onnx.ModelProto:
+    node = helper.make_node(op_type, ["x", *stored], ["y"], "node", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "single",
+        [helper.make_tensor_value_info("x", FLOAT, [None] * rank)],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [onnx.numpy_helper.from_array(value, key) for key, value in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def correlated(shape: tuple[int, ...], count: int, sign: float = 1.0) -> list[torch.Tensor]:
+    """Return batches that share one random number per sample, with a mean far from 0."""
+    rng = np.random.default_rng(1)
+    direction = np.where(rng.random(shape[1:]) < 0.5, 1, sign)
+    batches = []
+    for _ in range(count):
+        common = rng.standard_normal((shape[0], *[1] * (len(shape) - 1))) * direction
+        batches.append(common + 0.3 * rng.standard_normal(shape) + 1)
+    return [torch.from_numpy(b.astype(np.float32)) for b in batches]
+
+
+def calibrated(
+    model: onnx.ModelProto, batches: list[torch.Tensor], **config: object
+) -> WrappedModel:
+    # 16-bit activations: what they add to the error of the weights is small.
+    wrapped = qwrap.load(model).eval()
+    qwrap.prepare(wrapped, qwrap.QConfig(**{"method": "minmax", "activation": "uint16", **config}))
+    qwrap.calibrate(wrapped, batches, progress=False)
+    return wrapped
+
+
+def output_error(model: onnx.ModelProto, wrapped: WrappedModel, x: torch.Tensor) -> float:
+    """Return the relative squared error that onnxruntime sees from the stubs' constants."""
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    points = [p for p, _ in (*stubs(wrapped), *bias_stubs(wrapped)) if isinstance(p, UsePoint)]
+    plan = plan_of(wrapped)
+    for point in points:
+        where = (point.node, point.index)
+        constant = plan.constants.get(where) or plan.biases[where]
+        value = wrapped.stored(constant.value)
+        rounded = wrapped.tap(point)(value).detach().numpy()
+        (target,) = [t for t in quantized.graph.initializer if t.name == constant.value]
+        target.CopyFrom(onnx.numpy_helper.from_array(rounded, target.name))
+    outputs = [
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"x": x.numpy()}
+        )[0]
+        for m in (model, quantized)
+    ]
+    return float(np.square(outputs[1] - outputs[0]).sum() / np.square(outputs[0]).sum())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_come_closer_than_with_nearest_rounding(name: str) -> None:
+    _, _, shape, attributes, _ = LAYERS[name]
+    model, transposed = build(name), "transA" in attributes
+    batches = correlated(shape[::-1] if transposed else shape, 24)
+    batches, unseen = batches[:16], torch.cat(batches[16:])
+    if transposed:
+        *batches, unseen = (b.t().contiguous() for b in (*batches, unseen))
+    wrapped = calibrated(model, batches)
+    nearest = output_error(model, wrapped, unseen)
+    assert round_weights(wrapped, batches)
+    # The common part of the input makes up most of its power, and its error can be taken away.
+    assert output_error(model, wrapped, unseen) < 0.5 * nearest
+
+
+@pytest.mark.parametrize("weight_type", ["int8", "uint8"])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("name", ["Conv", "groups", "Gemm", "Gemm transB", "MatMul"])
+def test_rounded_weights_quantize_to_themselves(
+    name: str, per_channel: bool, weight_type: str
+) -> None:
+    batches = correlated(LAYERS[name][2], 4)
+    wrapped = calibrated(build(name), batches, per_channel=per_channel, weight=weight_type)
+    before = wrapped.stored("w").clone()
+    assert round_weights(wrapped, batches)
+    weight, stub = wrapped.stored("w").detach(), wrapped.tap(UsePoint("node", 1))
+    assert torch.equal(stub(weight), weight)
+    assert not torch.equal(stub(before), weight)
+
+
+def test_with_uncorrelated_inputs_every_weight_is_rounded_to_nearest() -> None:
+    weight = torch.randn(2, 200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    power = torch.rand(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    power[:, 7] = 0
+    rounded = compensate(weight * 50, torch.diag_embed(power), torch.round, 0.01)
+    assert torch.equal(rounded, (weight * 50).round())
+
+
+def test_two_correlated_inputs_are_rounded_as_worked_out_by_hand() -> None:
+    weight = torch.tensor([[[0.4], [0.4]]], dtype=torch.float64)
+    second = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]], dtype=torch.float64)
+    # 0.4 -> 0; the second weight then wants 0.4 + 0.4 * 0.9 / 1.01 = 0.756 -> 1
+    assert compensate(weight, second, torch.round, 0.01).flatten().tolist() == [0.0, 1.0]
+
+
+def test_inputs_that_never_change_are_left_out() -> None:
+    weight = torch.tensor([[[0.4], [1.4], [0.4]]], dtype=torch.float64)
+    second = torch.tensor([[[1.0, 0, 0.9], [0, 0, 0], [0.9, 0, 1.0]]], dtype=torch.float64)
+    # A third of the mean power is missing, so that the damping is 0.01 * 2 / 3; as above else.
+    assert compensate(weight, second, torch.round, 0.01).flatten().tolist() == [0.0, 1.0, 1.0]
+
+
+def test_moments_are_those_of_all_rows_in_constant_memory() -> None:
+    batches = [b + 1000 for b in correlated((40, 6), 12)]
+    moments, sizes = _Moments(Unfold()), set()
+    for batch in batches:
+        moments.add(batch)
+        tensors = [v for v in vars(moments).values() if isinstance(v, torch.Tensor)]
+        sizes.add(sum(t.numel() for t in tensors))
+    rows = torch.cat(batches).double()
+    assert sizes == {6 + 6 + 36}
+    # The batches are float32 numbers of 1000: their sums are good to some 1e-4.
+    torch.testing.assert_close(moments.mean[0], rows.mean(0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(moments.covariance[0], rows.T.cov(correction=0), rtol=0, atol=1e-3)
+
+
+def test_a_constant_input_has_exactly_no_variance() -> None:
+    moments = _Moments(Unfold())
+    for batch in correlated((40, 3), 5):
+        batch[:, 1] = 0.1
+        moments.add(batch)
+    assert (moments.covariance[0, 1] == 0).all()
+    assert (moments.covariance[0, :, 1] == 0).all()
+    assert moments.covariance[0, 0, 0] > 0
+
+
+def test_when_other_batches_get_worse_every_bit_is_put_back() -> None:
+    # On white noise nothing is nearer than the nearest weights.
+    noise = torch.randn(4, 48, 24, generator=torch.Generator().manual_seed(0))
+    batches = [b for pair in zip(correlated((48, 24), 4), noise, strict=True) for b in pair]
+    wrapped = calibrated(build("Gemm"), batches)
+    before = {key: value.clone() for key, value in wrapped.named_parameters()}
+    assert not round_weights(wrapped, batches)
+    assert len(before) == 2
+    for key, value in wrapped.named_parameters():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_same_batches_give_the_same_bits() -> None:
+    batches = correlated(LAYERS["groups"][2], 4)
+    found = []
+    for _ in range(2):
+        wrapped = calibrated(build("groups"), batches)
+        assert round_weights(wrapped, batches)
+        found.append((wrapped.stored("w").clone(), wrapped.stored("b").clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_weight_that_two_nodes_use_is_left_alone() -> None:
+    model = build("MatMul")
+    model.graph.node.append(helper.make_node("MatMul", ["x", "w"], ["z"], "other"))
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, None))
+    model = onnx.shape_inference.infer_shapes(model)
+    batches = correlated((2, 24, 24), 4)
+    wrapped = calibrated(model, batches)
+    before = wrapped.stored("w").clone()
+    assert not round_weights(wrapped, batches)
+    assert torch.equal(wrapped.stored("w"), before)
+
+
+def test_it_refuses_what_it_cannot_work_with() -> None:
+    batches = correlated((48, 24), 2)
+    wrapped = calibrated(build("Gemm"), batches)
+    with pytest.raises(InputError, match="no batches"):
+        round_weights(wrapped, [])
+    with pytest.raises(ConfigError, match="damping=0: expected more than 0"):
+        round_weights(wrapped, batches, damping=0)
+    bare = qwrap.load(build("Gemm")).eval()
+    with pytest.raises(ConfigError, match="not prepared"):
+        round_weights(bare, batches)
+    qwrap.prepare(bare)
+    with pytest.raises(NotCalibratedError, match="no scale yet"):
+        round_weights(bare, batches)
