@@ -75,7 +75,8 @@ def calibrated(
 ) -> WrappedModel:
     # 16-bit activations: what they add to the error of the weights is small.
     wrapped = qwrap.load(model).eval()
-    qwrap.prepare(wrapped, qwrap.QConfig(**{"method": "minmax", "activation": "uint16", **config}))
+    settings = {"method": "minmax", "activation": "uint16", "only_if_faster": False, **config}
+    qwrap.prepare(wrapped, qwrap.QConfig(**settings))
     qwrap.calibrate(wrapped, batches, progress=False)
     return wrapped
 
@@ -222,6 +223,6 @@ def test_it_refuses_what_it_cannot_work_with() -> None:
     bare = qwrap.load(build("Gemm")).eval()
     with pytest.raises(ConfigError, match="not prepared"):
         round_weights(bare, batches)
-    qwrap.prepare(bare)
+    qwrap.prepare(bare, qwrap.QConfig(only_if_faster=False))
     with pytest.raises(NotCalibratedError, match="no scale yet"):
         round_weights(bare, batches)
