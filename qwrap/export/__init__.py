@@ -1,1 +1,1 @@
-"""TBD."""
+"""A prepared model, back in an ONNX file with QDQ pairs."""

@@ -1,1 +1,1 @@
-"""TBD."""
+"""Simulated quantization on a wrapped model: place, observe, calibrate, run exactly."""

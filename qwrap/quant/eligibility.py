@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
+from qwrap.graph.check import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.model.values import attributes_of
 from qwrap.ops.traits import WEIGHTED
@@ -15,6 +16,8 @@ from qwrap.quant.target import Target
 NO_KERNEL = "no integer kernel"
 BOTH_COMPUTED = "both operands are activations: quantizing them costs more than the kernel saves"
 CLAMPED = ("Add", "Conv", "Gemm", "MatMul", "Mul")  # kernels whose output clamp absorbs a Relu
+# So neither the pool nor what reads it may be quantized.
+DILATED = "onnxruntime would fuse the dilated AveragePool into a kernel that refuses it"
 
 
 class Eligibility:
@@ -34,12 +37,16 @@ class Eligibility:
         """Return why ``node`` cannot run in an integer kernel, None if it can."""
         if self._is_barred(node):
             return self.barred[self.graph.node_key(node)]
+        if node.domain not in STANDARD:
+            return NO_KERNEL
+        if _is_dilated_pool(node) or any(
+            _is_dilated_pool(v.producer()) for v in self.operands(node)
+        ):
+            return DILATED
         if node.op_type in self.target.matrix:
             return self._matrix_obstacle(node)
         if node.op_type not in self.target.elementwise:
             return NO_KERNEL
-        if node.op_type == "AveragePool" and "dilations" in node.attributes:
-            return "onnxruntime fuses a dilated AveragePool into a kernel that refuses it"
         values = list(self.data_inputs(node))
         if not values or not all(self.is_float32(v) for v in (*values, *node.outputs)):
             return "not float32 activations"
@@ -147,3 +154,7 @@ class Eligibility:
         if rank is None or rank < 2 or (node.op_type == "MatMul" and rank != 2):
             return None  # the kernel takes one scale for a stack of matrices
         return WEIGHTED[node.op_type].axis(attributes_of(node)) % rank
+
+
+def _is_dilated_pool(node: ir.Node | None) -> bool:
+    return node is not None and node.op_type == "AveragePool" and "dilations" in node.attributes

@@ -216,3 +216,27 @@ def test_unsupported_operators_are_all_listed(small) -> None:
     source = small.build("a = Nope(x) y = Never(a)", {})
     with pytest.raises(UnsupportedOpError, match=r"Nope.*Never"):
         qwrap.load(source)
+
+
+def test_a_dilated_average_pool_is_kept_from_being_fused(small, quantized) -> None:
+    """onnxruntime 1.31 fuses it wherever pairs allow, and then refuses to load the model."""
+    nodes = "a = Conv(x, w) b = AveragePool<kernel_shape=[2,2], dilations=[2,2]>(a) y = Conv(b, v)"
+    weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)}
+    result = quantized(small.build(nodes, weights, opset=19))
+    plan = result.model.plan
+    assert {k: n.role for k, n in plan.nodes.items()} == {
+        "/a": "integer", "/b": "float", "/y": "float",
+    }  # fmt: skip
+    assert "dilated" in plan.nodes["/b"].reason
+    assert "dilated" in plan.nodes["/y"].reason
+    assert result.verify().deployed.differing == 0
+
+
+def test_an_operator_of_another_domain_is_not_taken_for_that_of_onnx(small) -> None:
+    source = small.convs()
+    plan = plan_for(source)
+    assert plan.nodes["/a"].role == "integer"
+    source.graph.node[0].domain = "com.example"
+    source.opset_import.add(domain="com.example", version=1)
+    with pytest.raises(UnsupportedOpError, match=r"com\.example::Conv"):
+        qwrap.load(source)
