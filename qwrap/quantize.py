@@ -63,7 +63,7 @@ def quantize(
     )
     if round_weights(model, kept):
         plan_of(model).changes.append("weights rounded so that their errors cancel (GPTQ)")
-    if correct_biases(model, kept):
+    elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
     export(model, target)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -23,23 +23,48 @@ from qwrap.quant.mincut import NEVER, Network
 JOINED = ("Add", "HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh")
 NOMINAL = 64  # size of a dimension that is known only at run time; the first counts as 1
 MARGIN = 1.3  # an integer kernel costs accuracy, and the estimates are off by as much
+SLACK = 1.2  # how much slower a whole network in integers may be than the fastest split
 
 
-def worth_it(facts: Eligibility, candidates: Sequence[ir.Node]) -> list[ir.Node]:
+def worth_it(
+    facts: Eligibility, candidates: Sequence[ir.Node], most: Collection[ir.Node]
+) -> list[ir.Node]:
     """Return those of ``candidates`` whose integer kernels make the whole graph fastest.
 
     Every candidate, and every node that only moves values, runs either way; a tensor that goes
     from a float producer to an integer consumer costs a QuantizeLinear, one that goes the other
     way a DequantizeLinear. The cheapest split is a minimum cut.
+
+    Where the split ``most``, with as much as possible in integers, is hardly slower, it is
+    preferred: it is the smallest file, and nothing in it is rounded outside of integer kernels.
     """
-    cut = _Cut(facts, candidates)
+    cut = _Cut(facts, candidates, MARGIN)
     chosen = cut.network.source_side()
-    return [node for node in candidates if cut.numbers[node] in chosen]
+    fastest = [node for node in candidates if cut.numbers[node] in chosen]
+    whole = cost_of(facts, candidates, most)
+    near = whole <= SLACK * cost_of(facts, candidates, fastest)
+    return list(most) if near and MARGIN * whole <= cost_of(facts, candidates, ()) else fastest
+
+
+def cost_of(
+    facts: Eligibility, candidates: Sequence[ir.Node], integer: Collection[ir.Node]
+) -> float:
+    """Return the estimated nanoseconds of ``candidates`` with just ``integer`` in integers."""
+    cut = _Cut(facts, candidates, margin=1.0, forced=integer)
+    cut.network.source_side()
+    return cut.network.cost
 
 
 class _Cut:
-    def __init__(self, facts: Eligibility, candidates: Sequence[ir.Node]) -> None:
+    def __init__(
+        self,
+        facts: Eligibility,
+        candidates: Sequence[ir.Node],
+        margin: float,
+        forced: Collection[ir.Node] | None = None,
+    ) -> None:
         self.facts, self.graph = facts, facts.graph
+        self.margin, self.forced, self.candidates = margin, forced, set(candidates)
         self.network = Network()
         self.numbers: dict[ir.Node, int] = {}
         for node in candidates:
@@ -61,7 +86,9 @@ class _Cut:
         attributes = attributes_of(node)
         group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
         sizes = (node.op_type, inputs, output, weight, group, window)
-        as_integer, as_float = integer_cost(*sizes) * MARGIN, float_cost(*sizes)
+        as_integer, as_float = integer_cost(*sizes) * self.margin, float_cost(*sizes)
+        if self.forced is not None and node in self.candidates:
+            as_integer, as_float = (as_integer, NEVER) if node in self.forced else (NEVER, as_float)
         conv = self._joined_conv(node)
         if conv is None:
             return self.network.add_node(as_integer, as_float)

@@ -17,6 +17,7 @@ class Network:
         self._edges: list[list[int]] = [[], []]
         self._to: list[int] = []
         self._room: list[float] = []
+        self.cost = 0.0  # of the cut, once ``source_side`` has found it
 
     def add_node(self, cost_on_source_side: float, cost_on_sink_side: float) -> int:
         """Add a node that costs so much on either side; return its number."""
@@ -62,6 +63,7 @@ class Network:
         while True:
             if node == 1:
                 flow = min(self._room[edge] for edge in path)
+                self.cost += flow
                 for edge in path:
                     self._room[edge] -= flow
                     self._room[edge ^ 1] += flow

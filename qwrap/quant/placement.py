@@ -65,9 +65,15 @@ class _Placement:
                 candidates.append(node)
             else:
                 self.reasons[node] = reason
-        chosen = worth_it(self.facts, candidates) if self.config.only_if_faster else candidates
-        self.integer = dict.fromkeys(chosen)
-        self.reasons |= {n: TOO_DEAR for n in candidates if n not in self.integer}
+        self.integer = dict.fromkeys(candidates)
+        self._drop_alone()
+        if self.config.only_if_faster:
+            most = list(self.integer)
+            self.integer = dict.fromkeys(worth_it(self.facts, candidates, most))
+            self.reasons |= {n: TOO_DEAR for n in most if n not in self.integer}
+            self._drop_alone()
+
+    def _drop_alone(self) -> None:
         while alone := [n for n in self.integer if not self._carries(n)]:
             for node in alone:  # dropping one may leave its neighbours alone
                 del self.integer[node]
