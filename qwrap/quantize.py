@@ -11,7 +11,7 @@ from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig
 from qwrap.errors import ExportError
-from qwrap.export.exporter import export
+from qwrap.export.exporter import export, same_file
 from qwrap.graph.load import Source
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
@@ -52,7 +52,7 @@ def quantize(
         InputError: there is no batch, or one does not fit.
         ExportError: the target cannot be written, or is the source.
     """
-    if isinstance(source, (str, os.PathLike)) and _same_file(source, target):
+    if isinstance(source, (str, os.PathLike)) and same_file(source, target):
         raise ExportError(f"{target}: is the float model itself; write to another file")
     model = load(source).eval()
     prepare(model, config)
@@ -67,7 +67,3 @@ def quantize(
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
     export(model, target)
     return model
-
-
-def _same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
-    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)

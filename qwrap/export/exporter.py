@@ -34,9 +34,12 @@ def export(
     Raises:
         ConfigError: the model is not prepared.
         NotCalibratedError: a tensor has no scale yet.
-        ExportError: the file cannot be written, onnxruntime refuses it, or its weights would
-            replace those that the model was loaded from and still reads.
+        ExportError: the file cannot be written, onnxruntime refuses it, or it is the one that the
+            model was loaded from, or its weights would replace those that the model still reads.
     """
+    source = model.graph.source
+    if source is not None and same_file(source, path):
+        raise ExportError(f"{path}: is the float model itself; write to another file")
     draft = to_quantized_graph(model)
     sources = [Path(tensor.path) for tensor in external_tensors(model.graph.model)]
     data = Path(f"{os.fspath(path)}.data")
@@ -48,6 +51,11 @@ def export(
     if external_data is None and sources:
         external_data = True
     write_model(draft, path, external_data=external_data, check=_open_session)
+
+
+def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one file that exists."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def to_quantized_graph(model: WrappedModel) -> ir.Model:

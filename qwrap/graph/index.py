@@ -49,10 +49,17 @@ class OnnxGraph:
     A node's key is its name where unique, else ``OpType:<key of its first output>``. A value's key
     is its name; where a value outside or before has that name, it is the name behind the path
     of its subgraph.
+
+    Attributes:
+        model: the graph; weights that lie outside the file are still there.
+        source: the file it was read from, None if from memory.
+        nodes: node by key, a control-flow node before the nodes of its bodies.
+        values: value by key.
+        types: what shape inference knows, by value key.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, source: Path | None = None) -> None:
+        self.model, self.source = model, source
         self.nodes: dict[str, ir.Node] = {}
         self.values: dict[str, ir.Value] = {}
         self._node_keys: dict[ir.Node, str] = {}
@@ -120,13 +127,14 @@ class OnnxGraph:
         folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
         assert len(folders) <= 1, "one model, one folder"
         proto = ir.to_proto(self.model)
-        return {"proto": proto.SerializeToString(), "folder": next(iter(folders), None)}
+        folder = next(iter(folders), None)
+        return {"proto": proto.SerializeToString(), "folder": folder, "source": self.source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = ir.from_proto(onnx.ModelProto.FromString(state["proto"]))
         if state["folder"] is not None:
             ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
-        self.__init__(model)  # type: ignore[misc]  # rebuilds every table from the model
+        self.__init__(model, state["source"])  # type: ignore[misc]  # rebuilds every table from the model
 
 
 def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:

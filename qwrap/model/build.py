@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from qwrap.graph.index import OnnxGraph
 from qwrap.graph.load import Source, read_model
 from qwrap.model.wrapped import WrappedModel
@@ -21,4 +24,5 @@ def load(source: Source) -> WrappedModel:
         ModelError: not a model, cut off, or its external data is missing or outside its folder.
         UnsupportedOpError: operators without an implementation, all of them listed.
     """
-    return WrappedModel(OnnxGraph(read_model(source)))
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    return WrappedModel(OnnxGraph(read_model(source), path))

@@ -54,7 +54,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
         for name, v in draft.graph.initializers.items()
         if before.get(name) == id(v.const_value)
     }
-    model.rewrite(OnnxGraph(draft), kept)
+    model.rewrite(OnnxGraph(draft, model.graph.source), kept)
     plan = place(model.layout, config)
     plan.changes = changes
     install(model, plan, config)

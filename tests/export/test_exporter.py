@@ -99,16 +99,6 @@ def test_a_place_that_cannot_be_written_is_refused(small, tmp_path: Path) -> Non
             qwrap.export(model, "/proc/self/q.onnx")
 
 
-def test_the_source_file_can_be_replaced_by_its_quantized_form(small, tmp_path: Path) -> None:
-    """Nothing of it is read any more: the weights are in memory."""
-    path = tmp_path / "m.onnx"
-    onnx.save(small.convs(), path)
-    model = calibrated(path, small.batches())
-    qwrap.export(model, tmp_path / "other.onnx")
-    qwrap.export(model, path)
-    assert path.read_bytes() == (tmp_path / "other.onnx").read_bytes()
-
-
 def save_external(source, path: Path, data: str) -> None:
     external_data_helper.convert_model_to_external_data(source, location=data, size_threshold=0)
     onnx.save(source, path)
@@ -130,12 +120,12 @@ def test_external_weights_stay_external(small, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_still_read_are_not_replaced(small, tmp_path: Path) -> None:
-    save_external(small.convs(), tmp_path / "m.onnx", "m.onnx.data")
-    before = (tmp_path / "m.onnx.data").read_bytes()
+    save_external(small.convs(), tmp_path / "m.onnx", "q.onnx.data")
+    before = (tmp_path / "q.onnx.data").read_bytes()
     model = calibrated(tmp_path / "m.onnx", small.batches())
-    with pytest.raises(ExportError, match=r"still reads its weights from 'm.onnx.data'"):
-        qwrap.export(model, tmp_path / "m.onnx")
-    assert (tmp_path / "m.onnx.data").read_bytes() == before
+    with pytest.raises(ExportError, match=r"still reads its weights from 'q.onnx.data'"):
+        qwrap.export(model, tmp_path / "q.onnx")
+    assert (tmp_path / "q.onnx.data").read_bytes() == before
 
 
 def test_a_model_proto_and_a_path_export_the_same(small, tmp_path: Path) -> None:
@@ -143,3 +133,15 @@ def test_a_model_proto_and_a_path_export_the_same(small, tmp_path: Path) -> None
     for name, source in (("a", small.convs()), ("b", os.fspath(tmp_path / "m.onnx"))):
         qwrap.export(calibrated(source, small.batches()), os.fspath(tmp_path / name))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_file_that_was_loaded_is_not_replaced(small, tmp_path: Path) -> None:
+    path = tmp_path / "float.onnx"
+    onnx.save(small.convs(), path)
+    before = path.read_bytes()
+    model = qwrap.load(path)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.calibrate(model, small.batches(2), progress=False)
+    with pytest.raises(ExportError, match="is the float model itself"):
+        qwrap.export(model, tmp_path / ".." / tmp_path.name / "float.onnx")
+    assert path.read_bytes() == before

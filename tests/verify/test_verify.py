@@ -235,6 +235,7 @@ def test_a_file_that_onnxruntime_refuses(make_pair, capfd) -> None:
     pair = make_pair()
     proto = onnx.load(pair.path)
     proto.graph.node[0].domain = "nobody.knows"
+    proto.opset_import.add(domain="nobody.knows", version=1)
     onnx.save(proto, pair.path)
     with pytest.raises(ModelError, match=r"small\.qdq\.onnx: onnxruntime refuses the model"):
         verify(pair.model, pair.path, pair.batches, progress=False)
