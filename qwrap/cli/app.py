@@ -63,8 +63,6 @@ BatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", help="Samples in a batch; default: the model's, else 16."),
 ]
-
-
 MaxDiffering = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Exit 1 if a larger share of the codes differs."),
@@ -76,6 +74,39 @@ MinSqnr = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Activation = Annotated[
+    str | None, typer.Option("--activation", help="Type of activations, as in uint8.")
+]
+Weight = Annotated[str | None, typer.Option("--weight", help="Type of weights, as in int8.")]
+PerChannel = Annotated[
+    bool | None,
+    typer.Option("--per-channel/--no-per-channel", help="One weight scale per channel."),
+]
+Method = Annotated[
+    str | None, typer.Option("--method", help="Ranges of activations: mse, minmax or percentile.")
+]
+WeightMethod = Annotated[
+    str | None, typer.Option("--weight-method", help="Ranges of weights: mse or minmax.")
+]
+Percentile = Annotated[
+    float | None,
+    typer.Option("--percentile", help="Values in range with --method percentile, in percent."),
+]
+Everything = Annotated[
+    bool | None,
+    typer.Option(
+        "--only-if-faster/--everything",
+        help="Leave float what integer kernels would not speed up, or quantize all that has one.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="GLOB",
+        help="Leave nodes of this name or operator type float; repeatable.",
+    ),
+]
 
 
 @app.command()
@@ -86,35 +117,14 @@ def quantize(
     preset: Preset = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
-    activation: Annotated[
-        str | None, typer.Option("--activation", help="Type of activations, as in uint8.")
-    ] = None,
-    weight: Annotated[
-        str | None, typer.Option("--weight", help="Type of weights, as in int8.")
-    ] = None,
-    per_channel: Annotated[
-        bool | None,
-        typer.Option("--per-channel/--no-per-channel", help="One weight scale per channel."),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="Ranges of activations: mse, minmax or percentile."),
-    ] = None,
-    weight_method: Annotated[
-        str | None, typer.Option("--weight-method", help="Ranges of weights: mse or minmax.")
-    ] = None,
-    percentile: Annotated[
-        float | None,
-        typer.Option("--percentile", help="Values in range with --method percentile, in percent."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude",
-            metavar="GLOB",
-            help="Leave nodes of this name or operator type float; repeatable.",
-        ),
-    ] = None,
+    activation: Activation = None,
+    weight: Weight = None,
+    per_channel: PerChannel = None,
+    method: Method = None,
+    weight_method: WeightMethod = None,
+    percentile: Percentile = None,
+    only_if_faster: Everything = None,
+    exclude: Exclude = None,
     verify: Annotated[
         int,
         typer.Option("--verify", metavar="N", min=0, help="Batches to verify on; 0: none."),
@@ -132,6 +142,7 @@ def quantize(
         "method": method,
         "weight_method": weight_method,
         "percentile": percentile,
+        "only_if_faster": only_if_faster,
         "excluded": exclude,
     }
     config = qwrap.QConfig(**{key: value for key, value in asked.items() if value is not None})
