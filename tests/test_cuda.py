@@ -1,0 +1,67 @@
+"""The whole pipeline on a GPU, against the same on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qwrap
+from qwrap.demo import batches, model_path
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def data() -> list[torch.Tensor]:
+    return [torch.from_numpy(b["image"]) for b in batches("calibration", 50)[:4]]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """Without TF32, as sums of integer codes need more than its 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def calibrated(device: str, data: list[torch.Tensor]) -> qwrap.WrappedModel:
+    model = qwrap.load(model_path()).eval().to(device)
+    qwrap.prepare(model)
+    qwrap.calibrate(model, data, progress=False)
+    return model
+
+
+def test_float_outputs_agree(data) -> None:
+    model = qwrap.load(model_path()).eval()
+    with torch.no_grad():
+        expected, got = model(data[0]), model.to("cuda")(data[0].cuda())
+    # Sums of up to 864 products in another order: 864 * 2^-24 of the largest, with room for depth.
+    assert (got.cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_exact_simulation_gives_the_same_codes(data) -> None:
+    model = calibrated("cuda", data)
+    with torch.no_grad(), qwrap.exact(model):
+        got = model(data[0].cuda()).cpu()
+    with torch.no_grad(), qwrap.exact(model.to("cpu")):
+        expected = model(data[0])
+    assert torch.equal(got, expected)
+
+
+def test_verify_finds_no_difference_from_onnxruntime(data, tmp_path: Path) -> None:
+    model = calibrated("cuda", data)
+    qwrap.export(model, tmp_path / "q.onnx")
+    report = qwrap.verify(model, tmp_path / "q.onnx", data[:2], progress=False)
+    assert report.differing_codes == 0
+
+
+def test_algorithms_and_a_training_step_run(data) -> None:
+    model = calibrated("cuda", data)
+    qwrap.round_weights(model, data)
+    qwrap.correct_biases(model, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(data[0].cuda()).square().mean().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
