@@ -168,19 +168,50 @@ def test_a_weight_of_two_layers_is_copied_before_it_is_scaled() -> None:
     [
         "c = Conv (x, w)"
         "n, m, v = BatchNormalization <training_mode: int = 1> (c, s, s, s, t) y = Relu (n)",
+        "c = Conv (x, w) n = BatchNormalization <training_mode: int = 1> (c, s, s, s, t)"
+        "y = Relu (n)",
         "c = Conv (x, w) n = BatchNormalization (c, s, s, s, t) y = Add (n, c)",
         "c = Conv (x, w) n = BatchNormalization (c, s, k, s, t) y = Relu (n)",
         "n = BatchNormalization (x, s, s, s, t) y = Conv (n, w)",
         "v = Mul (w, w) c = Conv (x, v) n = BatchNormalization (c, s, s, s, t) y = Relu (n)",
     ],
-    ids=["training", "output read twice", "parameter given by caller", "before", "computed weight"],
-)  # fmt: skip
+    ids=[
+        "training",
+        "training with one output",
+        "output read twice",
+        "parameter given by the caller",
+        "before the layer",
+        "computed weight",
+    ],
+)
 def test_a_batch_norm_that_cannot_be_folded_stays(body: str) -> None:
     graph = f"g (float[1,2,5,5] x, float[2] k) => (float[1,2,5,5] y) {{ {body} }}"
     model = parse(graph, 15, w=np.ones((2, 2, 1, 1)), s=np.ones(2), t=np.ones(2))
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not fold_batch_norm(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_a_layer_whose_output_the_caller_gets_stays() -> None:
+    graph = """g (float[1,2,5,5] x) => (float[1,2,5,5] c, float[1,2,5,5] y) {
+        c = Conv (x, w) y = BatchNormalization (c, s, s, s, s) }"""
+    assert not fold_batch_norm(parse(graph, w=np.ones((2, 2, 1, 1)), s=np.ones(2)))
+
+
+def test_a_layer_is_not_folded_across_the_border_of_a_branch() -> None:
+    graph = """g (float[1,2,5,5] x, bool p) => (float[1,2,5,5] y) {
+        c = Conv (x, w)
+        y = If (p) <
+            then_branch = a () => (float[1,2,5,5] d) { d = BatchNormalization (c, s, s, s, s) },
+            else_branch = b () => (float[1,2,5,5] e) { e = Relu (x) }
+        > }"""
+    assert not fold_batch_norm(parse(graph, w=np.ones((2, 2, 1, 1)), s=np.ones(2)))
+
+
+def test_gemm_that_scales_its_bias_stays() -> None:
+    graph = """g (float[2,4] x) => (float[2,3] y) {
+        c = Gemm <beta: float = 0.5> (x, w, k) y = Add (c, k) }"""
+    assert not fold_scale_and_shift(parse(graph, w=np.ones((4, 3)), k=np.ones(3)))
 
 
 def test_a_fold_that_would_overflow_the_weight_is_refused() -> None:
