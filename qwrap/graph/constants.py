@@ -81,7 +81,7 @@ class Constants:
 
     def _free_initialisers(self) -> None:
         # Before version 4 they are listed as inputs yet constant; from 4 on, listing one means
-        # that the caller may override it, and onnxruntime then optimises nothing that reads it.
+        # that the caller may override it, and onnxruntime no longer folds it as a constant.
         self._model.ir_version = FREE_INITIALISERS
         inputs = self._model.graph.inputs
         for value in [v for v in inputs if v.is_initializer()]:
