@@ -47,12 +47,15 @@ class Constants:
         tensor = None if value is None else _tensor(value)
         return None if tensor is None else tensor.numpy()
 
+    def is_float(self, value: ir.Value | None) -> bool:
+        """Whether ``value`` is a floating-point constant."""
+        tensor = None if value is None else _tensor(value)
+        return tensor is not None and tensor.dtype in FLOATS
+
     def floats(self, value: ir.Value | None) -> Array | None:
         """Return what ``value`` holds as float64, None if it is not a floating-point constant."""
-        tensor = None if value is None else _tensor(value)
-        if tensor is None or tensor.dtype not in FLOATS:
-            return None
-        return tensor.numpy().astype(np.float64)
+        array = self.array(value) if self.is_float(value) else None
+        return None if array is None else array.astype(np.float64)
 
     def unique_name(self, name: str) -> str:
         """Return ``name``, with a number behind it if a value of the model has that name."""
@@ -78,7 +81,7 @@ class Constants:
 
     def _free_initialisers(self) -> None:
         # Before version 4 they are listed as inputs yet constant; from 4 on, listing one means
-        # that the caller may override it, and onnxruntime then optimises nothing that reads it.
+        # that the caller may override it, and onnxruntime no longer folds it as a constant.
         self._model.ir_version = FREE_INITIALISERS
         inputs = self._model.graph.inputs
         for value in [v for v in inputs if v.is_initializer()]:
@@ -180,7 +183,7 @@ def fold_constant_weights(model: ir.Model) -> list[str]:
         value = node.outputs[0] if node.outputs else None
         if node.op_type not in MOVERS or node.domain or value is None or value.is_graph_output():
             continue
-        if constants.floats(node.inputs[0]) is None or not _feeds_weight(value):
+        if not constants.is_float(node.inputs[0]) or not _feeds_weight(value):
             continue
         array = MOVERS[node.op_type](constants, node)
         if array is not None:
@@ -228,10 +231,10 @@ def _identity(constants: Constants, node: ir.Node) -> Array | None:
 
 
 def _cast(constants: Constants, node: ir.Node) -> Array | None:
-    data = constants.array(node.inputs[0])
-    if data is None or ir.DataType.from_numpy(data.dtype) != node.attributes["to"].as_int():
+    data, to = constants.array(node.inputs[0]), node.attributes["to"]
+    if data is None or to.type != ir.AttributeType.INT:  # a string until opset 5
         return None
-    return data
+    return data if ir.DataType.from_numpy(data.dtype) == to.as_int() else None
 
 
 MOVERS: dict[str, Callable[[Constants, ir.Node], Array | None]] = {

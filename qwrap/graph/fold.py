@@ -89,7 +89,7 @@ def _fold_followers(model: ir.Model, read: Reader) -> list[str]:
 
 
 def _absorb_follower(constants: Constants, node: ir.Node, follower: ir.Node, read: Reader) -> bool:
-    weight = constants.floats(node.inputs[1])
+    weight = constants.array(node.inputs[1]) if constants.is_float(node.inputs[1]) else None
     if weight is None or follower.domain:
         return False
     channels = _channels(node, weight.shape)
@@ -274,6 +274,7 @@ def _absorb_scale(constants: Constants, node: ir.Node, norm: ir.Node) -> bool:
     name = constants.unique_name(f"{norm.name or norm.outputs[0].name}_shift")
     norm.resize_inputs(2)
     norm.replace_input_with(1, constants.add(norm.graph, name, shift))
+    norm.resize_outputs(1)
     norm.attributes.clear()
     constants.drop_unused(parameters)
     return True
