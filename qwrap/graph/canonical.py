@@ -73,9 +73,9 @@ def prelu_to_maximum(model: ir.Model) -> list[str]:
         scaled.outputs[0].name = constants.unique_name(f"{node.outputs[0].name}_scaled")
         scaled.outputs[0].type = node.outputs[0].type
         node.graph.insert_before(node, scaled)
+        lines.append(f"{label(node)}: replaced by Mul and Max")
         node.op_type = "Max"
         node.replace_input_with(1, scaled.outputs[0])
-        lines.append(f"{label(node)}: PRelu replaced by Mul and Max")
     return lines
 
 
