@@ -35,12 +35,15 @@ def worth_it(
     from a float producer to an integer consumer costs a QuantizeLinear, one that goes the other
     way a DequantizeLinear. The cheapest split is a minimum cut.
 
-    Where the split ``most``, with as much as possible in integers, is hardly slower, it is
-    preferred: it is the smallest file, and nothing in it is rounded outside of integer kernels.
+    Where that leaves weights float, and the split ``most``, with as much as possible in integers,
+    is hardly slower, that one is taken: the file is smaller, and between its first and its last
+    convolution nothing is rounded but in integer kernels, which can be simulated exactly.
     """
     cut = _Cut(facts, candidates, MARGIN)
     chosen = cut.network.source_side()
     fastest = [node for node in candidates if cut.numbers[node] in chosen]
+    if not any(n.op_type in facts.target.matrix for n in set(most) - set(fastest)):
+        return fastest
     whole = cost_of(facts, candidates, most)
     near = whole <= SLACK * cost_of(facts, candidates, fastest)
     return list(most) if near and MARGIN * whole <= cost_of(facts, candidates, ()) else fastest
