@@ -43,7 +43,8 @@ class DyadicHistogram:
             largest: their largest magnitude or more, below ``2^128``.
             weight: how many values each of them stands for.
         """
-        counts = self._cover(max(math.frexp(largest)[1], _LOWEST_EXPONENT), values.device)
+        exponent = math.frexp(largest)[1] if largest else _LOWEST_EXPONENT
+        counts = self._cover(max(exponent, _LOWEST_EXPONENT), values.device)
         assert self.exponent is not None
         values = values.contiguous()  # a strided sample is slow to read, so it is read once
         scaled = values.to(torch.float32) * (self.bins * 2.0**-self.exponent)

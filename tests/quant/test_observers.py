@@ -84,6 +84,11 @@ def test_order_and_batch_size_do_not_matter(
     assert contents(observed(*pieces, kind=kind)) == contents(observed(torch.cat(flat), kind=kind))
 
 
+def test_zeros_seen_first_do_not_coarsen_the_histogram() -> None:
+    observer = observed(torch.zeros(3), torch.tensor([0.25]), kind=HistogramObserver)
+    assert observer.histogram.exponent == -1  # [-0.5, 0.5), as without the zeros
+
+
 @given(values, values, st.sampled_from(KINDS))
 @settings(deadline=None)
 def test_merging_equals_one_pass(a: np.ndarray, b: np.ndarray, kind: type[Observer]) -> None:
