@@ -19,7 +19,7 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.calibrate import calibrate
 from qwrap.quant.prepare import plan_of, prepare
 
-KEPT = 32  # batches that stay in memory for the bias correction
+KEPT = 32  # batches that stay in memory for what follows calibration
 
 
 def quantize(
@@ -32,8 +32,9 @@ def quantize(
 ) -> WrappedModel:
     """Quantize an ONNX file with calibration data and write a QDQ file for onnxruntime.
 
-    Loads, prepares, calibrates, corrects biases where that brings the output closer to the float
-    model's, and exports. The data is read once; up to 32 batches of it stay in memory.
+    Loads, prepares and calibrates; then rounds weights so that their errors cancel, or else
+    corrects biases, each only if held-back batches come out closer to the float model; exports.
+    The data is read once; up to 32 batches of it stay in memory.
 
     Args:
         source: the float model.
