@@ -78,7 +78,7 @@ def _latency(file: FileResult, threads: str) -> str:
 
 
 def _codes(level: dict[str, Any]) -> str:
-    return f"{level['differing_codes']} of {level['codes']}" if level else _NONE
+    return f"{level['differing_codes']} of {level['codes']}" if level.get("codes") else _NONE
 
 
 def _sqnr(level: dict[str, Any]) -> str:

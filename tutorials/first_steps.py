@@ -28,7 +28,7 @@ with torch.no_grad():
 print(f"accuracy, training form: {(training_form == labels).float().mean():.4f}")
 print(f"accuracy, exact form:    {(deployed_form == labels).float().mean():.4f}")
 
-# 5. Train, if accuracy was lost: any loop, any optimizer; gradients pass the stubs straight through.
+# 5. Train, if accuracy was lost: any loop, any optimizer; gradients pass straight through stubs.
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 train_images, train_labels = (torch.from_numpy(array) for array in digits("calibration"))
 for start in range(0, len(train_images), 50):
