@@ -13,6 +13,7 @@ from qwrap.config import QConfig
 from qwrap.errors import ExportError
 from qwrap.export.exporter import export, same_file
 from qwrap.graph.load import Source
+from qwrap.graph.save import check_target
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
@@ -55,6 +56,7 @@ def quantize(
     """
     if isinstance(source, (str, os.PathLike)) and same_file(source, target):
         raise ExportError(f"{target}: is the float model itself; write to another file")
+    check_target(target)
     model = load(source).eval()
     prepare(model, config)
     batches = iterate(calibration, model)

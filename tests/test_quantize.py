@@ -137,3 +137,14 @@ def test_what_was_corrected_is_in_the_summary(small, tmp_path: Path) -> None:
     corrected = "biases corrected" in summary or "weights rounded" in summary
     changed = not torch.equal(model.stored("b2"), qwrap.load(small.convs()).stored("b2"))
     assert corrected == changed
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_any_work(small, tmp_path: Path) -> None:
+    def never():
+        raise AssertionError("data was read")
+        yield
+
+    with pytest.raises(ExportError, match="does not exist; make it first"):
+        qwrap.quantize(small.convs(), tmp_path / "no" / "q.onnx", calibration=never())
+    with pytest.raises(ExportError, match="is a folder"):
+        qwrap.quantize(small.convs(), tmp_path, calibration=never())

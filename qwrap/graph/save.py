@@ -14,6 +14,21 @@ from qwrap.errors import ExportError
 PROTO_LIMIT = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB
 
 
+def check_target(target: str | os.PathLike[str]) -> None:
+    """Refuse a path at which no file can be written, before any work is done for it.
+
+    Raises:
+        ExportError: its folder does not exist or is not writable, or it is a folder itself.
+    """
+    path = Path(target)
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: folder {str(path.parent)!r} does not exist; make it first")
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder; give the name of a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ExportError(f"{path}: folder {str(path.parent)!r} cannot be written to")
+
+
 def write_model(
     model: ir.Model,
     path: str | os.PathLike[str],
@@ -36,10 +51,7 @@ def write_model(
             holds weights that ``model`` still reads.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ExportError(f"{target}: folder {str(target.parent)!r} does not exist; make it first")
-    if target.is_dir():
-        raise ExportError(f"{target}: is a folder; give the name of a file in it")
+    check_target(target)
     data_name = f"{target.name}.data"
     _refuse_own_data(model, target.parent / data_name)
     outside = _needs_external(model) if external_data is None else external_data

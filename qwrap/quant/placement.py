@@ -16,6 +16,7 @@ from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, Tensor
 from qwrap.quant.target import ORT_CPU, Target
 
 TOO_DEAR = "an integer kernel would not pay for the conversions around it"
+UNMOVED = "stands among float nodes"
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 
 
@@ -221,4 +222,7 @@ class _Placement:
             return NodePlan(node.op_type, "moves")
         if not any(self.graph.type_of(v).is_float for v in node.outputs):
             return NodePlan(node.op_type, "float", "not floating point")
-        return NodePlan(node.op_type, "float", self.reasons.get(node, NO_KERNEL))
+        reason = self.reasons.get(node, NO_KERNEL)
+        if reason == NO_KERNEL and (moved is not None or node.op_type in self.target.absorbed):
+            reason = UNMOVED
+        return NodePlan(node.op_type, "float", reason)
