@@ -5,11 +5,29 @@ from __future__ import annotations
 import itertools
 import linecache
 import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from qwrap.ops import function_of, key_of
+
 _numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """Stands for an operator's function in a pickle, which cannot hold a function made by one."""
+
+    key: tuple[str, str, int]
+
+
+def _named(value: Any) -> Any:
+    if not callable(value) or not isinstance(value, Hashable):
+        return value
+    key = key_of(value)
+    return value if key is None else _Operator(key)
 
 
 class Block(nn.Module):
@@ -59,8 +77,13 @@ class Block(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_run", None)
+        state["namespace"] = {name: _named(value) for name, value in self.namespace.items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state["namespace"] = {
+            name: function_of(value.key) if isinstance(value, _Operator) else value
+            for name, value in state["namespace"].items()
+        }
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._compile()

@@ -18,7 +18,16 @@ from qwrap.ops import (
     select,
     shape,
 )
-from qwrap.ops.registry import Operator, find, op, operators, registered, revision
+from qwrap.ops.registry import (
+    Operator,
+    find,
+    function_of,
+    key_of,
+    op,
+    operators,
+    registered,
+    revision,
+)
 
 __all__ = [
     "Operator",
@@ -26,7 +35,9 @@ __all__ = [
     "cast",
     "conv",
     "find",
+    "function_of",
     "generate",
+    "key_of",
     "logic",
     "math",
     "matmul",

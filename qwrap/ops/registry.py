@@ -53,7 +53,9 @@ class Operator:
         return {name: value for name, value in attributes.items() if name not in self.ignored}
 
 
-_OPERATORS: dict[tuple[str, str, int], Operator] = {}
+Key = tuple[str, str, int]  # domain, operator type, revision
+_OPERATORS: dict[Key, Operator] = {}
+_KEYS: dict[object, Key] = {}
 
 
 def op(
@@ -85,6 +87,7 @@ def op(
             key = (domain, op_type, version)
             assert key not in _OPERATORS, f"{key} registered twice"
             _OPERATORS[key] = record
+            _KEYS.setdefault(function, key)
         return function
 
     return register
@@ -108,6 +111,16 @@ def find(domain: str, op_type: str, opset: int) -> Operator | None:
     """Return what computes ``op_type`` in a model importing ``opset``, None if nothing does."""
     since = revision(domain, op_type, opset)
     return None if since is None else _OPERATORS.get((domain, op_type, since))
+
+
+def key_of(function: object) -> Key | None:
+    """Return under what ``function`` is registered, None if it is not; a name that can be saved."""
+    return _KEYS.get(function)
+
+
+def function_of(key: Key) -> Callable[..., Any]:
+    """Return the function registered under ``key``."""
+    return _OPERATORS[key].function
 
 
 def operators() -> Iterator[tuple[str, str, int]]:

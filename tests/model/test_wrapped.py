@@ -348,3 +348,14 @@ def test_a_model_that_cannot_be_rewritten_stays_as_it_was(
     with pytest.raises(UnsupportedOpError):
         model.rewrite(bad, ())
     assert torch.equal(model(x), before)
+
+
+def test_operators_made_by_functions_can_be_pickled() -> None:
+    text = """
+        <ir_version: 8, opset_import: ["": 13]>
+        g (float[2,3] x) => (float[2,1] y) { y = ReduceMean <axes: ints = [1]> (x) }
+    """
+    model = load(onnx.parser.parse_model(text))
+    x = torch.arange(6.0).reshape(2, 3)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(x), x.mean(1, keepdim=True))
