@@ -33,6 +33,7 @@ class WrappedModel(Block):
         programs: name -> makes the ``Program`` of that name ("exact" once prepared).
         plan: what ``prepare`` decided, None before.
         config: what it was asked for, None before.
+        before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
@@ -41,6 +42,7 @@ class WrappedModel(Block):
         self.programs: dict[str, Callable[[], Program]] = {}
         self.plan: object = None
         self.config: object = None
+        self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
         self.layout = Layout(graph)
@@ -80,7 +82,7 @@ class WrappedModel(Block):
             delattr(self, name)
         self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs = {}, None, {}
-        self.plan = self.config = None
+        self.plan = self.config = self.before_loading = None
         self._build(kept)
 
     def _get(self, slot: Slot) -> Tensor:
@@ -213,6 +215,14 @@ class WrappedModel(Block):
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.before_loading is not None:
+            own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            self.before_loading(self, own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- running ---------------------------------------------------------------------------------
 

@@ -18,8 +18,7 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, shrink_into
 from qwrap.quant.bounds import bounds_of
 from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
-from qwrap.quant.placement import place
-from qwrap.quant.prepare import bias_stubs, config_of, install, new_observer, plan_of, stubs
+from qwrap.quant.prepare import bias_stubs, config_of, new_observer, place_without, plan_of, stubs
 from qwrap.quant.ranges import choose_ranges, choose_weight_range
 from qwrap.quant.sources import integer_users
 from qwrap.quant.stubs import Mode, Stub
@@ -118,14 +117,11 @@ def _finish(model: WrappedModel) -> None:
 
 def _leave_out_problems(model: WrappedModel) -> None:
     """Return to float what no data reached, and what works on attention masks, in place."""
-    without: dict[str, str] = {}
+    without = dict(plan_of(model).without)
     while problems := _problems(model):
         assert not problems.keys() <= without.keys(), "a node stayed although it has to go"
         without = problems | without
-        changes = plan_of(model).changes
-        plan = place(model.layout, config_of(model), without=without)
-        plan.changes = changes
-        install(model, plan, config_of(model))
+        place_without(model, without)
 
 
 def _problems(model: WrappedModel) -> dict[str, str]:

@@ -43,7 +43,9 @@ def place(
     """
     placement = _Placement(layout, config, target, without or {})
     placement.decide()
-    return placement.plan()
+    plan = placement.plan()
+    plan.without = dict(without or {})
+    return plan
 
 
 class _Placement:

@@ -88,6 +88,7 @@ class QuantPlan:
         biases: (node key, input index) -> plan of a bias.
         nodes: node key -> how it runs.
         changes: what was rewritten in the graph before placement, one line each.
+        without: node key -> why calibration returned the node to float.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class QuantPlan:
     biases: dict[tuple[str, int], BiasPlan] = field(default_factory=dict)
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    without: dict[str, str] = field(default_factory=dict)
 
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
@@ -134,6 +136,7 @@ class QuantPlan:
             "biases": [[*key, _plain(plan)] for key, plan in self.biases.items()],
             "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
             "changes": list(self.changes),
+            "without": dict(self.without),
         }
 
 

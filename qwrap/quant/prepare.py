@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 from torch import nn
@@ -90,8 +91,45 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
     device = next((p.device for p in model.parameters()), None)
     model.attach({point: stub.to(device) for point, stub in stubs.items()})
+    model.add_module("quantization", Decisions(plan.without))
     model.plan, model.config = plan, config
     model.programs["exact"] = partial(exact_program, model)
+    model.before_loading = follow_saved_decisions
+
+
+class Decisions(nn.Module):
+    """What calibration decided about the placement, as part of the ``state_dict``.
+
+    Attributes:
+        without: node key -> why the node was returned to float.
+    """
+
+    def __init__(self, without: Mapping[str, str]) -> None:
+        super().__init__()
+        self.without = dict(without)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """Return the nodes that were returned to float."""
+        return dict(self.without)
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Take over saved decisions, which ``follow_saved_decisions`` has carried out by now."""
+        self.without = dict(state)
+
+
+def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
+    """Place again, in place, with the nodes ``without`` in float."""
+    changes = plan_of(model).changes
+    plan = place(model.layout, config_of(model), without=without)
+    plan.changes = changes
+    install(model, plan, config_of(model))
+
+
+def follow_saved_decisions(model: WrappedModel, state: Mapping[str, Any]) -> None:
+    """Put stubs where the model had them whose ``state_dict`` is about to be loaded, in place."""
+    without = state.get("quantization._extra_state", {})
+    if without != plan_of(model).without:
+        place_without(model, without)
 
 
 def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: QConfig) -> Stub:

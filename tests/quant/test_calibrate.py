@@ -343,6 +343,11 @@ def test_a_branch_that_no_data_reaches_stays_float(small, quantized) -> None:
     source = small.build(nodes, weights | {"z": np.array(1e9, np.float32)})
     result = quantized(source)
     plan = result.model.plan
+    other = prepared(source)
+    other.load_state_dict(result.model.state_dict())  # the placement travels with it
+    assert other.plan.nodes == plan.nodes
+    x = torch.from_numpy(small.batches()[0])
+    assert torch.equal(other(x), result.model(x))
     assert plan.nodes["/q"].role == "integer"
     assert plan.nodes["/p"].role == "float"
     assert "no calibration data reached it (tensor" in plan.nodes["/p"].reason
