@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qwrap.graph.constants import Constants
 from qwrap.graph.index import OnnxGraph, opset_of, walk_nodes
 
 PADS_AS_INPUT = 11  # Pad-11 takes its pads as an input
 
 
-def fold_pads(model: ir.Model, constants: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+def fold_pads(model: ir.Model, computed: Mapping[str, npt.NDArray[Any]]) -> list[str]:
     """Let every Conv behind a Pad with zeros do the padding itself, in place.
 
     onnxruntime's PadFusion does so before it fuses QDQ pairs, but not where a subgraph computes
@@ -22,15 +22,15 @@ def fold_pads(model: ir.Model, constants: Mapping[str, npt.NDArray[Any]]) -> lis
 
     Args:
         model: what to edit.
-        constants: value key -> integers known when the model is loaded, computed pads included.
+        computed: value key -> integers known when the model is loaded, from subgraphs too.
 
     Returns:
         One line for each Pad that is gone.
     """
     graph = OnnxGraph(model)
     changes = []
-    for node in [n for n in walk_nodes(model.graph) if n.op_type == "Pad"]:
-        pads = _spatial_pads(node, graph, constants)
+    for node in [n for n in walk_nodes(model.graph) if n.op_type == "Pad" and not n.domain]:
+        pads = _spatial_pads(node, graph, computed)
         users = node.outputs[0].consumers()
         if pads is None or not users or node.outputs[0].is_graph_output():
             continue
@@ -39,12 +39,12 @@ def fold_pads(model: ir.Model, constants: Mapping[str, npt.NDArray[Any]]) -> lis
                 _add_pads(user, pads)
                 user.replace_input_with(0, node.inputs[0])
             changes.append(f"Pad {graph.node_key(node)!r} moved into {len(users)} Conv")
-            remove_dead(node)
+            _remove_dead(node)
     return changes
 
 
 def _spatial_pads(
-    node: ir.Node, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any]]
+    node: ir.Node, graph: OnnxGraph, computed: Mapping[str, npt.NDArray[Any]]
 ) -> list[int] | None:
     """Return begins and ends of the spatial axes, None unless they are all that is padded."""
     mode = node.attributes.get("mode")
@@ -56,40 +56,33 @@ def _spatial_pads(
         if fill is not None and fill.as_float() != 0:
             return None
     else:
-        known = _constant(node.inputs[1], graph, constants)
+        known = _known(node.inputs[1], graph, computed)
         fill_input = node.inputs[2] if len(node.inputs) > 2 else None
-        fill_value = None if fill_input is None else _constant(fill_input, graph, constants)
+        fill_value = None if fill_input is None else _known(fill_input, graph, computed)
         if known is None or (fill_input is not None and (fill_value is None or fill_value.any())):
             return None
         if len(node.inputs) > 3 and node.inputs[3] is not None:
             return None
         values = known.tolist()
     rank = len(values) // 2
-    if min(values) < 0 or any(values[i] or values[rank + i] for i in (0, 1)):
+    if rank < 3 or min(values) < 0 or any(values[i] or values[rank + i] for i in (0, 1)):
         return None
     return [*values[2:rank], *values[rank + 2 :]]
 
 
-def _constant(
-    value: ir.Value | None, graph: OnnxGraph, constants: Mapping[str, npt.NDArray[Any]]
+def _known(
+    value: ir.Value | None, graph: OnnxGraph, computed: Mapping[str, npt.NDArray[Any]]
 ) -> npt.NDArray[Any] | None:
-    if value is None:
-        return None
-    key = graph.key(value)
-    if key in constants:
-        return constants[key]
-    if value.const_value is not None:
-        return np.asarray(value.const_value.numpy())
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Constant" and "value" in producer.attributes:
-        return np.asarray(producer.attributes["value"].as_tensor().numpy())
-    return None
+    if value is not None and graph.key(value) in computed:
+        return computed[graph.key(value)]
+    return Constants(graph.model).array(value)
 
 
 def _takes(user: ir.Node, value: ir.Value, spatial: int) -> bool:
     automatic = user.attributes.get("auto_pad")
     return (
         user.op_type == "Conv"
+        and not user.domain
         and user.inputs[0] is value
         and spatial > 0
         and (automatic is None or automatic.as_string() in ("NOTSET", "VALID"))
@@ -104,7 +97,7 @@ def _add_pads(user: ir.Node, pads: list[int]) -> None:
     user.attributes["pads"] = ir.AttrInt64s("pads", total)
 
 
-def remove_dead(node: ir.Node) -> None:
+def _remove_dead(node: ir.Node) -> None:
     """Remove ``node`` and then everything that only it used, in place."""
     if any(v.uses() or v.is_graph_output() for v in node.outputs):
         return
@@ -114,4 +107,4 @@ def remove_dead(node: ir.Node) -> None:
     graph.remove(node, safe=True)
     for producer in producers:
         if producer is not None and producer.graph is not None:
-            remove_dead(producer)
+            _remove_dead(producer)

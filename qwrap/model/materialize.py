@@ -15,7 +15,8 @@ from qwrap.model.wrapped import WrappedModel
 def materialize(model: WrappedModel) -> ir.Model:
     """Return a copy of the model's graph that holds its current parameters and buffers.
 
-    Tensors that did not change stay the same objects, unread where they lie outside the file.
+    Tensors that did not change stay the same objects, so that those outside the file stay there;
+    every one is read to be compared.
     """
     copy = model.graph.model.clone()
     changed = {}

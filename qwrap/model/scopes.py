@@ -102,17 +102,8 @@ DEEPEST = 32  # modules in modules; torch walks them recursively
 RESERVED = frozenset((
     *dir(nn.Module()),
     *("_compile", "_file", "_run", "namespace", "set_code", "source", "taps"),  # of Block
-    *(
-        "attach",
-        "attached",
-        "before_loading",
-        "config",
-        "graph",
-        "input_names",
-        "layout",
-        "output_names",
-        "plan",
-    ),
+    *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
+    *("output_names", "plan", "quantization"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
     *("_add_blocks", "_bind", "_build", "_detach", "_device", "_generate", "_get", "_homes"),
     *("_module_at", "_program", "_signature"),

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qwrap.graph.check import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.model.values import attributes_of
-from qwrap.ops.traits import WEIGHTED
+from qwrap.ops.traits import PASS_THROUGH, WEIGHTED
 from qwrap.quant.bounds import bounds_of
 from qwrap.quant.target import Target
 
@@ -96,7 +96,7 @@ class Eligibility:
             return None
         if self._is_barred(node):
             return None
-        if node.op_type == "Resize" and attributes_of(node).get("mode", "nearest") != "nearest":
+        if not PASS_THROUGH[node.op_type].holds(attributes_of(node)):
             return None
         if node.op_type == "MaxPool" and len([v for v in node.outputs if v.name]) > 1:
             return None

@@ -21,7 +21,6 @@ from qwrap.quant.stubs import BiasStub, Stub
 from qwrap.quant.target import ORT_CPU
 
 EIGHT_BITS = 8
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 @contextmanager
@@ -73,7 +72,7 @@ class _Lowering:
         return Program(taps=taps, kernels=kernels)
 
     def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
-        return point.node in kernels and self.graph.nodes[point.node].op_type in WEIGHTED
+        return point.node in kernels and self.graph.nodes[point.node].op_type in ORT_CPU.matrix
 
     def _is_fused(self, node: ir.Node, planned: NodePlan) -> bool:
         """Whether onnxruntime takes an integer kernel: it does wherever the pairs around allow.
@@ -145,7 +144,7 @@ class _Lowering:
     def _kernel(self, node: ir.Node) -> Callable[..., Any]:
         x, y = self._input_grid(node, self._first(node)), self._output_grid(node)
         settings = attributes_of(node)
-        if node.op_type in WEIGHTED:
+        if node.op_type in ORT_CPU.matrix:
             return self._matrix(node, x, y, settings)
         assert y is not None
         return self._elementwise(node, x, y, settings)

@@ -12,8 +12,7 @@ class Target:
     Attributes:
         matrix: operators with a quantized weight; they decide what else is worth quantizing.
         elementwise: operators with an integer kernel that needs every tensor quantized.
-        moving: operators that pass codes on, where input and output have the same qparams,
-            with the indices of the inputs that carry values.
+        moving: operators that pass codes on, where input and output have the same qparams.
         absorbed: activations that the clamp of the producer's output replaces.
         fixed: output scale and zero point that an operator's kernel dictates.
         float_output: matrix operators that also write float, without a pair on their output.
@@ -24,7 +23,7 @@ class Target:
     name: str
     matrix: frozenset[str]
     elementwise: frozenset[str]
-    moving: dict[str, tuple[int, ...]]
+    moving: frozenset[str]
     absorbed: frozenset[str]
     fixed: dict[str, tuple[float, int]]
     float_output: frozenset[str]
@@ -48,23 +47,23 @@ ORT_CPU = Target(
         "Softmax",
         "Where",
     }),
-    moving={
-        "DepthToSpace": (0,),
-        "Expand": (0,),
-        "Flatten": (0,),
-        "Gather": (0,),
-        "GatherElements": (0,),
-        "Identity": (0,),
-        "MaxPool": (0,),
-        "Reshape": (0,),
-        "Resize": (0,),
-        "Slice": (0,),
-        "Split": (0,),
-        "Squeeze": (0,),
-        "Tile": (0,),
-        "Transpose": (0,),
-        "Unsqueeze": (0,),
-    },
+    moving=frozenset({
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "Identity",
+        "MaxPool",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }),
     absorbed=frozenset({"Relu", "Clip"}),
     fixed={"Softmax": (1 / 256, 0)},
     float_output=frozenset({"Gemm", "MatMul"}),

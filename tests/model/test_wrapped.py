@@ -359,3 +359,8 @@ def test_operators_made_by_functions_can_be_pickled() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(other(x), x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["quantization", "before_loading", "plan"])
+def test_a_scope_may_have_a_name_that_the_model_uses_itself(name: str) -> None:
+    assert attribute_path([name]) == (f"{name}_",)
