@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -22,12 +22,15 @@ class ValueType:
     """What shape inference knows of a value.
 
     Attributes:
-        dtype: element type, None if unknown or not a tensor.
-        shape: one entry a dimension: its size, a symbol, or None; None if the rank is unknown.
+        dtype: element type, of a sequence or optional that of the tensors inside; None if unknown.
+        shape: one entry a dimension: its size, a symbol, or None; None if the rank is unknown, or
+            not a tensor.
+        kind: ``"tensor"``, or what holds the tensors.
     """
 
     dtype: ir.DataType | None = None
     shape: tuple[int | str | None, ...] | None = None
+    kind: Literal["tensor", "sequence", "optional"] = "tensor"
 
     @property
     def rank(self) -> int | None:
@@ -36,8 +39,8 @@ class ValueType:
 
     @property
     def is_float(self) -> bool:
-        """Whether the element type is a floating-point type of 16 bits or more."""
-        return self.dtype in FLOATS
+        """Whether it is a tensor of a floating-point type of 16 bits or more."""
+        return self.dtype in FLOATS and self.kind == "tensor"
 
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -188,8 +191,9 @@ def _collect_types(
     made = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
     values = {value.name: value for value in made if value.name}
     for info in (*proto.input, *proto.value_info, *proto.output):
-        if info.name in values and info.type.tensor_type.elem_type:
-            types[values[info.name]] = _declared(info.type.tensor_type)
+        declared = _declared(info.type) if info.name in values else None
+        if declared is not None:
+            types[values[info.name]] = declared
     for value in graph.initializers.values():
         if value.const_value is not None:
             shape = tuple(int(n) for n in value.const_value.shape.numpy())
@@ -204,7 +208,16 @@ def _collect_types(
                     _collect_types(g, body, types)
 
 
-def _declared(kind: onnx.TypeProto.Tensor) -> ValueType:
+def _declared(declared: onnx.TypeProto) -> ValueType | None:
+    if declared.HasField("sequence_type"):
+        inner = _declared(declared.sequence_type.elem_type) or ValueType()
+        return ValueType(inner.dtype, kind="sequence")
+    if declared.HasField("optional_type"):
+        inner = _declared(declared.optional_type.elem_type) or ValueType()
+        return ValueType(inner.dtype, kind="optional")
+    kind = declared.tensor_type
+    if not kind.elem_type:
+        return None
     if not kind.HasField("shape"):
         return ValueType(ir.DataType(kind.elem_type))
     shape = tuple(

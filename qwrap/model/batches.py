@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qwrap.errors import InputError
 from qwrap.graph.index import OnnxGraph, ValueType
-from qwrap.model.tensors import TORCH_DTYPES
 from qwrap.model.wrapped import WrappedModel, check_input
+from qwrap.ops.element_types import TORCH_DTYPES
 
 
 def iterate(batches: Iterable[Any], model: WrappedModel | OnnxGraph) -> Iterator[dict[str, Tensor]]:

@@ -19,9 +19,10 @@ from qwrap.model.host import HOST_OPERATORS, inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.tensors import TORCH_DTYPES, to_torch
+from qwrap.model.tensors import to_torch
 from qwrap.model.values import attributes_of, tensors_to_torch
 from qwrap.ops import Operator
+from qwrap.ops.element_types import TORCH_DTYPES
 
 
 @dataclass(slots=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from qwrap.graph.index import OnnxGraph
+from qwrap.model.tensors import to_array
 from qwrap.model.wrapped import WrappedModel
 
 
@@ -23,7 +21,7 @@ def materialize(model: WrappedModel) -> ir.Model:
     for key in model.layout.slots:
         tensor, original = model.stored(key), model.layout.values.stored[key]
         assert tensor is not None
-        array = to_numpy(tensor)
+        array = to_array(tensor, model.graph.type_of(model.graph.values[key]))
         if not np.array_equal(array, original.numpy(), equal_nan=array.dtype.kind == "f"):
             changed[key] = ir.tensor(array, name=original.name)
     if changed:
@@ -41,12 +39,3 @@ def set_stored(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     else:
         node.attributes.clear()
         node.attributes["value"] = ir.AttrTensor("value", tensor)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as an array, bfloat16 as ml_dtypes has it."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    array: np.ndarray = tensor.numpy()
-    return array

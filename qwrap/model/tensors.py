@@ -1,38 +1,45 @@
-"""ONNX tensors as torch tensors."""
+"""Values as they travel through a wrapped model, and as arrays outside of it.
+
+A tensor is a ``torch.Tensor``, of text a numpy array of objects; a sequence is a list; an empty
+optional is None. Integers of 4 and 2 bits travel as int8 or uint8, floats of 4 and 6 bits as the
+float32 numbers that they stand for.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from qwrap.errors import ModelError
+from qwrap.graph.index import ValueType
+from qwrap.ops.element_types import TORCH_DTYPES
 
-TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.INT16: torch.int16,
-    ir.DataType.INT8: torch.int8,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.UINT16: torch.uint16,
-    ir.DataType.UINT32: torch.uint32,
-    ir.DataType.UINT64: torch.uint64,
-    ir.DataType.BOOL: torch.bool,
-    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
-    ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
-    ir.DataType.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
+Array = np.ndarray[Any, np.dtype[Any]]
+
+WIDENED = frozenset((
+    *(ir.DataType.INT4, ir.DataType.INT2, ir.DataType.UINT4, ir.DataType.UINT2),
+    *(ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT6E2M3, ir.DataType.FLOAT6E3M2),
+))
+"""Element types that travel in a wider one."""
+
+NUMPY_NAMES = {
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+    torch.float8_e4m3fnuz: ml_dtypes.float8_e4m3fnuz,
+    torch.float8_e5m2: ml_dtypes.float8_e5m2,
+    torch.float8_e5m2fnuz: ml_dtypes.float8_e5m2fnuz,
+    torch.float8_e8m0fnu: ml_dtypes.float8_e8m0fnu,
 }
-BITS = {1: torch.uint8, 2: torch.int16}  # item size -> type that carries what numpy does not know
+"""Types that torch and ml_dtypes have but numpy itself lacks."""
 
 
-def to_torch(tensor: ir.TensorProtocol) -> Tensor:
-    """Return a copy of an ONNX tensor. Integers of 4 and 2 bits become int8 or uint8.
+def to_torch(tensor: ir.TensorProtocol) -> Any:
+    """Return a copy of an ONNX tensor as it travels.
 
     Raises:
         ModelError: torch has no such element type, or the data cannot be read.
@@ -41,15 +48,64 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
         array = np.array(tensor.numpy())
     except (ValueError, OSError, TypeError) as error:
         raise ModelError(f"tensor {tensor.name!r}: its data cannot be read: {error}") from error
-    if tensor.dtype in (ir.DataType.INT4, ir.DataType.INT2):
-        return torch.from_numpy(array.astype(np.int8))
-    if tensor.dtype in (ir.DataType.UINT4, ir.DataType.UINT2):
-        return torch.from_numpy(array.astype(np.uint8))
-    dtype = TORCH_DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise ModelError(f"tensor {tensor.name!r}: element type {tensor.dtype} is not supported")
-    if array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float8")):
-        carrier = BITS[array.dtype.itemsize]
-        raw = array.view(np.uint8 if carrier is torch.uint8 else np.int16)
-        return torch.from_numpy(raw).view(dtype)
+    return from_numpy(array, tensor.dtype, tensor.name)
+
+
+def from_numpy(array: Array, dtype: ir.DataType, name: str | None) -> Any:
+    """Return an array of ONNX type ``dtype`` as it travels; memory is shared where it can be.
+
+    Raises:
+        ModelError: torch has no such element type; the message says ``name``.
+    """
+    if dtype == ir.DataType.STRING:
+        return np.vectorize(_text, otypes=[object])(array) if array.size else array.astype(object)
+    carrier = TORCH_DTYPES.get(dtype)
+    if carrier is None:
+        raise ModelError(f"tensor {name!r}: element type {dtype} is not supported")
+    if dtype in WIDENED:
+        as_numpy = {torch.int8: np.int8, torch.uint8: np.uint8, torch.float32: np.float32}
+        return torch.from_numpy(array.astype(as_numpy[carrier]))
+    if carrier in NUMPY_NAMES:
+        raw = np.int16 if array.dtype.itemsize == 2 else np.uint8
+        return torch.from_numpy(np.ascontiguousarray(array).view(raw).reshape(array.shape)).view(
+            carrier
+        )
     return torch.from_numpy(array)
+
+
+def _text(item: Any) -> str:
+    return item.decode() if isinstance(item, bytes) else str(item)
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """Return a tensor as an array, in ml_dtypes where numpy has no such type."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in NUMPY_NAMES:
+        raw = tensor.contiguous().view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
+        return raw.numpy().view(NUMPY_NAMES[tensor.dtype])
+    array: Array = tensor.numpy()
+    return array
+
+
+def to_value(value: Any, declared: ValueType, device: torch.device) -> Any:
+    """Return an array, list or None from outside as it travels."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [to_value(item, declared, device) for item in value]
+    dtype = declared.dtype
+    array = np.asarray(value)
+    if dtype is None:
+        dtype = ir.DataType.from_numpy(array.dtype)
+    result = from_numpy(array, dtype, None)
+    return result.to(device) if isinstance(result, Tensor) else result
+
+
+def to_array(value: Any, declared: ValueType) -> Any:
+    """Return what travels as the array, list or None that it means outside."""
+    if isinstance(value, (list, tuple)):
+        return [to_array(item, declared) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    array = to_numpy(value)
+    return array.astype(declared.dtype.numpy()) if declared.dtype in WIDENED else array

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ from qwrap.model.codegen import generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.tensors import TORCH_DTYPES, to_torch
+from qwrap.model.tensors import to_torch
+from qwrap.ops.element_types import TORCH_DTYPES
 
 
 class WrappedModel(Block):
@@ -233,7 +236,8 @@ class WrappedModel(Block):
             InputError: an input is missing, unknown, or of another rank or kind of type.
         """
         tensors = self._bind(args, kwargs)
-        device = tensors[0].device if tensors else self._device()
+        given = (tensor.device for tensor in tensors if isinstance(tensor, Tensor))
+        device = next(given, None) or self._device()
         return self._run(self, *tensors, device)
 
     def _bind(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> list[Tensor]:
@@ -251,12 +255,15 @@ class WrappedModel(Block):
         return [given[name] for name in names]
 
 
-def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:
+def check_input(name: str, tensor: object, expected: ValueType) -> None:
     """Refuse a tensor that cannot be graph input ``name``.
 
     Raises:
         InputError: its rank, or the kind of its type, is not the graph's.
     """
+    if expected.kind != "tensor" or expected.dtype == ir.DataType.STRING:
+        _check_other(name, tensor, expected)
+        return
     dtype = None if expected.dtype is None else TORCH_DTYPES.get(expected.dtype)
     if not isinstance(tensor, Tensor):
         raise InputError(f"input {name!r}: expected a tensor, got {type(tensor).__name__}")
@@ -268,6 +275,19 @@ def check_input(name: str, tensor: Tensor, expected: ValueType) -> None:
             f"input {name!r}: expected {expected.rank} dimensions {list(expected.shape or ())}, "
             f"got shape {list(tensor.shape)}"
         )
+
+
+def _check_other(name: str, value: object, expected: ValueType) -> None:
+    """Refuse what cannot be a graph input that is no tensor of numbers."""
+    if expected.kind == "sequence":
+        fits, what = isinstance(value, list), "a list of tensors"
+    elif expected.kind == "optional":
+        fits = value is None or isinstance(value, (Tensor, list, np.ndarray))
+        what = "a tensor, a list of tensors or None"
+    else:
+        fits, what = isinstance(value, np.ndarray), "a numpy array of text"
+    if not fits:
+        raise InputError(f"input {name!r}: expected {what}, got {type(value).__name__}")
 
 
 def _tap_name(point: Point, holder: nn.ModuleDict) -> str:

@@ -26,8 +26,31 @@ TORCH_DTYPES: Mapping[int, torch.dtype] = MappingProxyType({
     TensorProto.UINT64: torch.uint64,
     TensorProto.COMPLEX64: torch.complex64,
     TensorProto.COMPLEX128: torch.complex128,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    TensorProto.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
+    TensorProto.FLOAT8E5M2: torch.float8_e5m2,
+    TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
+    TensorProto.FLOAT8E8M0: torch.float8_e8m0fnu,
+    TensorProto.INT4: torch.int8,
+    TensorProto.INT2: torch.int8,
+    TensorProto.UINT4: torch.uint8,
+    TensorProto.UINT2: torch.uint8,
+    TensorProto.FLOAT4E2M1: torch.float32,
+    TensorProto.FLOAT6E2M3: torch.float32,
+    TensorProto.FLOAT6E3M2: torch.float32,
 })
-"""``onnx.TensorProto`` data type to torch type, where casting in torch is casting in ONNX."""
+"""``onnx.TensorProto`` data type to the torch type that carries it.
+
+Integers of 4 and 2 bits travel in 8, floats of 4 and 6 bits as the float32 numbers they stand for.
+"""
+
+NATIVE = frozenset((
+    *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16),
+    *(TensorProto.BOOL, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64),
+    *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
+    *(TensorProto.COMPLEX64, TensorProto.COMPLEX128),
+))
+"""The types to which casting in torch is casting in ONNX."""
 
 
 def torch_dtype(data_type: int) -> torch.dtype:
@@ -37,7 +60,7 @@ def torch_dtype(data_type: int) -> torch.dtype:
         UnsupportedOpError: torch has none that converts as ONNX demands (strings, 8-bit floats
             and below).
     """
-    if data_type not in TORCH_DTYPES:
+    if data_type not in NATIVE:
         name = TensorProto.DataType.Name(data_type)
         raise UnsupportedOpError(f"no tensor of element type {name} can be made in torch")
     return TORCH_DTYPES[data_type]
