@@ -16,6 +16,7 @@ from qwrap.ops import (
     reduce,
     resize,
     select,
+    sequence,
     shape,
 )
 from qwrap.ops.registry import (
@@ -53,5 +54,6 @@ __all__ = [
     "resize",
     "revision",
     "select",
+    "sequence",
     "shape",
 ]
