@@ -17,6 +17,7 @@ from qwrap.ops import (
     resize,
     select,
     shape,
+    trigonometry,
 )
 from qwrap.ops.registry import (
     Operator,
@@ -54,4 +55,5 @@ __all__ = [
     "revision",
     "select",
     "shape",
+    "trigonometry",
 ]
