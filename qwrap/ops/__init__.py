@@ -15,9 +15,11 @@ from qwrap.ops import (
     recurrent,
     reduce,
     resize,
+    scatter,
     select,
     sequence,
     shape,
+    trigonometry,
 )
 from qwrap.ops.registry import (
     Operator,
@@ -53,7 +55,9 @@ __all__ = [
     "registered",
     "resize",
     "revision",
+    "scatter",
     "select",
     "sequence",
     "shape",
+    "trigonometry",
 ]

@@ -124,3 +124,29 @@ def assert_matches_oracle(
 @pytest.fixture
 def check() -> Callable[..., None]:
     return assert_matches_oracle
+
+
+def assert_gradients_are_finite_differences(
+    op_type: str,
+    opset: int,
+    tensors: Sequence[torch.Tensor],
+    constants: Sequence[Any] = (),
+    domain: str = "",
+    **attributes: Any,
+) -> None:
+    """Compare autograd with central differences in float64 for all ``tensors``."""
+    operator = ops.find(domain, op_type, opset)
+    assert operator is not None
+
+    def of_tensors(*inputs: torch.Tensor) -> Any:
+        results = operator.function(*inputs, *constants, **attributes)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(r for r in results if r.dtype.is_floating_point)
+
+    leaves = tuple(t.detach().double().requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(of_tensors, leaves)
+
+
+@pytest.fixture
+def check_gradients() -> Callable[..., None]:
+    return assert_gradients_are_finite_differences
