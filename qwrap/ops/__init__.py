@@ -2,6 +2,7 @@
 
 from qwrap.ops import (
     activation,
+    batch_norm,
     cast,
     conv,
     generate,
@@ -32,6 +33,7 @@ from qwrap.ops.registry import (
 __all__ = [
     "Operator",
     "activation",
+    "batch_norm",
     "cast",
     "conv",
     "find",
