@@ -2,6 +2,7 @@
 
 from qwrap.ops import (
     activation,
+    attention,
     batch_norm,
     cast,
     conv,
@@ -33,6 +34,7 @@ from qwrap.ops.registry import (
 __all__ = [
     "Operator",
     "activation",
+    "attention",
     "batch_norm",
     "cast",
     "conv",
