@@ -7,6 +7,7 @@ from qwrap.ops import (
     cast,
     conv,
     generate,
+    linear_attention,
     logic,
     math,
     matmul,
@@ -17,6 +18,7 @@ from qwrap.ops import (
     recurrent,
     reduce,
     resize,
+    rotary,
     select,
     shape,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "function_of",
     "generate",
     "key_of",
+    "linear_attention",
     "logic",
     "math",
     "matmul",
@@ -56,6 +59,7 @@ __all__ = [
     "registered",
     "resize",
     "revision",
+    "rotary",
     "select",
     "shape",
 ]
