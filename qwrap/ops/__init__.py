@@ -3,6 +3,7 @@
 from qwrap.ops import (
     activation,
     cast,
+    contrib,
     conv,
     generate,
     logic,
@@ -33,6 +34,7 @@ __all__ = [
     "Operator",
     "activation",
     "cast",
+    "contrib",
     "conv",
     "find",
     "function_of",
