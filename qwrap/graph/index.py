@@ -14,7 +14,9 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.load import external_tensors, without_weights
+from qwrap.errors import ModelError
+from qwrap.graph.external import FileTensor
+from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +131,25 @@ class OnnxGraph:
     def __getstate__(self) -> dict[str, Any]:
         folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
         assert len(folders) <= 1, "one model, one folder"
-        proto = ir.to_proto(self.model)
-        folder = next(iter(folders), None)
-        return {"proto": proto.SerializeToString(), "folder": folder, "source": self.source}
+        for tensor in external_tensors(self.model):
+            if isinstance(tensor, FileTensor) and not tensor.file.is_current:
+                raise ModelError(
+                    f"tensor {tensor.name!r}: its file {tensor.path!r} was replaced since the "
+                    "model was loaded, and a pickle refers to it by name; load the model again"
+                )
+        original = original_proto(self.model)
+        proto = ir.to_proto(self.model) if original is None else original
+        return {
+            "proto": proto.SerializeToString(),
+            "is_original": original is not None,
+            "folder": next(iter(folders), None),
+            "source": self.source,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = ir.from_proto(onnx.ModelProto.FromString(state["proto"]))
-        if state["folder"] is not None:
-            ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
+        folder = None if state["folder"] is None else Path(state["folder"])
+        proto = onnx.ModelProto.FromString(state["proto"])
+        model = to_model(proto, folder, is_original=state["is_original"])
         self.__init__(model, state["source"])  # type: ignore[misc]  # rebuilds every table from the model
 
 
