@@ -2,6 +2,7 @@
 
 from qwrap.ops import (
     activation,
+    bitwise,
     cast,
     conv,
     generate,
@@ -11,6 +12,7 @@ from qwrap.ops import (
     norm,
     pad,
     pool,
+    qlinear,
     quant,
     recurrent,
     reduce,
@@ -32,6 +34,7 @@ from qwrap.ops.registry import (
 __all__ = [
     "Operator",
     "activation",
+    "bitwise",
     "cast",
     "conv",
     "find",
@@ -46,6 +49,7 @@ __all__ = [
     "operators",
     "pad",
     "pool",
+    "qlinear",
     "quant",
     "recurrent",
     "reduce",
