@@ -39,7 +39,9 @@ def test_equals_the_reference(op_type, lists, attributes, updates) -> None:
     got = operator.function(*map(torch.from_numpy, inputs), **attributes)
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.dtype == torch.float32
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # powers in float32 or float64
+        np.testing.assert_allclose(
+            ours, theirs, rtol=1e-5, atol=1e-6
+        )  # powers in float32 or float64
 
 
 def test_momentum_refuses_an_unknown_mode() -> None:
