@@ -278,6 +278,10 @@ class _Writer:
             parts.append("device=device")
         if operator.wants_dtype:
             parts.append(f"dtype={self._dtype(node.outputs[0])}")
+        if operator.prepare is not None:
+            constant = f"constant_{len(self.namespace)}"
+            self.namespace[constant] = self.layout.values.prepared[self.layout.graph.node_key(node)]
+            return [*parts, f"prepared={constant}"]
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"

@@ -33,6 +33,8 @@ class Operator:
             because no input tells.
         wants_dtype: the function has a keyword ``dtype``: the element type of its first output,
             because Python numbers do not tell.
+        prepare: makes of the attributes, once for each node, what the function takes as its
+            keyword ``prepared``; raises what is wrong with them. None: it takes them as they are.
     """
 
     function: Callable[..., Any]
@@ -43,6 +45,7 @@ class Operator:
     wants_output_count: bool
     wants_device: bool
     wants_dtype: bool
+    prepare: Callable[..., Any] | None = None
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
@@ -51,6 +54,11 @@ class Operator:
     def keywords(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Return the attributes of a node that the function takes as keywords."""
         return {name: value for name, value in attributes.items() if name not in self.ignored}
+
+    def bind(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords to call the function with, from all attributes of a node."""
+        given = self.keywords(attributes)
+        return given if self.prepare is None else {"prepared": self.prepare(**given)}
 
 
 Key = tuple[str, str, int]  # domain, operator type, revision
@@ -66,6 +74,7 @@ def op(
     host: tuple[int, ...] = (),
     literal: tuple[int, ...] = (),
     ignored: tuple[str, ...] = (),
+    prepare: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function for the revisions ``since`` of ``domain::op_type``."""
 
@@ -82,6 +91,7 @@ def op(
             wants_output_count="output_count" in names,
             wants_device="device" in names,
             wants_dtype="dtype" in names,
+            prepare=prepare,
         )
         for version in since:
             key = (domain, op_type, version)
