@@ -17,6 +17,8 @@ from qwrap.ops import (
     resize,
     select,
     shape,
+    strings,
+    tfidf,
 )
 from qwrap.ops.registry import (
     Operator,
@@ -54,4 +56,6 @@ __all__ = [
     "revision",
     "select",
     "shape",
+    "strings",
+    "tfidf",
 ]
