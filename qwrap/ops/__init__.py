@@ -33,6 +33,8 @@ from qwrap.ops import (
     sequence,
     shape,
     signal,
+    strings,
+    tfidf,
     training,
     trigonometry,
 )
@@ -88,6 +90,8 @@ __all__ = [
     "sequence",
     "shape",
     "signal",
+    "strings",
+    "tfidf",
     "training",
     "trigonometry",
 ]
