@@ -2,18 +2,24 @@
 
 from qwrap.ops.contrib import (
     activation,
+    blockwise,
     conv,
     math,
     matmul,
     norm,
+    qlinear,
+    qproduct,
     shape,
 )
 
 __all__ = [
     "activation",
+    "blockwise",
     "conv",
     "math",
     "matmul",
     "norm",
+    "qlinear",
+    "qproduct",
     "shape",
 ]
