@@ -33,6 +33,9 @@ class Operator:
             because no input tells.
         wants_dtype: the function has a keyword ``dtype``: the element type of its first output,
             because Python numbers do not tell.
+        wants_element_type: the function has a keyword ``element_type``: the ``onnx.TensorProto``
+            data type of its first output, None where inference did not find it, because a torch
+            type may carry several (see ``element_types``).
     """
 
     function: Callable[..., Any]
@@ -43,6 +46,7 @@ class Operator:
     wants_output_count: bool
     wants_device: bool
     wants_dtype: bool
+    wants_element_type: bool
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
@@ -72,16 +76,17 @@ def op(
     def register(function: Function) -> Function:
         # Functions of torch itself are registered as they are; they have neither dictionary.
         names = getattr(function, "__kwdefaults__", None) or {}
-        returned = getattr(function, "__annotations__", {}).get("return", "")
+        types = getattr(function, "__annotations__", {})
         record = Operator(
             function=function,
             host=host,
             literal=literal,
             ignored=frozenset((*ignored, "consumed_inputs")),  # opset 1: a hint to work in place
-            returns_tuple=str(returned).startswith("tuple"),
+            returns_tuple=str(types.get("return", "")).startswith("tuple"),
             wants_output_count="output_count" in names,
             wants_device="device" in names,
-            wants_dtype="dtype" in names,
+            wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
+            wants_element_type="element_type" in names,
         )
         for version in since:
             key = (domain, op_type, version)
