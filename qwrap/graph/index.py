@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -56,13 +57,17 @@ class OnnxGraph:
     Attributes:
         model: the graph; weights that lie outside the file are still there.
         source: the file it was read from, None if from memory.
+        pristine: the model as it was read, if ``model`` is that with functions expanded, else
+            ``model`` itself. Initialisers are the same.
         nodes: node by key, a control-flow node before the nodes of its bodies.
         values: value by key.
         types: what shape inference knows, by value key.
     """
 
-    def __init__(self, model: ir.Model, source: Path | None = None) -> None:
-        self.model, self.source = model, source
+    def __init__(
+        self, model: ir.Model, source: Path | None = None, pristine: ir.Model | None = None
+    ) -> None:
+        self.model, self.source, self.pristine = model, source, pristine or model
         self.nodes: dict[str, ir.Node] = {}
         self.values: dict[str, ir.Value] = {}
         self._node_keys: dict[ir.Node, str] = {}
@@ -129,15 +134,23 @@ class OnnxGraph:
     def __getstate__(self) -> dict[str, Any]:
         folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
         assert len(folders) <= 1, "one model, one folder"
-        proto = ir.to_proto(self.model)
         folder = next(iter(folders), None)
-        return {"proto": proto.SerializeToString(), "folder": folder, "source": self.source}
+        state: dict[str, Any] = {"folder": folder, "source": self.source, "pristine": None}
+        state["proto"] = ir.to_proto(self.model).SerializeToString()
+        if self.pristine is not self.model:  # without the weights that both share
+            state["pristine"] = ir.to_proto(_without(self.pristine)).SerializeToString()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = ir.from_proto(onnx.ModelProto.FromString(state["proto"]))
         if state["folder"] is not None:
             ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
-        self.__init__(model, state["source"])  # type: ignore[misc]  # rebuilds every table from the model
+        pristine = None
+        if state["pristine"] is not None:
+            pristine = ir.from_proto(onnx.ModelProto.FromString(state["pristine"]))
+            for name, value in pristine.graph.initializers.items():
+                value.const_value = model.graph.initializers[name].const_value
+        self.__init__(model, state["source"], pristine)  # type: ignore[misc]  # rebuilds every table
 
 
 def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
@@ -145,6 +158,14 @@ def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
     numbered = (f"{otherwise}#{n}" for n in itertools.count(2))
     candidates = itertools.chain((name, otherwise), numbered)
     return next(c for c in candidates if not any(c in keys for keys in taken))
+
+
+def _without(model: ir.Model) -> ir.Model:
+    """Return a copy in which every initialiser of the main graph is a stub."""
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        value.const_value = ir.tensor(np.zeros((), np.float32), name=value.name)
+    return copy
 
 
 def opset_of(model: ir.Model, domain: str) -> int:
@@ -158,6 +179,8 @@ def opset_of(model: ir.Model, domain: str) -> int:
 def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     """Yield the subgraphs of a control-flow node with the attribute that holds each."""
     for name, attribute in node.attributes.items():
+        if attribute.is_ref():  # in a function
+            continue
         if attribute.type == ir.AttributeType.GRAPH:
             yield name, attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:
