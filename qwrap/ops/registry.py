@@ -76,16 +76,16 @@ def op(
     def register(function: Function) -> Function:
         # Functions of torch itself are registered as they are; they have neither dictionary.
         names = getattr(function, "__kwdefaults__", None) or {}
-        returned = getattr(function, "__annotations__", {}).get("return", "")
+        types = getattr(function, "__annotations__", {})
         record = Operator(
             function=function,
             host=host,
             literal=literal,
             ignored=frozenset((*ignored, "consumed_inputs")),  # opset 1: a hint to work in place
-            returns_tuple=str(returned).startswith("tuple"),
+            returns_tuple=str(types.get("return", "")).startswith("tuple"),
             wants_output_count="output_count" in names,
             wants_device="device" in names,
-            wants_dtype="dtype" in names,
+            wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
             wants_element_type="element_type" in names,
         )
         for version in since:

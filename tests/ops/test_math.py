@@ -73,6 +73,23 @@ EXACT = [
     ("CumSum", 11, [ints(3, 4, dtype=np.int32), scalar(-2, np.int32)], {"reverse": 1}),
     ("CumSum", 14, [ints(3, 4), scalar(0, np.int64)], {"exclusive": 1}),
     ("CumSum", 14, [ints(3, 4), scalar(1, np.int64)], {"exclusive": 1, "reverse": 1}),
+    ("CumSum", 14, [np.zeros((0, 3), np.float32), scalar(0, np.int64)], {"exclusive": 1}),
+    *(
+        ("CumProd", 26, [ints(3, 4), scalar(axis, np.int64)], {"exclusive": e, "reverse": r})
+        for axis, e, r in itertools.product((0, -1), (0, 1), (0, 1))
+    ),
+    ("IsNaN", 9, [np.array([np.nan, 1, np.inf], np.float32)], {}),
+    ("IsNaN", 20, [np.array([np.nan, 1, np.inf], np.float16)], {}),
+    *(
+        ("IsInf", opset, [np.array([np.nan, -np.inf, 1, np.inf], np.float32)], attributes)
+        for opset in (10, 20)
+        for attributes in (
+            {},
+            {"detect_negative": 0},
+            {"detect_positive": 0},
+            {"detect_negative": 0, "detect_positive": 0},
+        )
+    ),
     ("Not", 1, [FLAGS], {}),
     ("And", 7, [FLAGS, FLAGS[0, :1]], {}),
     ("Or", 7, [FLAGS, ~FLAGS[0, :1]], {}),
