@@ -36,6 +36,7 @@ from qwrap.ops import (
     training,
     trigonometry,
 )
+from qwrap.ops.carriers import suited
 from qwrap.ops.registry import (
     Operator,
     find,
@@ -88,6 +89,7 @@ __all__ = [
     "sequence",
     "shape",
     "signal",
+    "suited",
     "training",
     "trigonometry",
 ]
