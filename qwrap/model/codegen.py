@@ -145,7 +145,10 @@ class _BlockWriter(Writer):
             assert node.inputs[0] is not None
             start, end = (attributes.get(name) for name in ("start", "end"))
             span = "" if (start, end) == (None, None) else f"[{literal(start)}:{literal(end)}]"
-            what = INSPECTIONS[node.op_type].format(x=self.tensor(node.inputs[0]), span=span)
+            template = INSPECTIONS[node.op_type]
+            if node.op_type == "Size" and graph.type_of(node.inputs[0]).dtype == ir.DataType.STRING:
+                template = "{x}.size"  # of a numpy array
+            what = template.format(x=self.tensor(node.inputs[0]), span=span)
             self.line(f"{target} = {what}{note}")
             return
         arguments = ["None" if v is None else self.number(v) for v in node.inputs]

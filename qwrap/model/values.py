@@ -16,7 +16,7 @@ from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.model.expressions import keyword_names
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.tensors import to_torch
-from qwrap.ops import Operator, find, registered, revision
+from qwrap.ops import Operator, find, registered, revision, suited
 
 Array = npt.NDArray[Any]
 
@@ -185,6 +185,9 @@ class Values:
             for _, body in bodies(node):
                 self._visit_graph(body)  # to list what else is missing
             return
+        if not domain:
+            types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
+            operator = suited(operator, node.op_type, types)
         unknown = set(operator.keywords(node.attributes)) - keyword_names(
             operator.prepare or operator.function
         )

@@ -38,6 +38,7 @@ from qwrap.ops import (
     training,
     trigonometry,
 )
+from qwrap.ops.carriers import suited
 from qwrap.ops.registry import (
     Operator,
     find,
@@ -91,6 +92,7 @@ __all__ = [
     "shape",
     "signal",
     "strings",
+    "suited",
     "tfidf",
     "training",
     "trigonometry",
