@@ -214,6 +214,7 @@ def test_modules_have_the_paths_of_the_network(name: str, exporter: str, case: C
     for path in BLOCKS[name]:
         block = model.get_submodule(path)
         assert isinstance(block, Block)
+        assert block.source, path
         assert any(True for _ in block.parameters()), path
 
 
