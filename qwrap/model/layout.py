@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
-from qwrap.model.values import Values
+from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
@@ -59,6 +59,10 @@ class Layout:
             for i, value in enumerate(node.inputs):
                 if value is not None:
                     self._place(node, i, value, (*path, node.op_type))
+            for body in self.values.branches(node) if is_flow(node) else ():
+                for value in body.outputs:
+                    if graph.key(value) in self.values.stored:
+                        self._add(graph.key(value), value, (*path, node.op_type), "output")
         for value in graph.outputs:
             if graph.key(value) in self.values.stored:
                 self._add(graph.key(value), value, (), "output")
@@ -108,6 +112,8 @@ class Layout:
             self._add(key, value, path, _role(node, index))
 
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
+        if key in self.slots:
+            return
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
         trainable = trainable and role not in RUNNING_STATISTICS

@@ -19,6 +19,7 @@ from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.tensors import WeightReader
+from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
 
 
@@ -168,6 +169,10 @@ class WrappedModel(Block):
             for value in node.outputs:
                 if value.name and self.graph.key(value) not in values.hosts:
                     homes[ValuePoint(self.graph.key(value))] = path
+            for body in values.branches(node) if is_flow(node) else ():
+                for value in body.inputs:
+                    if value.name and self.graph.key(value) not in values.hosts:
+                        homes[ValuePoint(self.graph.key(value))] = path
             if self.graph.node_key(node) not in values.operators:
                 continue  # shape arithmetic and control flow see no tensors
             for index, used in enumerate(node.inputs):

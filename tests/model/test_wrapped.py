@@ -106,15 +106,6 @@ def test_all_unsupported_operators_are_listed_at_once(build: Build) -> None:
         assert words in str(caught.value)
 
 
-def test_functions_of_the_model_are_refused_even_if_they_shadow_an_operator(build: Build) -> None:
-    proto = build([helper.make_node("Relu", ["x"], ["y"], "n")], {"x": [2]})
-    opsets = [helper.make_opsetid("", 17)]
-    body = [helper.make_node("Neg", ["a"], ["b"])]
-    proto.functions.append(helper.make_function("", "Relu", ["a"], ["b"], body, opsets))
-    with pytest.raises(UnsupportedOpError, match=r"'n': ai\.onnx::Relu is a function of the model"):
-        load(proto)
-
-
 # --- the tree ------------------------------------------------------------------------------------
 
 
