@@ -77,12 +77,12 @@ def with_values(
     Raises:
         ExportError: something that changed is not in the main graph or a subgraph.
     """
-    original = original_proto(graph.model)
+    original = original_proto(graph.pristine)
     proto = onnx.ModelProto()
-    proto.CopyFrom(ir.to_proto(graph.model) if original is None else original)
+    proto.CopyFrom(ir.to_proto(graph.pristine) if original is None else original)
     files = {
         os.fspath(tensor.location): tensor.file
-        for tensor in external_tensors(graph.model)
+        for tensor in external_tensors(graph.pristine)
         if isinstance(tensor, FileTensor)
     }
     waiting = dict(changed)
@@ -94,8 +94,8 @@ def with_values(
         pieces += [Piece(t, None, _file_of(t, files)) for n in function.node for t in _inside(n)]
     if waiting:
         raise ExportError(
-            f"tensors {sorted(waiting)} changed, but lie neither in the graph nor in its "
-            "subgraphs; inline the functions of the model first"
+            f"tensors {sorted(waiting)} changed, but the file has them in the bodies of functions, "
+            "one for all calls; inline its functions first (onnx.inliner.inline_local_functions)"
         )
     return proto, pieces
 
