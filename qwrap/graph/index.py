@@ -15,7 +15,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.load import external_tensors, without_weights
+from qwrap.errors import ModelError
+from qwrap.graph.external import FileTensor
+from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +134,34 @@ class OnnxGraph:
         return self  # immutable
 
     def __getstate__(self) -> dict[str, Any]:
-        folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
+        folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.pristine)}
         assert len(folders) <= 1, "one model, one folder"
-        folder = next(iter(folders), None)
-        state: dict[str, Any] = {"folder": folder, "source": self.source, "pristine": None}
-        state["proto"] = ir.to_proto(self.model).SerializeToString()
-        if self.pristine is not self.model:  # without the weights that both share
-            state["pristine"] = ir.to_proto(_without(self.pristine)).SerializeToString()
-        return state
+        for tensor in external_tensors(self.pristine):
+            if isinstance(tensor, FileTensor) and not tensor.file.is_current:
+                raise ModelError(
+                    f"tensor {tensor.name!r}: its file {tensor.path!r} was replaced since the "
+                    "model was loaded, and a pickle refers to it by name; load the model again"
+                )
+        original = original_proto(self.pristine)
+        proto = ir.to_proto(self.pristine) if original is None else original
+        expanded = None if self.model is self.pristine else ir.to_proto(_without(self.model))
+        return {
+            "proto": proto.SerializeToString(),
+            "expanded": None if expanded is None else expanded.SerializeToString(),
+            "is_original": original is not None,
+            "folder": next(iter(folders), None),
+            "source": self.source,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = ir.from_proto(onnx.ModelProto.FromString(state["proto"]))
-        if state["folder"] is not None:
-            ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
-        pristine = None
-        if state["pristine"] is not None:
-            pristine = ir.from_proto(onnx.ModelProto.FromString(state["pristine"]))
-            for name, value in pristine.graph.initializers.items():
-                value.const_value = model.graph.initializers[name].const_value
+        folder = None if state["folder"] is None else Path(state["folder"])
+        proto = onnx.ModelProto.FromString(state["proto"])
+        pristine = to_model(proto, folder, is_original=state["is_original"])
+        model = pristine
+        if state["expanded"] is not None:
+            model = ir.from_proto(onnx.ModelProto.FromString(state["expanded"]))
+            for name, value in model.graph.initializers.items():
+                value.const_value = pristine.graph.initializers[name].const_value
         self.__init__(model, state["source"], pristine)  # type: ignore[misc]  # rebuilds every table
 
 

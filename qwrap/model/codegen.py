@@ -193,6 +193,9 @@ class _BlockWriter(Writer):
             parts.append("device=device")
         if operator.wants_dtype:
             parts.append(f"dtype={self.dtype(node.outputs[0])}")
+        if operator.wants_element_type:
+            known = self.layout.graph.type_of(node.outputs[0]).dtype
+            parts.append(f"element_type={literal(known)}")
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"

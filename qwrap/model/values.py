@@ -213,14 +213,14 @@ class Values:
         attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
+        if operator.wants_element_type:
+            attributes["element_type"] = self.graph.type_of(node.outputs[0]).dtype
         try:
             result = operator.function(*arguments, **attributes)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # left to fail, with its line, when and if it runs
         outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
-        if not all(isinstance(o, torch.Tensor) for o in outputs):
-            return  # a sequence
-        if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
+        if not all(_is_small_integers(o) for o in outputs):
             return
         for value, output in zip(node.outputs, outputs, strict=False):
             if value.name:
@@ -231,7 +231,14 @@ class Values:
         if value is None:
             return None
         array = self.constants[self.graph.key(value)]
-        return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
+        return array.tolist() if operator.wants_host(index) else to_torch(ir.tensor(array))
+
+
+def _is_small_integers(output: Any) -> bool:
+    """Whether a result of folding is one to keep: integers or booleans, and not too many."""
+    if not isinstance(output, torch.Tensor) or output.numel() > LARGEST_CONSTANT:
+        return False
+    return not (output.is_floating_point() or output.is_complex())
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:

@@ -33,6 +33,9 @@ class Operator:
             because no input tells.
         wants_dtype: the function has a keyword ``dtype``: the element type of its first output,
             because Python numbers do not tell.
+        wants_element_type: the function has a keyword ``element_type``: the ``onnx.TensorProto``
+            data type of its first output, None where inference did not find it, because a torch
+            type may carry several (see ``element_types``).
     """
 
     function: Callable[..., Any]
@@ -43,6 +46,7 @@ class Operator:
     wants_output_count: bool
     wants_device: bool
     wants_dtype: bool
+    wants_element_type: bool
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
@@ -82,6 +86,7 @@ def op(
             wants_output_count="output_count" in names,
             wants_device="device" in names,
             wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
+            wants_element_type="element_type" in names,
         )
         for version in since:
             key = (domain, op_type, version)

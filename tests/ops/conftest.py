@@ -12,7 +12,7 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qwrap import ops
+from qwrap import backend, ops
 
 Arrays = Sequence[np.ndarray | None]
 
@@ -43,9 +43,13 @@ def one_node_model(
 def expected(
     op_type: str, opset: int, inputs: Arrays, attributes: Mapping[str, Any], outputs: int
 ) -> list[np.ndarray]:
-    """What onnxruntime returns; where it has no kernel, the reference implementation."""
+    """What the oracle returns for one node."""
     model = one_node_model(op_type, opset, inputs, attributes, outputs)
-    feed = {f"input_{i}": a for i, a in enumerate(inputs) if a is not None}
+    return run_oracle(model, {f"input_{i}": a for i, a in enumerate(inputs) if a is not None})
+
+
+def run_oracle(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """What onnxruntime returns; where it has no kernel, the reference implementation."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -201,3 +205,40 @@ def assert_compiles(
 @pytest.fixture
 def check_compiles() -> Callable[..., None]:
     return assert_compiles
+
+
+def assert_model_matches_oracle(
+    nodes: Sequence[onnx.NodeProto],
+    feed: Mapping[str, np.ndarray | onnx.TensorProto],
+    outputs: Mapping[str, int],
+    opset: int,
+) -> None:
+    """Compare a graph, exactly, by its outputs (name -> type); a TensorProto is an initialiser."""
+    arrays = {name: a for name, a in feed.items() if not isinstance(a, onnx.TensorProto)}
+    graph = helper.make_graph(
+        nodes,
+        "types",
+        [
+            helper.make_tensor_value_info(
+                name,
+                onnx.TensorProto.STRING
+                if a.dtype == object
+                else helper.np_dtype_to_tensor_dtype(a.dtype),
+                a.shape,
+            )
+            for name, a in arrays.items()
+        ],
+        [helper.make_tensor_value_info(name, type_, None) for name, type_ in outputs.items()],
+        [t for t in feed.values() if isinstance(t, onnx.TensorProto)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    wanted = run_oracle(model, arrays)
+    got = backend.prepare(model).run(list(arrays.values()))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def check_model() -> Callable[..., None]:
+    return assert_model_matches_oracle
