@@ -8,6 +8,8 @@ from types import MappingProxyType
 import torch
 from onnx import TensorProto
 
+from qwrap.errors import UnsupportedOpError
+
 TORCH_DTYPES: Mapping[int, torch.dtype] = MappingProxyType({
     TensorProto.FLOAT: torch.float32,
     TensorProto.DOUBLE: torch.float64,
@@ -46,3 +48,14 @@ DATA_TYPES: Mapping[torch.dtype, int] = MappingProxyType({
     dtype: data_type for data_type, dtype in reversed([*TORCH_DTYPES.items()])
 })
 """The torch type to the ``onnx.TensorProto`` data type that travels as itself in it."""
+
+
+def torch_dtype(data_type: int) -> torch.dtype:
+    """Return the torch type that carries an ``onnx.TensorProto`` data type.
+
+    Raises:
+        UnsupportedOpError: no torch type does (text, or a number that names no type).
+    """
+    if data_type not in TORCH_DTYPES:
+        raise UnsupportedOpError(f"no tensor of element type {data_type} can be made in torch")
+    return TORCH_DTYPES[data_type]
