@@ -14,9 +14,9 @@ from qwrap.ops.contrib.domain import microsoft
 @microsoft("Inverse")
 def inverse(X: Tensor) -> Tensor:
     """Invert matrices ``[..., n, n]``."""
-    half = X.dtype in (torch.float16, torch.bfloat16)  # torch factorises no half precision
-    y: Tensor = torch.linalg.inv(X.float() if half else X)
-    return y.to(X.dtype)
+    half = X.dtype in (torch.float16, torch.bfloat16)  # of which torch factorises none
+    result: Tensor = torch.linalg.inv(X.float() if half else X)
+    return result.to(X.dtype)
 
 
 @microsoft("ComplexMul")
@@ -49,9 +49,9 @@ def rfft(X: Tensor, *, normalized: int = 0, onesided: int = 1, signal_ndim: int 
 def irfft(X: Tensor, *, signal_ndim: int, normalized: int = 0, onesided: int = 1) -> Tensor:
     """Undo Rfft of a signal with an even number of elements."""
     _check_fft(normalized, onesided)
-    spectrum = torch.view_as_complex(X.contiguous())
-    y: Tensor = torch.fft.irfftn(spectrum, dim=list(range(-signal_ndim, 0)))
-    return y
+    axes = list(range(-signal_ndim, 0))
+    signal: Tensor = torch.fft.irfftn(torch.view_as_complex(X.contiguous()), dim=axes)
+    return signal
 
 
 @microsoft("CDist")
