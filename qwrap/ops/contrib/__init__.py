@@ -15,6 +15,7 @@ from qwrap.ops.contrib import (
     qattention,
     qlinear,
     qproduct,
+    quant,
     rotary,
     shape,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "qattention",
     "qlinear",
     "qproduct",
+    "quant",
     "rotary",
     "shape",
 ]
