@@ -33,6 +33,8 @@ from qwrap.ops import (
     sequence,
     shape,
     signal,
+    strings,
+    tfidf,
     training,
     trigonometry,
 )
@@ -89,7 +91,9 @@ __all__ = [
     "sequence",
     "shape",
     "signal",
+    "strings",
     "suited",
+    "tfidf",
     "training",
     "trigonometry",
 ]
