@@ -116,6 +116,24 @@ def test_float16_is_quantized_as_in_onnxruntime(check, dtype: type) -> None:
     check("DequantizeLinear", 21, [codes(dtype, 3, 4), scale, codes(dtype)], {})
 
 
+@pytest.mark.parametrize("precision", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_precision_changes_no_code_as_in_onnxruntime(check, precision: int) -> None:
+    for dtype in (np.float32, np.float16):
+        x, scale = X.astype(dtype), np.array(0.13, dtype)
+        check("QuantizeLinear", 23, [x, scale, codes(np.int8)], {"precision": precision})
+
+
+def test_bfloat16_is_divided_in_bfloat16_as_in_the_reference(check_model) -> None:
+    scale = constant("scale", np.array(0.13, ml_dtypes.bfloat16))
+    feed = {
+        "x": X.astype(ml_dtypes.bfloat16),
+        "scale": scale,
+        "zero": constant("zero", np.array(7, np.int16)),
+    }
+    nodes = round_trip()[:1]
+    check_model(nodes, feed, {"codes": TensorProto.INT16}, 21)
+
+
 def test_the_type_may_be_an_attribute(check) -> None:
     check("QuantizeLinear", 21, [X, SCALE], {"output_dtype": TensorProto.INT8})
     check("DequantizeLinear", 23, [codes(np.int8, 4), SCALE], {"output_dtype": TensorProto.FLOAT16})
