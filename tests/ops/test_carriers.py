@@ -130,6 +130,26 @@ def test_reductions_and_ranks_equal_the_oracle(check_model, dtype: type) -> None
     check_model([topk], x | {"c": const("c", 4)}, {"y": own, "i": index}, 11)
 
 
+@pytest.mark.parametrize("op_type", ["ReduceLogSum", "ReduceLogSumExp", "ReduceL2", "ReduceMean"])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_reductions_of_integers_stay_integers(check, op_type: str, dtype: type) -> None:
+    x = np.array([[1, 5, 5], [2, 3, 4], [7, 7, 7]], dtype)
+    check(op_type, 13, [x], {"axes": [1], "keepdims": 0})
+    check(op_type, 18, [x, np.array([0])], {})
+
+
+@pytest.mark.parametrize("dtype", UNSIGNED)
+def test_unsigned_integers_have_no_sign(dtype: type) -> None:
+    x = torch.from_numpy(numbers(dtype, 3, 5))
+    for op_type in ("Abs", "PRelu"):
+        carried = suited(ops.find("", op_type, 16), op_type, [types_of(dtype)]).function
+        assert torch.equal(carried(*(x, x)[: 1 + (op_type == "PRelu")]), x)
+    sign = suited(ops.find("", "Sign", 13), "Sign", [types_of(dtype)]).function
+    np.testing.assert_array_equal(sign(x).numpy(), np.sign(x.numpy()))
+    norm = suited(ops.find("", "ReduceL1", 18), "ReduceL1", [types_of(dtype)]).function
+    np.testing.assert_array_equal(norm(x, [1]).numpy(), x.numpy().sum(1, dtype, keepdims=True))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.uint64])
 def test_clipping_equals_onnxruntime(check_model, dtype: type) -> None:
     top = np.iinfo(dtype).max
