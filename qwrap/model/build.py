@@ -9,10 +9,13 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from qwrap.errors import ConfigError
-from qwrap.graph.check import STANDARD
+from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
-from qwrap.graph.load import Source, read_model
+from qwrap.graph.load import Source, read_model, without_weights
+from qwrap.graph.nodes import STANDARD
+from qwrap.graph.types import type_problems
+from qwrap.model.missing import missing_operators
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
 
@@ -33,13 +36,15 @@ def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
         graph-input order or by graph-input name.
 
     Raises:
-        ModelError: not a model, cut off, or its external data is missing or outside its folder.
-        UnsupportedOpError: operators without an implementation, all of them listed.
+        ModelError: not a model, cut off, malformed, with operators that are given types they do
+            not take, or its external data is missing or outside its folder. All that is wrong is
+            listed, operators without an implementation included.
+        UnsupportedOpError: nothing is wrong but operators without an implementation.
     """
     if expand not in get_args(Expand):
         raise ConfigError(f"expand={expand!r}; choose one of {', '.join(get_args(Expand))}")
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    pristine = read_model(source)
+    pristine = read_model(source, missing_operators)
 
     def wanted(node: ir.Node) -> bool:
         if expand == "auto":
@@ -47,4 +52,7 @@ def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
             return find(domain, node.op_type, opset_of(pristine, domain)) is None
         return expand == "always"
 
+    if wrong := type_problems(pristine):
+        where = "the model" if path is None else str(path)
+        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
     return WrappedModel(OnnxGraph(expand_functions(pristine, wanted), path, pristine))

@@ -10,9 +10,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.check import STANDARD
 from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.values import Values, is_flow
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 
 from qwrap.errors import UnsupportedOpError
-from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.expressions import keyword_names
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.tensors import to_torch
@@ -179,7 +179,9 @@ class Values:
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
         if operator is None:
-            self._unsupported.append(self._explain(node, domain, version))
+            self._unsupported.append(
+                explain(self.graph.node_key(node), domain, node.op_type, version)
+            )
             for _, body in bodies(node):
                 self._visit_graph(body)  # to list what else is missing
             return
@@ -195,17 +197,6 @@ class Values:
         floats = [v for v in node.outputs if self.graph.type_of(v).is_float]
         if node.inputs and is_known and not floats:
             self._fold(node, operator)
-
-    def _explain(self, node: ir.Node, domain: str, version: int) -> str:
-        name = f"{domain or 'ai.onnx'}::{node.op_type}"
-        since = revision(domain, node.op_type, version)
-        known = registered(domain, node.op_type)
-        have = f"registered revisions: {known}" if known else "no revision of it is registered"
-        return (
-            f"node {self.graph.node_key(node)!r}: no implementation of {name}"
-            f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
-            f"add one with @op({node.op_type!r}, since=…) under qwrap/ops/"
-        )
 
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
@@ -232,6 +223,18 @@ class Values:
             return None
         array = self.constants[self.graph.key(value)]
         return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
+
+
+def explain(node: str, domain: str, op_type: str, version: int) -> str:
+    """Say that nothing computes an operator, and what could."""
+    since = revision(domain, op_type, version)
+    known = registered(domain, op_type)
+    have = f"registered revisions: {known}" if known else "no revision of it is registered"
+    return (
+        f"node {node!r}: no implementation of {domain or 'ai.onnx'}::{op_type}"
+        f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
+        f"add one with @op({op_type!r}, since=…) under qwrap/ops/"
+    )
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:
