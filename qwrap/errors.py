@@ -27,3 +27,7 @@ class NotCalibratedError(QwrapError):
 
 class ExportError(QwrapError):
     """The quantized file cannot be written as asked."""
+
+
+class QwrapWarning(UserWarning):
+    """Something works, but perhaps not as the user thinks."""

@@ -16,11 +16,12 @@ from qwrap.graph.check import Also, check_proto, external_problem, packed_size
 from qwrap.graph.external import DataFile, FileTensor
 from qwrap.graph.nodes import graphs
 from qwrap.graph.sparse import densified
+from qwrap.graph.tie import untie
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
 
-def read_model(source: Source, also: Also | None = None) -> ir.Model:
+def read_model(source: Source, also: Also | None = None, *, untied: bool = False) -> ir.Model:
     """Return ``source`` as an onnx_ir model that the caller owns.
 
     External data stays on disk until a tensor is used. Sparse tensors become dense ones.
@@ -28,6 +29,7 @@ def read_model(source: Source, also: Also | None = None) -> ir.Model:
     Args:
         source: a path, a message or a model of onnx_ir.
         also: finds what else is wrong with a model that is refused, for the same error.
+        untied: give each node its own copy of the float initialisers that it shares.
 
     Raises:
         ModelError: not an ONNX model, cut off, of an opset that the installed onnx does not know,
@@ -35,13 +37,17 @@ def read_model(source: Source, also: Also | None = None) -> ir.Model:
             missing, too short or outside the model's folder. The error lists all problems.
     """
     if isinstance(source, ir.Model):
-        return _from_ir(source, also)
+        model = _from_ir(source, also)
+        if not untied:
+            return model
+        folder = next((Path(tensor.base_dir) for tensor in external_tensors(model)), None)
+        return _from_proto(ir.to_proto(model), "the onnx_ir model", folder, also, untied)
     if isinstance(source, onnx.ModelProto):
         own = onnx.ModelProto()
         own.CopyFrom(source)  # the caller may go on changing it
-        return _from_proto(own, "the ModelProto", None, also)
+        return _from_proto(own, "the ModelProto", None, also, untied)
     path = Path(source)
-    return _from_proto(_parse(path), str(path), path.parent, also)
+    return _from_proto(_parse(path), str(path), path.parent, also, untied)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -60,10 +66,12 @@ def _parse(path: Path) -> onnx.ModelProto:
 
 
 def _from_proto(
-    proto: onnx.ModelProto, where: str, folder: Path | None, also: Also | None
+    proto: onnx.ModelProto, where: str, folder: Path | None, also: Also | None, untied: bool
 ) -> ir.Model:
     try:
         check_proto(proto, where, folder, also)
+        if untied:
+            untie(proto)
         return to_model(proto, folder)
     except MALFORMED as error:
         raise ModelError(f"{where}: malformed graph: {error.__cause__ or error}") from error

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from qwrap.errors import ConfigError
+from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
 from qwrap.graph.load import Source, read_model, without_weights
 from qwrap.graph.nodes import STANDARD
+from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
+from qwrap.model.layout import fits
 from qwrap.model.missing import missing_operators
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
@@ -22,7 +26,13 @@ from qwrap.ops import find
 Expand = Literal["auto", "never", "always"]
 
 
-def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
+def load(
+    source: Source,
+    *,
+    expand: Expand = "auto",
+    parameters: Collection[str] | None = None,
+    untie: bool = False,
+) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
 
     Args:
@@ -30,6 +40,11 @@ def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
         expand: which operators with a function body in their schema run as that body: those
             without an implementation of their own, none, or all. Functions of the model itself
             are always expanded.
+        parameters: names of the initialisers that are to be trained, or patterns of them
+            (``"encoder.*"``); all others become buffers. By default every float tensor of rank 1
+            or more is a parameter but running statistics; see ``Layout``.
+        untie: give each node its own copy of the float initialisers that several nodes share; the
+            copies are called ``<initialiser>_<node>``, in what is exported too.
 
     Returns:
         A module in float, in training mode as every new module, called with tensors in
@@ -40,11 +55,15 @@ def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
             not take, or its external data is missing or outside its folder. All that is wrong is
             listed, operators without an implementation included.
         UnsupportedOpError: nothing is wrong but operators without an implementation.
+        ConfigError: no float tensor has a name in ``parameters``.
+
+    Warns:
+        QwrapWarning: weights of several normalisations are one initialiser, and not untied.
     """
     if expand not in get_args(Expand):
         raise ConfigError(f"expand={expand!r}; choose one of {', '.join(get_args(Expand))}")
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    pristine = read_model(source, missing_operators)
+    pristine = read_model(source, missing_operators, untied=untie)
 
     def wanted(node: ir.Node) -> bool:
         if expand == "auto":
@@ -55,4 +74,24 @@ def load(source: Source, *, expand: Expand = "auto") -> WrappedModel:
     if wrong := type_problems(pristine):
         where = "the model" if path is None else str(path)
         refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
-    return WrappedModel(OnnxGraph(expand_functions(pristine, wanted), path, pristine))
+    graph = OnnxGraph(expand_functions(pristine, wanted), path, pristine)
+    model = WrappedModel(graph, parameters)
+    _check_patterns(model, parameters or ())
+    if not untie and (merged := merged_names(pristine)):
+        listed = ", ".join(f"{name!r} ({count} nodes)" for name, count in merged.items())
+        warnings.warn(
+            f"{listed}: the exporter seems to have merged equal weights, which are trained as one; "
+            "qwrap.load(..., untie=True) gives each node its own",
+            QwrapWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
+    trained = [key for key, slot in model.layout.slots.items() if slot.trainable]
+    if idle := [p for p in patterns if not any(fits(key, p) for key in trained)]:
+        raise ConfigError(
+            f"parameters={idle}: no float tensor of the model has such a name; see "
+            "model.tensor_names for the names there are"
+        )

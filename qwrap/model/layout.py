@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,19 @@ class Layout:
     constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
+    With ``parameters`` the rule is another: a float tensor whose initialiser's name fits one of
+    these patterns is a parameter, whatever its rank, and any other tensor a buffer.
+
     Attributes:
+        parameters: patterns as of ``fnmatch``; None for the rule above.
         slots: value key of a stored tensor -> where it lives in the module tree.
         numbers: value key -> number that names its local variable in generated code.
         homes: every node that runs -> the path of the Block whose code runs it.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
+    def __init__(self, graph: OnnxGraph, parameters: Collection[str] | None = None) -> None:
         self.graph = graph
+        self.parameters = None if parameters is None else tuple(parameters)
         self.values = Values(graph)
         self.region = plan_regions(self.values)
         self.numbers = {key: i for i, key in enumerate(graph.values)}
@@ -72,8 +78,8 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self  # immutable
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph]]:
-        return Layout, (self.graph,)
+    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph, tuple[str, ...] | None]]:
+        return Layout, (self.graph, self.parameters)
 
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""
@@ -102,7 +108,12 @@ class Layout:
             return None
         if operator.wants_host(index):
             return array.tolist()
-        return array.item() if index in operator.literal and array.ndim == 0 else None
+        if index not in operator.literal or array.ndim or self._is_chosen(self.graph.key(value)):
+            return None
+        return array.item()
+
+    def _is_chosen(self, key: str) -> bool:
+        return any(fits(key, pattern) for pattern in self.parameters or ())
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
@@ -117,10 +128,14 @@ class Layout:
         if key in self.slots:
             return
         tensor = self.values.stored[key]
-        trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
-        producer = value.producer()
-        in_function = producer is not None and FUNCTION in producer.metadata_props
-        trainable = trainable and role not in RUNNING_STATISTICS and not in_function
+        trainable = ValueType(tensor.dtype).is_float
+        if self.parameters is not None:
+            trainable = trainable and self._is_chosen(key)
+        else:
+            producer = value.producer()
+            in_function = producer is not None and FUNCTION in producer.metadata_props
+            statistic = role in RUNNING_STATISTICS
+            trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -141,6 +156,11 @@ class Layout:
         parts = key.split(".")
         inside_tensor = any(".".join(parts[:n]) in self._taken for n in range(1, len(parts)))
         return key not in self._taken and key not in self._prefixes and not inside_tensor
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name is ``pattern`` or fits it as of ``fnmatch``."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _paths(region: Region) -> Iterator[Path]:

@@ -40,7 +40,7 @@ class WrappedModel(Block):
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
+    def __init__(self, graph: OnnxGraph, parameters: Collection[str] | None = None) -> None:
         super().__init__()
         self.graph = graph
         self.programs: dict[str, Callable[[], Program]] = {}
@@ -49,7 +49,7 @@ class WrappedModel(Block):
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
-        self.layout = Layout(graph)
+        self.layout = Layout(graph, parameters)
         self._build({})
 
     # --- structure -----------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class WrappedModel(Block):
 
         The initialisers in ``keep`` stay the parameters they are; what sat on points is gone.
         """
-        layout = Layout(graph)  # first of all, for it may refuse the graph
+        layout = Layout(graph, self.layout.parameters)  # first of all, for it may refuse the graph
         slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
         kept = {key: self._get(slot) for key, slot in slots.items()}
         for name in [*self._modules, *self._parameters, *self._buffers]:
