@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import onnx
 
-from qwrap.graph.check import graphs
+from qwrap.graph.nodes import graphs
 
 WINDOW = ("auto_pad", "ceil_mode", "dilations", "group", "kernel_shape", "pads", "strides")
 ANY_SHAPE = "Reshape"  # to what nobody knows: of the type of its input

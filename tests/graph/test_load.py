@@ -165,15 +165,6 @@ def test_a_proto_with_external_data_asks_for_the_path(tmp_path: Path, build: Bui
 # --- graphs --------------------------------------------------------------------------------------
 
 
-def test_sparse_initialisers_are_refused(build: Build) -> None:
-    proto = build([helper.make_node("Add", ["x", "w"], ["y"])])
-    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
-    indices = numpy_helper.from_array(np.zeros(1, np.int64), "w_indices")
-    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [3]))
-    with pytest.raises(ModelError, match=r"sparse initialisers \['w'\]"):
-        read_model(proto)
-
-
 def test_a_newer_opset_than_onnx_knows_is_refused(build: Build) -> None:
     with pytest.raises(ModelError, match="opset 999; the installed onnx"):
         read_model(build([RELU], opset=999))
