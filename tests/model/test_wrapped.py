@@ -96,13 +96,15 @@ def test_all_unsupported_operators_are_listed_at_once(build: Build) -> None:
     nodes = [
         helper.make_node("Unknown", ["x"], ["a"], "first", domain="com.example"),
         helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("StringNormalizer", ["s"], ["t"], "second"),
+        helper.make_node("ImageDecoder", ["s"], ["t"], "second"),
     ]
     extra = [helper.make_opsetid("com.example", 1)]
-    proto = build(nodes, {"x": [2], "s": (TensorProto.STRING, [2])}, ["b", "t"], extra=extra)
+    proto = build(
+        nodes, {"x": [2], "s": (TensorProto.UINT8, [2])}, ["b", "t"], opset=20, extra=extra
+    )
     with pytest.raises(UnsupportedOpError) as caught:
         load(proto)
-    for words in ("'first'", "com.example::Unknown", "'second'", "ai.onnx::StringNormalizer-10"):
+    for words in ("'first'", "com.example::Unknown", "'second'", "ai.onnx::ImageDecoder-20"):
         assert words in str(caught.value)
 
 
@@ -343,8 +345,8 @@ def test_a_model_that_cannot_be_rewritten_stays_as_it_was(
 
     model, x = load(mlp), torch.ones(1, 4)
     before = model(x)
-    node = helper.make_node("StringNormalizer", ["s"], ["y"])
-    bad = OnnxGraph(read_model(build([node], {"s": (TensorProto.STRING, [2])})))
+    node = helper.make_node("ImageDecoder", ["s"], ["y"])
+    bad = OnnxGraph(read_model(build([node], {"s": (TensorProto.UINT8, [2])}, opset=20)))
     with pytest.raises(UnsupportedOpError):
         model.rewrite(bad, ())
     assert torch.equal(model(x), before)
