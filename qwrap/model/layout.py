@@ -11,9 +11,11 @@ import onnx
 import onnx_ir as ir
 
 from qwrap.graph.check import STANDARD
+from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
-from qwrap.model.values import Values
+from qwrap.model.settings import LoadSettings
+from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
@@ -37,7 +39,8 @@ class Layout:
     """Regions and slots of one graph; computed from the graph alone, so always the same.
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
-    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization.
+    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
+    constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
     Attributes:
@@ -46,9 +49,9 @@ class Layout:
         homes: every node that runs -> the path of the Block whose code runs it.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph = graph
-        self.values = Values(graph)
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
+        self.values = Values(graph, settings)
         self.region = plan_regions(self.values)
         self.numbers = {key: i for i, key in enumerate(graph.values)}
         self.slots: dict[str, Slot] = {}
@@ -59,6 +62,10 @@ class Layout:
             for i, value in enumerate(node.inputs):
                 if value is not None:
                     self._place(node, i, value, (*path, node.op_type))
+            for body in self.values.branches(node) if is_flow(node) else ():
+                for value in body.outputs:
+                    if graph.key(value) in self.values.stored:
+                        self._add(graph.key(value), value, (*path, node.op_type), "output")
         for value in graph.outputs:
             if graph.key(value) in self.values.stored:
                 self._add(graph.key(value), value, (), "output")
@@ -66,8 +73,8 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self  # immutable
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph]]:
-        return Layout, (self.graph,)
+    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph, LoadSettings]]:
+        return Layout, (self.graph, self.settings)
 
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""
@@ -108,9 +115,13 @@ class Layout:
             self._add(key, value, path, _role(node, index))
 
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
+        if key in self.slots:
+            return
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
-        trainable = trainable and role not in RUNNING_STATISTICS
+        producer = value.producer()
+        in_function = producer is not None and FUNCTION in producer.metadata_props
+        trainable = trainable and role not in RUNNING_STATISTICS and not in_function
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.

@@ -14,14 +14,22 @@ from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.model.expressions import keyword_names
+from qwrap.model.fallback import RuntimeNode
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
+from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
-from qwrap.ops import Operator, find, registered, revision
+from qwrap.ops import Operator, find, registered, revision, suited
 
 Array = npt.NDArray[Any]
 
 LARGEST_CONSTANT = 4096  # elements; a larger integer table is data, not shape arithmetic
-BRANCHES = {"If": ("then_branch", "else_branch")}
+FLOW = ("If", "Loop", "Scan")
+COUNTS = ("Size", "SequenceLength", "OptionalHasElement")  # one number each, known on the host
+
+
+def is_flow(node: ir.Node) -> bool:
+    """Whether the node runs graphs of its own."""
+    return node.op_type in FLOW and node.domain in STANDARD
 
 
 class Values:
@@ -32,17 +40,21 @@ class Values:
         hosts: value key -> a Python int or list while the model runs (see ``host``).
         stored: value key -> tensor of an initialiser or Constant node that is not in
             ``constants``: a parameter or a buffer.
+        texts: value key -> constant text.
         operators: node key -> what computes it, for nodes that run on tensors.
+        fallbacks: keys of the nodes that onnxruntime computes.
         prepared: node key -> what the operator made of the attributes, for those that do.
         taken: node key of an If whose condition is constant -> the branch that always runs.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph = graph
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
         self.constants: dict[str, Array] = {}
         self.hosts: dict[str, HostType] = {}
+        self.texts: dict[str, Array] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.operators: dict[str, Operator] = {}
+        self.fallbacks: list[str] = []
         self.prepared: dict[str, Any] = {}
         self.taken: dict[str, str] = {}
         self._unsupported: list[str] = []
@@ -53,7 +65,11 @@ class Values:
     def is_computed(self, value: ir.Value) -> bool:
         """Whether the value comes out of a node (or graph input) while the model runs."""
         key = self.graph.key(value)
-        return key not in self.constants and key not in self.stored
+        return key not in self.constants and key not in self.stored and key not in self.texts
+
+    def is_known(self, key: str) -> bool:
+        """Whether the value is no tensor that the code makes: constant, stored or on the host."""
+        return any(key in c for c in (self.constants, self.stored, self.hosts, self.texts))
 
     def live_nodes(self, graph: ir.Graph) -> Iterator[ir.Node]:
         """Yield the nodes of one graph that run: neither constants nor foldable."""
@@ -81,6 +97,9 @@ class Values:
             self._visit_node(node)
 
     def _store(self, key: str, tensor: ir.TensorProtocol) -> None:
+        if tensor.dtype == ir.DataType.STRING:
+            self.texts[key] = to_torch(tensor)
+            return
         exact = tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL
         if exact and tensor.size <= LARGEST_CONSTANT:
             self.constants[key] = tensor.numpy()
@@ -90,34 +109,41 @@ class Values:
     def _visit_node(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and node.domain in STANDARD:
             self._store(self.graph.key(node.outputs[0]), constant_tensor(node))
-        elif node.op_type in BRANCHES and node.domain in STANDARD:
-            self._visit_branches(node)
+        elif is_flow(node):
+            self._visit_flow(node)
         elif not self._visit_shape(node) and not self._visit_host(node):
             self._visit_tensor(node)
 
-    def _visit_branches(self, node: ir.Node) -> None:
-        condition = node.inputs[0]
-        assert condition is not None
-        known = self.small_constant(condition)
-        names = BRANCHES[node.op_type]
+    def _visit_flow(self, node: ir.Node) -> None:
+        condition = node.inputs[0] if node.op_type == "If" else None
+        known = None if condition is None else self.small_constant(condition)
         if known is not None:
-            self.taken[self.graph.node_key(node)] = names[0] if known.item() else names[1]
+            name = "then_branch" if known.item() else "else_branch"
+            self.taken[self.graph.node_key(node)] = name
         for body in self.branches(node):
+            if node.op_type == "Loop":  # the iteration number, and whether to go on
+                for value in body.inputs[:2]:
+                    if value.name:
+                        self.hosts[self.graph.key(value)] = SCALAR
             self._visit_graph(body)
 
     def _visit_shape(self, node: ir.Node) -> bool:
-        if node.op_type not in ("Shape", "Size") or node.domain not in STANDARD:
+        if node.op_type not in ("Shape", *COUNTS) or node.domain not in STANDARD:
             return False
-        (value,) = node.inputs
-        assert value is not None
+        value = next(iter(node.inputs), None)
         key = self.graph.key(node.outputs[0])
+        if value is None:  # OptionalHasElement of nothing
+            self.constants[key] = np.array(False)
+            return True
         host = self.hosts.get(self.graph.key(value))
-        if host is not None and host.length != -1:  # the shape of a host list is known now
+        if (
+            node.op_type in ("Shape", "Size") and host is not None and host.length != -1
+        ):  # the shape of a host list is known now
             shape = [] if host.length is None else [host.length]
             self.constants[key] = np.array(
                 shape if node.op_type == "Shape" else int(np.prod(shape))
             )
-        elif node.op_type == "Size":
+        elif node.op_type in COUNTS:
             self.hosts[key] = SCALAR
         else:
             rank = self.graph.type_of(value).rank
@@ -158,11 +184,12 @@ class Values:
         version = opset_of(self.graph.model, node.domain)
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
-        if self._calls_function(node) or operator is None:
-            self._unsupported.append(self._explain(node, domain, version))
-            for _, body in bodies(node):
-                self._visit_graph(body)  # to list what else is missing
+        if operator is None:
+            self._fall_back(node, domain, version)
             return
+        if not domain:
+            types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
+            operator = suited(operator, node.op_type, types)
         unknown = set(operator.keywords(node.attributes)) - keyword_names(
             operator.prepare or operator.function
         )
@@ -190,23 +217,29 @@ class Values:
         self.prepared[key] = bound["prepared"]
         return True
 
-    def _calls_function(self, node: ir.Node) -> bool:
-        return node.op_identifier() in self.graph.model.functions
+    def _fall_back(self, node: ir.Node, domain: str, version: int) -> None:
+        key = self.graph.node_key(node)
+        try:
+            computed = RuntimeNode(self.graph, node, self.settings.libraries)
+        except UnsupportedOpError as error:
+            self._unsupported.append(self._explain(node, domain, version, error))
+            for _, body in bodies(node):
+                self._visit_graph(body)  # to list what else is missing
+            return
+        self.operators[key] = Operator(
+            function=computed, ignored=frozenset(node.attributes), returns_tuple=True
+        )
+        self.fallbacks.append(key)
 
-    def _explain(self, node: ir.Node, domain: str, version: int) -> str:
+    def _explain(self, node: ir.Node, domain: str, version: int, error: Exception) -> str:
         name = f"{domain or 'ai.onnx'}::{node.op_type}"
-        if self._calls_function(node):
-            return (
-                f"node {self.graph.node_key(node)!r}: {name} is a function of the model itself; "
-                "inline it first with onnx.inliner.inline_local_functions"
-            )
         since = revision(domain, node.op_type, version)
         known = registered(domain, node.op_type)
         have = f"registered revisions: {known}" if known else "no revision of it is registered"
         return (
             f"node {self.graph.node_key(node)!r}: no implementation of {name}"
-            f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
-            f"add one with @op({node.op_type!r}, since=…) under qwrap/ops/"
+            f"{f'-{since}' if since else f' at opset {version}'} ({have}; onnxruntime: {error}); "
+            f"add one with qwrap.register_op({domain!r}, {node.op_type!r}, since={since or 1})"
         )
 
     def _fold(self, node: ir.Node, operator: Operator) -> None:
@@ -215,14 +248,14 @@ class Values:
         attributes = operator.bind(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
+        if operator.wants_element_type:
+            attributes["element_type"] = self.graph.type_of(node.outputs[0]).dtype
         try:
             result = operator.function(*arguments, **attributes)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # left to fail, with its line, when and if it runs
         outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
-        if not all(isinstance(o, torch.Tensor) for o in outputs):  # text
-            return
-        if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
+        if not all(_is_small_integers(o) for o in outputs):
             return
         for value, output in zip(node.outputs, outputs, strict=False):
             if value.name:
@@ -233,7 +266,14 @@ class Values:
         if value is None:
             return None
         array = self.constants[self.graph.key(value)]
-        return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
+        return array.tolist() if operator.wants_host(index) else to_torch(ir.tensor(array))
+
+
+def _is_small_integers(output: Any) -> bool:
+    """Whether a result of folding is one to keep: integers or booleans, and not too many."""
+    if not isinstance(output, torch.Tensor) or output.numel() > LARGEST_CONSTANT:
+        return False
+    return not (output.is_floating_point() or output.is_complex())
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:

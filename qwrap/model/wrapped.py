@@ -18,7 +18,9 @@ from qwrap.model.codegen import generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.tensors import to_torch
+from qwrap.model.settings import LoadSettings
+from qwrap.model.tensors import WeightReader
+from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
 
 
@@ -39,7 +41,7 @@ class WrappedModel(Block):
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings | None = None) -> None:
         super().__init__()
         self.graph = graph
         self.programs: dict[str, Callable[[], Program]] = {}
@@ -48,7 +50,7 @@ class WrappedModel(Block):
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
-        self.layout = Layout(graph)
+        self.layout = Layout(graph, settings or LoadSettings())
         self._build({})
 
     # --- structure -----------------------------------------------------------------------------
@@ -78,7 +80,7 @@ class WrappedModel(Block):
 
         The initialisers in ``keep`` stay the parameters they are; what sat on points is gone.
         """
-        layout = Layout(graph)  # first of all, for it may refuse the graph
+        layout = Layout(graph, self.layout.settings)  # first of all, for it may refuse the graph
         slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
         kept = {key: self._get(slot) for key, slot in slots.items()}
         for name in [*self._modules, *self._parameters, *self._buffers]:
@@ -96,10 +98,11 @@ class WrappedModel(Block):
     def _build(self, kept: Mapping[str, Tensor]) -> None:
         self._signature = [(v.name or "", self.graph.type_of(v)) for v in self.graph.inputs]
         self._add_blocks(self.layout.region)
+        reader = WeightReader()
         for key, slot in self.layout.slots.items():
             tensor = kept.get(key)
             if tensor is None:
-                tensor = to_torch(self.layout.values.stored[key])
+                tensor = self._computed(reader.read(self.layout.values.stored[key]))
             parent = self._module_at(slot.path)
             if not slot.trainable:
                 parent.register_buffer(slot.name, tensor.detach())
@@ -109,6 +112,11 @@ class WrappedModel(Block):
                 parent.register_parameter(slot.name, nn.Parameter(tensor))
         self.train(self.training)  # new Blocks too
         self._generate()
+
+    def _computed(self, tensor: Tensor) -> Tensor:
+        """Return a float32 tensor in the type that the model computes in."""
+        dtype = self.layout.settings.dtype
+        return tensor if dtype is None or tensor.dtype != torch.float32 else tensor.to(dtype)
 
     def _add_blocks(self, region: Region) -> None:
         for item in region.items:
@@ -167,6 +175,10 @@ class WrappedModel(Block):
             for value in node.outputs:
                 if value.name and self.graph.key(value) not in values.hosts:
                     homes[ValuePoint(self.graph.key(value))] = path
+            for body in values.branches(node) if is_flow(node) else ():
+                for value in body.inputs:
+                    if value.name and self.graph.key(value) not in values.hosts:
+                        homes[ValuePoint(self.graph.key(value))] = path
             if self.graph.node_key(node) not in values.operators:
                 continue  # shape arithmetic and control flow see no tensors
             for index, used in enumerate(node.inputs):
@@ -252,7 +264,14 @@ class WrappedModel(Block):
         given.update(kwargs)
         for name, expected in self._signature:
             check_input(name, given[name], expected)
-        return [given[name] for name in names]
+        return [self._fitting(given[name], kind) for name, kind in self._signature]
+
+    def _fitting(self, value: Any, expected: ValueType) -> Any:
+        if self.layout.settings.dtype is None or expected.dtype != ir.DataType.FLOAT:
+            return value
+        if isinstance(value, list):
+            return [self._fitting(item, expected) for item in value]
+        return value.to(self.layout.settings.dtype) if isinstance(value, Tensor) else value
 
 
 def check_input(name: str, tensor: object, expected: ValueType) -> None:

@@ -1,63 +1,20 @@
-"""Normalisation and dropout."""
+"""Normalisation."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.ops.element_types import TORCH_DTYPES
+from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
-
-
-@op("BatchNormalization", since=(1, 6, 7, 9), ignored=("is_test", "momentum"))
-def batch_normalization(
-    X: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    *,
-    epsilon: float = 1e-5,
-    spatial: int = 1,
-) -> tuple[Tensor, ...]:
-    """Normalise each channel with given statistics.
-
-    The training form of these revisions, which returns five outputs, is never meant in a file
-    that is used for inference.
-    """
-    if not spatial:
-        raise UnsupportedOpError("BatchNormalization with spatial=0; only spatial=1 is supported")
-    return (F.batch_norm(X, mean, var, scale, B, False, 0.0, epsilon),)
-
-
-@op("BatchNormalization", since=(14, 15))
-def batch_normalization_14(
-    X: Tensor,
-    scale: Tensor,
-    B: Tensor,
-    input_mean: Tensor,
-    input_var: Tensor,
-    *,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    training_mode: int = 0,
-) -> tuple[Tensor, ...]:
-    """Normalise each channel with given statistics, or with those of the batch if training.
-
-    In training mode also returns the running statistics; ONNX's variance divides by the number of
-    values, torch's own running variance by one less.
-    """
-    if not training_mode:
-        return (F.batch_norm(X, input_mean, input_var, scale, B, False, 0.0, epsilon),)
-    y = F.batch_norm(X, None, None, scale, B, True, 0.0, epsilon)
-    dims = [0, *range(2, X.ndim)]
-    var, mean = torch.var_mean(X.to(input_mean.dtype), dims, correction=0)
-    return (
-        y,
-        input_mean * momentum + mean * (1 - momentum),
-        input_var * momentum + var * (1 - momentum),
-    )
 
 
 @op("InstanceNormalization", since=(1, 6, 22))
@@ -71,7 +28,25 @@ def instance_normalization(
     return torch.instance_norm(input, scale, B, None, None, True, 0.0, epsilon, False)
 
 
-@op("LayerNormalization", since=(17,), ignored=("stash_type",))
+STASH_TYPES: Mapping[int, torch.dtype] = MappingProxyType({
+    dtype: TORCH_DTYPES[dtype]
+    for dtype in (
+        TensorProto.FLOAT,
+        TensorProto.FLOAT16,
+        TensorProto.DOUBLE,
+        TensorProto.BFLOAT16,
+    )
+})
+
+
+def _widened(x: Tensor, stash_type: int) -> Tensor:
+    """Return ``x`` in the type that ``stash_type`` asks for, or a wider one."""
+    if stash_type not in STASH_TYPES:
+        raise UnsupportedOpError(f"stash_type {stash_type}; one of {sorted(STASH_TYPES)} expected")
+    return x.to(torch.promote_types(accumulator(x), STASH_TYPES[stash_type]))
+
+
+@op("LayerNormalization", since=(17,))
 def layer_normalization(
     X: Tensor,
     Scale: Tensor,
@@ -79,6 +54,7 @@ def layer_normalization(
     *,
     axis: int = -1,
     epsilon: float = 1e-5,
+    stash_type: int = 1,
     output_count: int = 1,
 ) -> tuple[Tensor, ...]:
     """Normalise over the axes from ``axis`` on; scale and bias broadcast to ``X``.
@@ -86,45 +62,104 @@ def layer_normalization(
     torch computes half precision in float32, which is what ``stash_type=1`` asks for.
     """
     shape = X.shape[axis:]
-    if Scale.shape == shape and (B is None or B.shape == shape):
+    wide = X if stash_type == TensorProto.FLOAT else _widened(X, stash_type)
+    if wide.dtype == X.dtype and Scale.shape == shape and (B is None or B.shape == shape):
         y = F.layer_norm(X, shape, Scale, B, epsilon)
     else:
-        y = F.layer_norm(X, shape, None, None, epsilon) * Scale
+        y = F.layer_norm(wide, shape, None, None, epsilon).to(X.dtype) * Scale
         y = y if B is None else y + B
     if output_count == 1:
         return (y,)
-    dims = list(range(axis % X.ndim, X.ndim))
-    stash = X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
-    var, mean = torch.var_mean(stash, dims, correction=0, keepdim=True)
-    return (y, mean, torch.rsqrt(var + epsilon))[:output_count]
+    axes = list(range(axis % X.ndim, X.ndim))
+    var, mean = torch.var_mean(_widened(X, stash_type), axes, correction=0, keepdim=True)
+    stash = STASH_TYPES[stash_type]
+    return (y, mean.to(stash), torch.rsqrt(var + epsilon).to(stash))[:output_count]
 
 
-@op("Dropout", since=(1, 6, 7), ignored=("is_test", "ratio"))
-def dropout_without_mask_type(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
-    """Return ``data``; these revisions drop nothing in inference. The mask has its type."""
-    return (data, torch.ones_like(data))[:output_count]
-
-
-@op("Dropout", since=(10,), ignored=("ratio",))
-def dropout_inference(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
-    """Return ``data`` and a mask of true."""
-    return (data, torch.ones_like(data, dtype=torch.bool))[:output_count]
-
-
-@op("Dropout", since=(12, 13, 22), host=(1, 2), ignored=("seed",))
-def dropout(
-    data: Tensor,
-    ratio: float | None = None,
-    training_mode: bool | None = None,
+@op("RMSNormalization", since=(23,))
+def rms_normalization(
+    X: Tensor,
+    scale: Tensor,
     *,
-    output_count: int = 1,
-) -> tuple[Tensor, ...]:
-    """Zero a random share ``ratio`` of ``data`` and scale the rest, if training.
+    axis: int = -1,
+    epsilon: float = 1e-5,
+    stash_type: int = 1,
+) -> Tensor:
+    """Divide by the root of the mean square over the axes from ``axis`` on, then scale."""
+    wide = _widened(X, stash_type)
+    normalized = F.rms_norm(wide, X.shape[axis:], None, epsilon)
+    return normalized.to(X.dtype) * scale
 
-    The random numbers are torch's; the attribute ``seed`` fixes them in no other runtime either.
+
+@op("GroupNormalization", since=(21,))
+def group_normalization(
+    X: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    epsilon: float = 1e-5,
+    num_groups: int,
+    stash_type: int = 1,
+) -> Tensor:
+    """Normalise each group of channels of each sample; scale and bias are per channel.
+
+    ``F.group_norm`` would refuse groups of a single element, for which ONNX gives ``bias``.
     """
-    ratio = 0.5 if ratio is None else ratio
-    if not training_mode or ratio == 0:
-        return dropout_inference(data, output_count=output_count)
-    mask = torch.rand_like(data) >= ratio
-    return (data * mask / (1 - ratio), mask)[:output_count]
+    if stash_type == TensorProto.FLOAT:  # torch computes half precision in float32
+        return torch.group_norm(X, num_groups, scale, bias, epsilon, False)
+    y = torch.group_norm(_widened(X, stash_type), num_groups, None, None, epsilon, False)
+    shape = (-1, *[1] * (X.ndim - 2))
+    return y.to(X.dtype) * scale.reshape(shape) + bias.reshape(shape)
+
+
+@op("GroupNormalization", since=(18,))
+def group_normalization_18(
+    X: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int
+) -> Tensor:
+    """Normalise each group of channels of each sample; scale and bias are per group."""
+    repeats = X.shape[1] // num_groups
+    scale, bias = scale.repeat_interleave(repeats), bias.repeat_interleave(repeats)
+    return group_normalization(X, scale, bias, epsilon=epsilon, num_groups=num_groups)
+
+
+@op("LpNormalization", since=(1, 22))
+def lp_normalization(input: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
+    """Divide by the ``p``-norm along ``axis``; where that is zero, so is the result."""
+    if p not in (1, 2):
+        raise UnsupportedOpError(f"LpNormalization with p={p}; ONNX has 1 and 2")
+    wide = input.to(accumulator(input))
+    norm = torch.linalg.vector_norm(wide, p, axis, keepdim=True)
+    y: Tensor = wide / torch.where(norm == 0, 1.0, norm)
+    return y.to(input.dtype)
+
+
+@op("MeanVarianceNormalization", since=(9, 13))
+def mean_variance_normalization(X: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
+    """Subtract the mean over ``axes`` and divide by the standard deviation.
+
+    The 1e-9 is that of the schema's function body. The deviation is computed as a norm because
+    that has a gradient where it is zero.
+    """
+    dims = tuple(axes)
+    wide = X.to(accumulator(X))
+    centred = wide - wide.mean(dims, keepdim=True)
+    count = math.prod([X.shape[axis] for axis in dims])
+    deviation = torch.linalg.vector_norm(centred, 2, dims, keepdim=True) / math.sqrt(count)
+    y: Tensor = centred / (deviation + 1e-9)
+    return y.to(X.dtype)
+
+
+@op("LRN", since=(1, 13))
+def local_response_normalization(
+    X: Tensor, *, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, size: int
+) -> Tensor:
+    """Divide by a power of the sum of squares of ``size`` neighbouring channels.
+
+    An even ``size`` reaches one channel further up than down; in torch it is the other way round.
+    """
+    wide = X.to(accumulator(X))
+    rows = wide.reshape(X.shape[0], 1, X.shape[1], -1)
+    squares = F.pad(rows * rows, (0, 0, (size - 1) // 2, size // 2))
+    mean = F.avg_pool2d(squares, (size, 1), (1, 1)).reshape(X.shape)
+    y: Tensor = wide / (bias + alpha * mean) ** beta
+    return y.to(X.dtype)

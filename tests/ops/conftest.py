@@ -1,6 +1,7 @@
 """The oracle of the operator tests: a model of one node, run by onnxruntime."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qwrap import ops
+from qwrap import backend, ops
 
 Arrays = Sequence[np.ndarray | None]
 
@@ -54,9 +55,13 @@ def expected(
     outputs: int,
     domain: str = "",
 ) -> list[np.ndarray]:
-    """What onnxruntime returns; where it has no kernel, the reference implementation."""
+    """What the oracle returns for one node."""
     model = one_node_model(op_type, opset, inputs, attributes, outputs, domain)
-    feed = {f"input_{i}": a for i, a in enumerate(inputs) if a is not None}
+    return run_oracle(model, {f"input_{i}": a for i, a in enumerate(inputs) if a is not None})
+
+
+def run_oracle(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """What onnxruntime returns; where it has no kernel, the reference implementation."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -146,3 +151,116 @@ def assert_matches_oracle(
 @pytest.fixture
 def check() -> Callable[..., None]:
     return assert_matches_oracle
+
+
+def assert_gradients_are_finite_differences(
+    op_type: str,
+    opset: int,
+    tensors: Sequence[torch.Tensor],
+    constants: Sequence[Any] = (),
+    domain: str = "",
+    **attributes: Any,
+) -> None:
+    """Compare autograd with central differences in float64 for all ``tensors``."""
+    operator = ops.find(domain, op_type, opset)
+    assert operator is not None
+
+    def of_tensors(*inputs: torch.Tensor) -> Any:
+        results = operator.function(*inputs, *constants, **attributes)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(r for r in results if r.dtype.is_floating_point)
+
+    leaves = tuple(t.detach().double().requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(of_tensors, leaves)
+
+
+def assert_gradients_match(
+    op_type: str,
+    opset: int,
+    shapes: Sequence[tuple[int, ...] | None],
+    constants: Sequence[Any] = (),
+    attributes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Compare autograd with central differences in float64.
+
+    The inputs are random tensors of ``shapes``, None for one that is left out, then ``constants``.
+    """
+    operator = ops.find("", op_type, opset)
+    assert operator is not None
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        None if s is None else torch.randn(s, dtype=torch.float64, generator=generator)
+        for s in shapes
+    ]
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+
+    def compute(*given: torch.Tensor) -> Any:
+        rest = list(given)
+        inputs = [None if t is None else rest.pop(0) for t in tensors]
+        return operator.function(*inputs, *constants, **attributes)
+
+    assert torch.autograd.gradcheck(compute, leaves, fast_mode=True)
+
+
+@pytest.fixture
+def check_gradients() -> Callable[..., None]:
+    return assert_gradients_are_finite_differences
+
+
+@pytest.fixture
+def check_random_gradients() -> Callable[..., None]:
+    return assert_gradients_match
+
+
+def assert_compiles(
+    op_type: str, opset: int, inputs: Sequence[Any], attributes: Mapping[str, Any]
+) -> None:
+    """Trace into one graph, and compare what it computes with the function called directly."""
+    operator = ops.find("", op_type, opset)
+    assert operator is not None
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.function, fullgraph=True, backend="eager")
+    wanted = operator.function(*inputs, **attributes)
+    torch.testing.assert_close(compiled(*inputs, **attributes), wanted, rtol=0, atol=0)
+
+
+@pytest.fixture
+def check_compiles() -> Callable[..., None]:
+    return assert_compiles
+
+
+def assert_model_matches_oracle(
+    nodes: Sequence[onnx.NodeProto],
+    feed: Mapping[str, np.ndarray | onnx.TensorProto],
+    outputs: Mapping[str, int],
+    opset: int,
+) -> None:
+    """Compare a graph, exactly, by its outputs (name -> type); a TensorProto is an initialiser."""
+    arrays = {name: a for name, a in feed.items() if not isinstance(a, onnx.TensorProto)}
+    graph = helper.make_graph(
+        nodes,
+        "types",
+        [
+            helper.make_tensor_value_info(
+                name,
+                onnx.TensorProto.STRING
+                if a.dtype == object
+                else helper.np_dtype_to_tensor_dtype(a.dtype),
+                a.shape,
+            )
+            for name, a in arrays.items()
+        ],
+        [helper.make_tensor_value_info(name, type_, None) for name, type_ in outputs.items()],
+        [t for t in feed.values() if isinstance(t, onnx.TensorProto)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    wanted = run_oracle(model, arrays)
+    got = backend.prepare(model).run(list(arrays.values()))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def check_model() -> Callable[..., None]:
+    return assert_model_matches_oracle
