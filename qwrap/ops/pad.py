@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
+MODES = ("constant", "reflect", "edge", "wrap")
 TORCH_MODES = {"reflect": "reflect", "edge": "replicate"}
 
 
@@ -24,6 +26,8 @@ def pad(
     mode: str = "constant",
 ) -> Tensor:
     """Add to (or, where negative, cut from) both ends of ``axes``."""
+    if mode not in MODES:
+        raise UnsupportedOpError(f"Pad with mode {mode!r}; one of {[*MODES]} expected")
     count = len(pads) // 2
     begin, end = list(pads[:count]), list(pads[count:])
     if axes is not None:

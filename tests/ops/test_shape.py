@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+
+from qwrap import ops
+from qwrap.errors import UnsupportedOpError
 
 rng = np.random.default_rng(1)
 
@@ -167,3 +171,8 @@ def test_topk_takes_the_first_of_equal_values(check, attributes) -> None:
 def test_topk_of_older_opsets(check) -> None:
     check("TopK", 10, [TIES, int64(2)], {"axis": 0}, outputs=2)
     check("TopK", 1, [TIES], {"k": 4}, outputs=2)
+
+
+def test_an_unknown_mode_of_pad_is_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="'symmetric'"):
+        ops.find("", "Pad", 25).function(torch.zeros(3), [1, 1], mode="symmetric")
