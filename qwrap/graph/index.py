@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.load import external_tensors, without_weights
+from qwrap.errors import ModelError
+from qwrap.graph.external import FileTensor
+from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +59,17 @@ class OnnxGraph:
     Attributes:
         model: the graph; weights that lie outside the file are still there.
         source: the file it was read from, None if from memory.
+        pristine: the model as it was read, if ``model`` is that with functions expanded, else
+            ``model`` itself. Initialisers are the same.
         nodes: node by key, a control-flow node before the nodes of its bodies.
         values: value by key.
         types: what shape inference knows, by value key.
     """
 
-    def __init__(self, model: ir.Model, source: Path | None = None) -> None:
-        self.model, self.source = model, source
+    def __init__(
+        self, model: ir.Model, source: Path | None = None, pristine: ir.Model | None = None
+    ) -> None:
+        self.model, self.source, self.pristine = model, source, pristine or model
         self.nodes: dict[str, ir.Node] = {}
         self.values: dict[str, ir.Value] = {}
         self._node_keys: dict[ir.Node, str] = {}
@@ -127,17 +134,35 @@ class OnnxGraph:
         return self  # immutable
 
     def __getstate__(self) -> dict[str, Any]:
-        folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.model)}
+        folders = {os.fspath(tensor.base_dir) for tensor in external_tensors(self.pristine)}
         assert len(folders) <= 1, "one model, one folder"
-        proto = ir.to_proto(self.model)
-        folder = next(iter(folders), None)
-        return {"proto": proto.SerializeToString(), "folder": folder, "source": self.source}
+        for tensor in external_tensors(self.pristine):
+            if isinstance(tensor, FileTensor) and not tensor.file.is_current:
+                raise ModelError(
+                    f"tensor {tensor.name!r}: its file {tensor.path!r} was replaced since the "
+                    "model was loaded, and a pickle refers to it by name; load the model again"
+                )
+        original = original_proto(self.pristine)
+        proto = ir.to_proto(self.pristine) if original is None else original
+        expanded = None if self.model is self.pristine else ir.to_proto(_without(self.model))
+        return {
+            "proto": proto.SerializeToString(),
+            "expanded": None if expanded is None else expanded.SerializeToString(),
+            "is_original": original is not None,
+            "folder": next(iter(folders), None),
+            "source": self.source,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = ir.from_proto(onnx.ModelProto.FromString(state["proto"]))
-        if state["folder"] is not None:
-            ir.external_data.set_base_dir(model.graph, Path(state["folder"]))
-        self.__init__(model, state["source"])  # type: ignore[misc]  # rebuilds every table from the model
+        folder = None if state["folder"] is None else Path(state["folder"])
+        proto = onnx.ModelProto.FromString(state["proto"])
+        pristine = to_model(proto, folder, is_original=state["is_original"])
+        model = pristine
+        if state["expanded"] is not None:
+            model = ir.from_proto(onnx.ModelProto.FromString(state["expanded"]))
+            for name, value in model.graph.initializers.items():
+                value.const_value = pristine.graph.initializers[name].const_value
+        self.__init__(model, state["source"], pristine)  # type: ignore[misc]  # rebuilds every table
 
 
 def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
@@ -145,6 +170,14 @@ def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
     numbered = (f"{otherwise}#{n}" for n in itertools.count(2))
     candidates = itertools.chain((name, otherwise), numbered)
     return next(c for c in candidates if not any(c in keys for keys in taken))
+
+
+def _without(model: ir.Model) -> ir.Model:
+    """Return a copy in which every initialiser of the main graph is a stub."""
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        value.const_value = ir.tensor(np.zeros((), np.float32), name=value.name)
+    return copy
 
 
 def opset_of(model: ir.Model, domain: str) -> int:
@@ -158,6 +191,8 @@ def opset_of(model: ir.Model, domain: str) -> int:
 def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     """Yield the subgraphs of a control-flow node with the attribute that holds each."""
     for name, attribute in node.attributes.items():
+        if attribute.is_ref():  # in a function
+            continue
         if attribute.type == ir.AttributeType.GRAPH:
             yield name, attribute.as_graph()
         elif attribute.type == ir.AttributeType.GRAPHS:

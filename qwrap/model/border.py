@@ -57,7 +57,8 @@ class Borders:
         for key in used:
             slot = layout.slots.get(key)
             is_own = slot is not None and slot.path[:depth] == region.path
-            is_written_out = key in values.constants or (slot is None and key in values.stored)
+            is_written_out = key in values.constants or key in values.texts
+            is_written_out |= slot is None and key in values.stored
             if key not in made and not is_own and not is_written_out:
                 inputs.append(key)
         outputs = [key for key in made if self._leaves(key, region)]
@@ -67,7 +68,7 @@ class Borders:
     def _leaves(self, key: str, region: Region) -> bool:
         layout = self._layout
         value = layout.graph.values[key]
-        if key in layout.values.constants:
+        if key in layout.values.constants or key in layout.values.texts:
             return False
         if value.is_graph_output():  # of the main graph, or captured by a body and returned by it
             return True
@@ -80,7 +81,7 @@ def reads(node: ir.Node, layout: Layout) -> Iterator[str]:
     graph = layout.graph
     yield from (graph.key(value) for value in node.inputs if value is not None)
     for body in layout.values.branches(node) if any(True for _ in bodies(node)) else ():
-        made: set[str] = set()
+        made: set[str] = {graph.key(v) for v in body.inputs if v.name}
         for inner in layout.values.live_nodes(body):
             yield from (key for key in reads(inner, layout) if key not in made)
             made.update(makes(inner, layout))
@@ -107,7 +108,6 @@ def dying(
     result: dict[int, list[str]] = {}
     keep = set(kept)
     for key, i in last.items():
-        known = key in values.constants or key in values.stored or key in values.hosts
-        if not known and key not in keep:
+        if not values.is_known(key) and key not in keep:
             result.setdefault(i, []).append(key)
     return result

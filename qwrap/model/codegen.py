@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import builtins
-import keyword
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from qwrap.graph.check import STANDARD
-from qwrap.graph.index import bodies
-from qwrap.model.border import Border, Borders, dying, makes, reads
+from qwrap.model.border import Border, Borders, dying, makes
 from qwrap.model.expressions import access, comment, keyword_names, literal
+from qwrap.model.flow import write_flow
 from qwrap.model.host import HOST_OPERATORS, inline
 from qwrap.model.layout import Layout
-from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.tensors import to_torch
-from qwrap.model.values import attributes_of, tensors_to_torch
+from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
+from qwrap.model.writer import Writer
 from qwrap.ops import Operator
-from qwrap.ops.element_types import TORCH_DTYPES
 
 
 @dataclass(slots=True)
@@ -49,34 +45,33 @@ def generate(layout: Layout, program: Program, attached: Mapping[Point, str]) ->
         attached: point -> name of the attached module there.
     """
     done: list[Code] = []
-    _Writer(layout, Borders(layout), program, attached, layout.region, done).write()
+    _BlockWriter(layout, Borders(layout), program, attached, layout.region, done).write()
     return done
 
 
-def as_tensor(value: Any, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
-    """Turn a host value into the tensor that ONNX sees."""
-    if dtype is None:
-        first = value[:1] if isinstance(value, list) else [value]
-        dtype = torch.bool if first and isinstance(first[0], bool) else torch.int64
-    return torch.tensor(value, dtype=dtype, device=device)
+INSPECTIONS = {
+    "Shape": "list({x}.shape{span})",
+    "Size": "{x}.numel()",
+    "SequenceLength": "len({x})",
+    "OptionalHasElement": "{x} is not None",
+}
+"""What is read off a value, as text."""
 
 
-TAKEN_NAMES = frozenset((*dir(builtins), "self", "device", "run", "_"))
+class _BlockWriter(Writer):
+    """Writes the nodes of a region."""
 
-
-@dataclass(slots=True)
-class _Writer:
-    layout: Layout
-    borders: Borders
-    program: Program
-    attached: Mapping[Point, str]
-    region: Region
-    done: list[Code]
-    lines: list[str] = field(default_factory=list)
-    namespace: dict[str, Any] = field(default_factory=dict)
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    needs_device: bool = False
-    depth: int = 1
+    def __init__(
+        self,
+        layout: Layout,
+        borders: Borders,
+        program: Program,
+        attached: Mapping[Point, str],
+        region: Region,
+        done: list[Code],
+    ) -> None:
+        super().__init__(layout, program, attached, region)
+        self.borders, self.done = borders, done
 
     # --- regions and bodies ----------------------------------------------------------------------
 
@@ -89,19 +84,19 @@ class _Writer:
             inputs = tuple(graph.key(v) for v in graph.inputs)
             border = Border(inputs, tuple(graph.key(v) for v in graph.outputs))
             for key in inputs:
-                self._finish_value(key)
+                self.finish_value(key)
         dead = dying(map(self.borders.touched, self.region.items), border.outputs, self.layout)
         for i, item in enumerate(self.region.items):
             if isinstance(item, Region):
                 self._call(item)
             else:
                 self._node(item)
-            self._free(dead.get(i, ()))
+            self.free(dead.get(i, ()))
         outputs = [
-            self._tensor(graph.values[key]) if root else self._local(key) for key in border.outputs
+            self.tensor(graph.values[key]) if root else self.local(key) for key in border.outputs
         ]
-        self._line("return " + (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"))
-        names = [self._local(key) for key in border.inputs]
+        self.line("return " + (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"))
+        names = [self.local(key) for key in border.inputs]
         device = ["device"] if self.needs_device or root else []
         header = f"def run({', '.join(['self', *names, *device])}):\n"
         source = header + "\n".join(self.lines) + "\n"
@@ -109,132 +104,65 @@ class _Writer:
         return self.needs_device
 
     def _call(self, region: Region) -> None:
-        inner = _Writer(self.layout, self.borders, self.program, self.attached, region, self.done)
+        inner = _BlockWriter(
+            self.layout, self.borders, self.program, self.attached, region, self.done
+        )
         wants_device = inner.write()
         border = self.borders[region]
         values = self.layout.graph.values
         arguments = [
-            self._local(key) if key in self.layout.values.hosts else self._tensor(values[key])
+            self.local(key) if key in self.layout.values.hosts else self.tensor(values[key])
             for key in border.inputs
         ]
         if wants_device:
             self.needs_device = True
             arguments.append("device=device")
         module = access("self", region.path[len(self.region.path) :])
-        targets = ", ".join(self._local(key) for key in border.outputs)
+        targets = ", ".join(self.local(key) for key in border.outputs)
         call = f"{module}({', '.join(arguments)})"
-        self._line(f"{targets} = {call}" if targets else call)
-
-    def _if(self, node: ir.Node) -> None:
-        (condition,) = node.inputs
-        assert condition is not None
-        key = self.layout.graph.node_key(node)
-        branches = dict(bodies(node))
-        taken = self.layout.values.taken.get(key)
-        if taken is not None:
-            self._body(node, branches[taken])
-            return
-        host = self.layout.values.hosts.get(self.layout.graph.key(condition))
-        if host is None:
-            text = f"bool({self._tensor(condition)})"
-        else:
-            text = self._number(condition) + ("[0]" if host.is_list else "")
-        for header, name in (
-            (f"if {text}:{comment(key)}", "then_branch"),
-            ("else:", "else_branch"),
-        ):
-            self._line(header)
-            self.depth += 1
-            self._body(node, branches[name])
-            self.depth -= 1
-
-    def _body(self, node: ir.Node, body: ir.Graph) -> None:
-        nodes = list(self.layout.values.live_nodes(body))
-        results = [self.layout.graph.key(v) for v in body.outputs]
-        made = {key for inner in nodes for key in makes(inner, self.layout)}
-        touched = (
-            [k for k in (*reads(inner, self.layout), *makes(inner, self.layout)) if k in made]
-            for inner in nodes
-        )
-        dead = dying(touched, results, self.layout)
-        for i, inner in enumerate(nodes):
-            self._node(inner)
-            self._free(dead.get(i, ()))
-        pairs = [
-            (self._local(self.layout.graph.key(target)), self._tensor(result))
-            for target, result in zip(node.outputs, body.outputs, strict=True)
-            if target.name
-        ]
-        if pairs:
-            self._line(f"{', '.join(t for t, _ in pairs)} = {', '.join(r for _, r in pairs)}")
-        else:
-            self._line("pass")
-        self._free(dict.fromkeys(k for k in results if k in made and self._is_tensor(k)))
-
-    def _is_tensor(self, key: str) -> bool:
-        values = self.layout.values
-        return not (key in values.constants or key in values.stored or key in values.hosts)
-
-    def _free(self, keys: Sequence[str] | Mapping[str, None]) -> None:
-        if keys:
-            self._line(f"del {', '.join(map(self._local, keys))}")
+        self.line(f"{targets} = {call}" if targets else call)
 
     # --- nodes -----------------------------------------------------------------------------------
 
     def _node(self, node: ir.Node) -> None:
         graph, values = self.layout.graph, self.layout.values
-        if node.op_type == "If" and node.domain in STANDARD:
-            self._if(node)
+        if is_flow(node):
+            write_flow(self, node, self._node)
         elif all(key in values.hosts for key in makes(node, self.layout)):
             self._host(node)
         else:
             self._tensor_node(node)
         for value in node.outputs:
             if value.name and graph.key(value) not in values.hosts:
-                self._finish_value(graph.key(value))
-
-    def _finish_value(self, key: str) -> None:
-        name = self._local(key)
-        tap = self.program.taps.get(ValuePoint(key))
-        if tap is not None:
-            self._line(f"{name} = {self._tap(ValuePoint(key), tap)}({name})")
-        watcher = self.program.watchers.get(key)
-        if watcher is not None:
-            self.namespace[f"watch_{name}"] = watcher
-            self._line(f"watch_{name}({name})")
-
-    def _tap(self, point: Point, tap: Callable[..., Any]) -> str:
-        if point in self.attached and isinstance(tap, torch.nn.Module):
-            return f"self.taps[{self.attached[point]!r}]"
-        name = f"tap_{len(self.namespace)}"
-        self.namespace[name] = tap
-        return name
+                self.finish_value(graph.key(value))
 
     def _host(self, node: ir.Node) -> None:
         graph = self.layout.graph
-        target = self._local(graph.key(node.outputs[0]))
+        target = self.local(graph.key(node.outputs[0]))
         attributes = attributes_of(node)
         note = comment(graph.node_key(node))
-        if node.op_type in ("Shape", "Size"):
+        if node.op_type in INSPECTIONS:
             assert node.inputs[0] is not None
-            x = self._tensor(node.inputs[0])
             start, end = (attributes.get(name) for name in ("start", "end"))
             span = "" if (start, end) == (None, None) else f"[{literal(start)}:{literal(end)}]"
-            what = f"list({x}.shape{span})" if node.op_type == "Shape" else f"{x}.numel()"
-            self._line(f"{target} = {what}{note}")
+            template = INSPECTIONS[node.op_type]
+            if node.op_type == "Size" and graph.type_of(node.inputs[0]).dtype == ir.DataType.STRING:
+                template = "{x}.size"  # of a numpy array
+            what = template.format(x=self.tensor(node.inputs[0]), span=span)
+            self.line(f"{target} = {what}{note}")
             return
-        arguments = ["None" if v is None else self._number(v) for v in node.inputs]
+        arguments = ["None" if v is None else self.number(v) for v in node.inputs]
         types = [self.layout.values.host_type(v) for v in node.inputs]
         expression = inline(node.op_type, arguments, types)
         if expression is not None:
-            self._line(f"{target} = {expression}{note}")
+            self.line(f"{target} = {expression}{note}")
             return
         function = HOST_OPERATORS[node.op_type].function
         name = f"host_{node.op_type.lower()}"
         self.namespace[name] = function
         accepted = keyword_names(function)
         arguments += [f"{k}={literal(v)}" for k, v in attributes.items() if k in accepted]
-        self._line(f"{target} = {name}({', '.join(arguments)}){note}")
+        self.line(f"{target} = {name}({', '.join(arguments)}){note}")
 
     def _tensor_node(self, node: ir.Node) -> None:
         graph, values = self.layout.graph, self.layout.values
@@ -248,26 +176,16 @@ class _Writer:
             name = f"kernel_{len(self.namespace)}"
             self.namespace[name] = self.program.kernels[key]
         else:
-            name = self._function(operator.function)
+            name = self.function(operator.function)
             arguments += self._keywords(node, operator)
         call = f"{name}({', '.join(arguments)})"
-        targets = [self._local(graph.key(v)) if v.name else "_" for v in node.outputs]
+        targets = [self.local(graph.key(v)) if v.name else "_" for v in node.outputs]
         if len(targets) > 1:
-            self._line(f"{', '.join(targets)}, *_ = {call}{comment(key)}")
-            self._line("del _")  # outputs that nothing reads
+            self.line(f"{', '.join(targets)}, *_ = {call}{comment(key)}")
+            self.line("del _")  # outputs that nothing reads
         else:
             pick = "[0]" if operator.returns_tuple and not replaced else ""
-            self._line(f"{targets[0]} = {call}{pick}{comment(key)}")
-
-    def _function(self, function: Callable[..., Any]) -> str:
-        name = function.__name__
-        while (
-            keyword.iskeyword(name)
-            or name in TAKEN_NAMES
-            or self.namespace.setdefault(name, function) is not function
-        ):
-            name += "_"
-        return name
+            self.line(f"{targets[0]} = {call}{pick}{comment(key)}")
 
     def _keywords(self, node: ir.Node, operator: Operator) -> list[str]:
         parts = []
@@ -277,7 +195,13 @@ class _Writer:
             self.needs_device = True
             parts.append("device=device")
         if operator.wants_dtype:
-            parts.append(f"dtype={self._dtype(node.outputs[0])}")
+            parts.append(f"dtype={self.dtype(node.outputs[0])}")
+        if operator.wants_element_type:
+            known = self.layout.graph.type_of(node.outputs[0]).dtype
+            parts.append(f"element_type={literal(known)}")
+        if operator.prepare is not None:
+            prepared = self.layout.values.prepared[self.layout.graph.node_key(node)]
+            return [*parts, f"prepared={self.bind('constant', prepared)}"]
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"
@@ -289,14 +213,6 @@ class _Writer:
                 parts.append(f"{name}={literal(value)}")
         return parts
 
-    # --- values ----------------------------------------------------------------------------------
-
-    def _line(self, text: str) -> None:
-        self.lines.append("    " * self.depth + text)
-
-    def _local(self, key: str) -> str:
-        return f"v{self.layout.numbers[key]}"
-
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]
         if value is None:
@@ -305,42 +221,8 @@ class _Writer:
         if number is not None:
             return literal(number)
         if self.layout.is_host_use(node, index):
-            return self._number(value)
-        text = self._tensor(value)
+            return self.number(value)
+        text = self.tensor(value)
         point = UsePoint(self.layout.graph.node_key(node), index)
         tap = self.program.taps.get(point)
-        return text if tap is None else f"{self._tap(point, tap)}({text})"
-
-    def _number(self, value: ir.Value) -> str:
-        """Return the text of a value as Python numbers."""
-        key = self.layout.graph.key(value)
-        values = self.layout.values
-        if key in values.constants:
-            return literal(values.constants[key].tolist())
-        return self._local(key) if key in values.hosts else f"{self._tensor(value)}.tolist()"
-
-    def _tensor(self, value: ir.Value) -> str:
-        """Return the text of a value as a tensor."""
-        key = self.layout.graph.key(value)
-        values = self.layout.values
-        if key in values.hosts:
-            self.namespace["as_tensor"] = as_tensor
-            self.needs_device = True
-            return f"as_tensor({self._local(key)}, {self._dtype(value)}, device)"
-        if key in values.constants:
-            name = f"_constant_{self.layout.numbers[key]}"
-            self.buffers[name] = to_torch(ir.tensor(values.constants[key]))
-            return f"self.{name}"
-        slot = self.layout.slots.get(key)
-        if slot is not None and slot.path[: len(self.region.path)] == self.region.path:
-            return access("self", (*slot.path[len(self.region.path) :], slot.name))
-        return self._local(key)
-
-    def _dtype(self, value: ir.Value) -> str:
-        """Return the name of the element type of a value, None where inference did not find it."""
-        dtype = TORCH_DTYPES.get(self.layout.graph.type_of(value).dtype or ir.DataType.UNDEFINED)
-        if dtype is None:
-            return "None"
-        name = str(dtype).replace("torch.", "dtype_")
-        self.namespace[name] = dtype
-        return name
+        return text if tap is None else f"{self.tap(point, tap)}({text})"

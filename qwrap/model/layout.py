@@ -11,9 +11,10 @@ import onnx
 import onnx_ir as ir
 
 from qwrap.graph.check import STANDARD
+from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
-from qwrap.model.values import Values
+from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
@@ -37,7 +38,8 @@ class Layout:
     """Regions and slots of one graph; computed from the graph alone, so always the same.
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
-    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization.
+    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
+    constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
     Attributes:
@@ -59,6 +61,10 @@ class Layout:
             for i, value in enumerate(node.inputs):
                 if value is not None:
                     self._place(node, i, value, (*path, node.op_type))
+            for body in self.values.branches(node) if is_flow(node) else ():
+                for value in body.outputs:
+                    if graph.key(value) in self.values.stored:
+                        self._add(graph.key(value), value, (*path, node.op_type), "output")
         for value in graph.outputs:
             if graph.key(value) in self.values.stored:
                 self._add(graph.key(value), value, (), "output")
@@ -108,9 +114,13 @@ class Layout:
             self._add(key, value, path, _role(node, index))
 
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
+        if key in self.slots:
+            return
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
-        trainable = trainable and role not in RUNNING_STATISTICS
+        producer = value.producer()
+        in_function = producer is not None and FUNCTION in producer.metadata_props
+        trainable = trainable and role not in RUNNING_STATISTICS and not in_function
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.

@@ -7,6 +7,7 @@ float32 numbers that they stand for.
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import ModelError
+from qwrap.graph.external import DataFile, FileTensor
 from qwrap.graph.index import ValueType
 from qwrap.ops.element_types import TORCH_DTYPES
 
@@ -45,10 +47,51 @@ def to_torch(tensor: ir.TensorProtocol) -> Any:
         ModelError: torch has no such element type, or the data cannot be read.
     """
     try:
-        array = np.array(tensor.numpy())
+        array = tensor.numpy()
+        # What is decoded from a message is a new array each time; only raw bytes cannot be written.
+        is_new = isinstance(tensor, ir.TensorProtoTensor) and array.flags.writeable
+        array = array if is_new else np.array(array)
     except (ValueError, OSError, TypeError) as error:
         raise ModelError(f"tensor {tensor.name!r}: its data cannot be read: {error}") from error
     return from_numpy(array, tensor.dtype, tensor.name)
+
+
+class WeightReader:
+    """Makes the tensors of one module; those in files are mapped privately, page by page when used.
+
+    Training such a tensor in place changes neither the file nor what another reader makes of it.
+    What cannot be mapped so is copied: other byte orders, offsets that no element may have,
+    elements of less than a byte, and what overlaps a tensor that was mapped before.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[DataFile, Array] = {}
+        self._used: dict[DataFile, list[tuple[int, int]]] = {}
+
+    def read(self, tensor: ir.TensorProtocol) -> Any:
+        """Return ``tensor`` as it travels, free to be changed.
+
+        Raises:
+            ModelError: see ``to_torch``.
+        """
+        if not isinstance(tensor, FileTensor) or not tensor.is_plain or not self._claim(tensor):
+            return to_torch(tensor)
+        file, start = tensor.file, tensor.start
+        if file not in self._files:
+            self._files[file] = file.private_copy()
+        raw = self._files[file][start : start + tensor.nbytes]
+        array = raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+        return from_numpy(array, tensor.dtype, tensor.name)
+
+    def _claim(self, tensor: FileTensor) -> bool:
+        """Mark the place of ``tensor`` as used; False if part of it was used before."""
+        used = self._used.setdefault(tensor.file, [])
+        start, stop = tensor.start, tensor.start + tensor.nbytes
+        i = bisect.bisect(used, (start, stop))
+        if (i and used[i - 1][1] > start) or (i < len(used) and used[i][0] < stop):
+            return False
+        used.insert(i, (start, stop))
+        return True
 
 
 def from_numpy(array: Array, dtype: ir.DataType, name: str | None) -> Any:

@@ -10,18 +10,24 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.model.expressions import keyword_names
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.tensors import to_torch
-from qwrap.ops import Operator, find, registered, revision
+from qwrap.ops import Operator, find, registered, revision, suited
 
 Array = npt.NDArray[Any]
 
 LARGEST_CONSTANT = 4096  # elements; a larger integer table is data, not shape arithmetic
-BRANCHES = {"If": ("then_branch", "else_branch")}
+FLOW = ("If", "Loop", "Scan")
+COUNTS = ("Size", "SequenceLength", "OptionalHasElement")  # one number each, known on the host
+
+
+def is_flow(node: ir.Node) -> bool:
+    """Whether the node runs graphs of its own."""
+    return node.op_type in FLOW and node.domain in STANDARD
 
 
 class Values:
@@ -32,7 +38,9 @@ class Values:
         hosts: value key -> a Python int or list while the model runs (see ``host``).
         stored: value key -> tensor of an initialiser or Constant node that is not in
             ``constants``: a parameter or a buffer.
+        texts: value key -> constant text.
         operators: node key -> what computes it, for nodes that run on tensors.
+        prepared: node key -> what the operator made of the attributes, for those that do.
         taken: node key of an If whose condition is constant -> the branch that always runs.
     """
 
@@ -40,8 +48,10 @@ class Values:
         self.graph = graph
         self.constants: dict[str, Array] = {}
         self.hosts: dict[str, HostType] = {}
+        self.texts: dict[str, Array] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.operators: dict[str, Operator] = {}
+        self.prepared: dict[str, Any] = {}
         self.taken: dict[str, str] = {}
         self._unsupported: list[str] = []
         self._visit_graph(graph.model.graph)
@@ -51,7 +61,11 @@ class Values:
     def is_computed(self, value: ir.Value) -> bool:
         """Whether the value comes out of a node (or graph input) while the model runs."""
         key = self.graph.key(value)
-        return key not in self.constants and key not in self.stored
+        return key not in self.constants and key not in self.stored and key not in self.texts
+
+    def is_known(self, key: str) -> bool:
+        """Whether the value is no tensor that the code makes: constant, stored or on the host."""
+        return any(key in c for c in (self.constants, self.stored, self.hosts, self.texts))
 
     def live_nodes(self, graph: ir.Graph) -> Iterator[ir.Node]:
         """Yield the nodes of one graph that run: neither constants nor foldable."""
@@ -79,6 +93,9 @@ class Values:
             self._visit_node(node)
 
     def _store(self, key: str, tensor: ir.TensorProtocol) -> None:
+        if tensor.dtype == ir.DataType.STRING:
+            self.texts[key] = to_torch(tensor)
+            return
         exact = tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL
         if exact and tensor.size <= LARGEST_CONSTANT:
             self.constants[key] = tensor.numpy()
@@ -88,34 +105,41 @@ class Values:
     def _visit_node(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and node.domain in STANDARD:
             self._store(self.graph.key(node.outputs[0]), constant_tensor(node))
-        elif node.op_type in BRANCHES and node.domain in STANDARD:
-            self._visit_branches(node)
+        elif is_flow(node):
+            self._visit_flow(node)
         elif not self._visit_shape(node) and not self._visit_host(node):
             self._visit_tensor(node)
 
-    def _visit_branches(self, node: ir.Node) -> None:
-        condition = node.inputs[0]
-        assert condition is not None
-        known = self.small_constant(condition)
-        names = BRANCHES[node.op_type]
+    def _visit_flow(self, node: ir.Node) -> None:
+        condition = node.inputs[0] if node.op_type == "If" else None
+        known = None if condition is None else self.small_constant(condition)
         if known is not None:
-            self.taken[self.graph.node_key(node)] = names[0] if known.item() else names[1]
+            name = "then_branch" if known.item() else "else_branch"
+            self.taken[self.graph.node_key(node)] = name
         for body in self.branches(node):
+            if node.op_type == "Loop":  # the iteration number, and whether to go on
+                for value in body.inputs[:2]:
+                    if value.name:
+                        self.hosts[self.graph.key(value)] = SCALAR
             self._visit_graph(body)
 
     def _visit_shape(self, node: ir.Node) -> bool:
-        if node.op_type not in ("Shape", "Size") or node.domain not in STANDARD:
+        if node.op_type not in ("Shape", *COUNTS) or node.domain not in STANDARD:
             return False
-        (value,) = node.inputs
-        assert value is not None
+        value = next(iter(node.inputs), None)
         key = self.graph.key(node.outputs[0])
+        if value is None:  # OptionalHasElement of nothing
+            self.constants[key] = np.array(False)
+            return True
         host = self.hosts.get(self.graph.key(value))
-        if host is not None and host.length != -1:  # the shape of a host list is known now
+        if (
+            node.op_type in ("Shape", "Size") and host is not None and host.length != -1
+        ):  # the shape of a host list is known now
             shape = [] if host.length is None else [host.length]
             self.constants[key] = np.array(
                 shape if node.op_type == "Shape" else int(np.prod(shape))
             )
-        elif node.op_type == "Size":
+        elif node.op_type in COUNTS:
             self.hosts[key] = SCALAR
         else:
             rank = self.graph.type_of(value).rank
@@ -156,12 +180,17 @@ class Values:
         version = opset_of(self.graph.model, node.domain)
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
-        if self._calls_function(node) or operator is None:
+        if operator is None:
             self._unsupported.append(self._explain(node, domain, version))
             for _, body in bodies(node):
                 self._visit_graph(body)  # to list what else is missing
             return
-        unknown = set(operator.keywords(node.attributes)) - keyword_names(operator.function)
+        if not domain:
+            types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
+            operator = suited(operator, node.op_type, types)
+        unknown = set(operator.keywords(node.attributes)) - keyword_names(
+            operator.prepare or operator.function
+        )
         if unknown:
             self._unsupported.append(
                 f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
@@ -169,21 +198,25 @@ class Values:
             )
             return
         self.operators[self.graph.node_key(node)] = operator
+        if operator.prepare is not None and not self._prepare(node, operator):
+            return
         is_known = all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
         floats = [v for v in node.outputs if self.graph.type_of(v).is_float]
         if node.inputs and is_known and not floats:
             self._fold(node, operator)
 
-    def _calls_function(self, node: ir.Node) -> bool:
-        return node.op_identifier() in self.graph.model.functions
+    def _prepare(self, node: ir.Node, operator: Operator) -> bool:
+        key = self.graph.node_key(node)
+        try:
+            bound = operator.bind(tensors_to_torch(attributes_of(node)))
+        except ModelError as error:
+            self._unsupported.append(f"node {key!r} ({node.op_type}): {error}")
+            return False
+        self.prepared[key] = bound["prepared"]
+        return True
 
     def _explain(self, node: ir.Node, domain: str, version: int) -> str:
         name = f"{domain or 'ai.onnx'}::{node.op_type}"
-        if self._calls_function(node):
-            return (
-                f"node {self.graph.node_key(node)!r}: {name} is a function of the model itself; "
-                "inline it first with onnx.inliner.inline_local_functions"
-            )
         since = revision(domain, node.op_type, version)
         known = registered(domain, node.op_type)
         have = f"registered revisions: {known}" if known else "no revision of it is registered"
@@ -196,15 +229,17 @@ class Values:
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
         arguments = [self._folded(node, i, operator) for i in range(len(node.inputs))]
-        attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
+        attributes = operator.bind(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
+        if operator.wants_element_type:
+            attributes["element_type"] = self.graph.type_of(node.outputs[0]).dtype
         try:
             result = operator.function(*arguments, **attributes)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # left to fail, with its line, when and if it runs
         outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
-        if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
+        if not all(_is_small_integers(o) for o in outputs):
             return
         for value, output in zip(node.outputs, outputs, strict=False):
             if value.name:
@@ -215,7 +250,14 @@ class Values:
         if value is None:
             return None
         array = self.constants[self.graph.key(value)]
-        return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
+        return array.tolist() if operator.wants_host(index) else to_torch(ir.tensor(array))
+
+
+def _is_small_integers(output: Any) -> bool:
+    """Whether a result of folding is one to keep: integers or booleans, and not too many."""
+    if not isinstance(output, torch.Tensor) or output.numel() > LARGEST_CONSTANT:
+        return False
+    return not (output.is_floating_point() or output.is_complex())
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:

@@ -18,7 +18,8 @@ from qwrap.model.codegen import generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
-from qwrap.model.tensors import to_torch
+from qwrap.model.tensors import WeightReader
+from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
 
 
@@ -96,10 +97,11 @@ class WrappedModel(Block):
     def _build(self, kept: Mapping[str, Tensor]) -> None:
         self._signature = [(v.name or "", self.graph.type_of(v)) for v in self.graph.inputs]
         self._add_blocks(self.layout.region)
+        reader = WeightReader()
         for key, slot in self.layout.slots.items():
             tensor = kept.get(key)
             if tensor is None:
-                tensor = to_torch(self.layout.values.stored[key])
+                tensor = reader.read(self.layout.values.stored[key])
             parent = self._module_at(slot.path)
             if not slot.trainable:
                 parent.register_buffer(slot.name, tensor.detach())
@@ -167,6 +169,10 @@ class WrappedModel(Block):
             for value in node.outputs:
                 if value.name and self.graph.key(value) not in values.hosts:
                     homes[ValuePoint(self.graph.key(value))] = path
+            for body in values.branches(node) if is_flow(node) else ():
+                for value in body.inputs:
+                    if value.name and self.graph.key(value) not in values.hosts:
+                        homes[ValuePoint(self.graph.key(value))] = path
             if self.graph.node_key(node) not in values.operators:
                 continue  # shape arithmetic and control flow see no tensors
             for index, used in enumerate(node.inputs):

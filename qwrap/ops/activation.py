@@ -66,6 +66,49 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
+@op("Softsign", since=(1, 22))
+def softsign(x: Tensor) -> Tensor:
+    """Return ``x / (1 + |x|)``."""
+    return x / (1 + x.abs())
+
+
+@op("ThresholdedRelu", since=(10, 22))
+def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Return ``x`` above ``alpha``, else zero."""
+    return torch.where(x > alpha, x, 0)
+
+
+@op("Celu", since=(12, 28))
+def celu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Return ``alpha * (exp(x / alpha) - 1)`` below zero, ``x`` above."""
+    return F.celu(x, alpha)
+
+
+@op("Shrink", since=(9,))
+def shrink(x: Tensor, *, bias: float = 0.0, lambd: float = 0.5) -> Tensor:
+    """Move values beyond ``lambd`` towards zero by ``bias``; the others become zero."""
+    y = torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, 0))
+    return y.to(x.dtype)  # integers are moved in floating point and cut
+
+
+@op("Mish", since=(18, 22))
+def mish(x: Tensor) -> Tensor:
+    """Return ``x * tanh(softplus(x))``."""
+    return F.mish(x)
+
+
+@op("Swish", since=(24,))
+def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Return ``x * sigmoid(alpha * x)``."""
+    return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
+
+
+@op("SwiGLU", since=(28,))
+def swiglu(a: Tensor, b: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Return ``b`` gated by the Swish of ``a``."""
+    return swish(a, alpha=alpha) * b
+
+
 @op("PRelu", since=(7, 9, 16))
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """Multiply negative values by ``slope``, which broadcasts to ``x``."""
@@ -108,3 +151,15 @@ def softmax_flattened(x: Tensor, *, axis: int = 1) -> Tensor:
 def log_softmax_flattened(x: Tensor, *, axis: int = 1) -> Tensor:
     """Return the logarithm of the softmax over all dimensions from ``axis`` on."""
     return x.flatten(axis).log_softmax(-1).reshape(x.shape)
+
+
+@op("Hardmax", since=(13,))
+def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """Return one at the first maximum along ``axis``, zero elsewhere."""
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
+
+
+@op("Hardmax", since=(1, 11))
+def hardmax_flattened(x: Tensor, *, axis: int = 1) -> Tensor:
+    """Return one at the first maximum over all dimensions from ``axis`` on, zero elsewhere."""
+    return hardmax(x.flatten(axis)).reshape(x.shape)

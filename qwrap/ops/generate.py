@@ -34,6 +34,8 @@ def range_of(
 
     Without ``dtype``, whole numbers give int64 and others float32.
     """
+    # The function body of AffineGrid gives tensors of one element, as onnxruntime accepts.
+    start, limit, delta = (n[0] if isinstance(n, list) else n for n in (start, limit, delta))
     if dtype is None or not dtype.is_floating_point:
         integers = all(not isinstance(n, float) for n in (start, limit, delta))
         dtype = dtype or (torch.int64 if integers else torch.float32)

@@ -1,144 +1,119 @@
-"""Recurrent layers.
-
-ONNX stacks the gates of an LSTM as input, output, forget, cell; torch as input, forget, cell,
-output. Where the attributes allow it torch's fused kernel runs, else a loop over time.
-"""
+"""Recurrent layers: torch's fused kernels where attributes allow them, else a loop over time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
+from qwrap.ops import recurrent_fused as fused
+from qwrap.ops.recurrent_activations import activation_functions, for_directions
+from qwrap.ops.recurrent_cells import Clip, GruCell, LstmCell, RnnCell, unroll
 from qwrap.ops.registry import op
 
-Activation = Callable[[Tensor], Tensor]
-
-# Name -> function of (x, alpha, beta), default alpha, default beta; None: takes no such number.
-ACTIVATIONS: dict[
-    str, tuple[Callable[[Tensor, float, float], Tensor], float | None, float | None]
-] = {
-    "relu": (lambda x, _a, _b: torch.relu(x), None, None),
-    "tanh": (lambda x, _a, _b: torch.tanh(x), None, None),
-    "sigmoid": (lambda x, _a, _b: torch.sigmoid(x), None, None),
-    "softsign": (lambda x, _a, _b: F.softsign(x), None, None),
-    "softplus": (lambda x, _a, _b: F.softplus(x), None, None),
-    "affine": (lambda x, a, b: a * x + b, 1.0, 0.0),
-    "leakyrelu": (lambda x, a, _b: F.leaky_relu(x, a), 0.01, None),
-    "thresholdedrelu": (lambda x, a, _b: torch.where(x > a, x, 0.0), 1.0, None),
-    "elu": (lambda x, a, _b: F.elu(x, a), 1.0, None),
-    "hardsigmoid": (lambda x, a, b: (a * x + b).clamp(0.0, 1.0), 0.2, 0.5),
-    "scaledtanh": (lambda x, a, b: a * torch.tanh(b * x), 1.0, 1.0),
-}
+BACKWARDS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
+# Opset 1 and 3 say with ``output_sequence`` whether ``Y`` is wanted; who reads it says it too.
+IGNORED = ("hidden_size", "output_sequence")
 
 
-def _activations(
-    names: Sequence[str], alphas: Sequence[float] | None, betas: Sequence[float] | None
-) -> list[Activation]:
-    """Return functions; each that takes a number takes the next of ``alphas`` or ``betas``."""
-    next_alpha, next_beta = iter(alphas or ()), iter(betas or ())
-    functions: list[Activation] = []
-    for name in names:
-        if name.lower() not in ACTIVATIONS:
-            raise UnsupportedOpError(f"recurrent layer with activation {name!r}")
-        function, alpha, beta = ACTIVATIONS[name.lower()]
-        a = _number(alpha, next_alpha)
-        b = _number(beta, next_beta)
-        functions.append(partial(_apply, function, a, b))
-    return functions
+@op("RNN", since=(1, 7, 14, 22), ignored=IGNORED)
+def rnn(
+    X: Tensor,
+    W: Tensor,
+    R: Tensor,
+    B: Tensor | None = None,
+    sequence_lens: Tensor | None = None,
+    initial_h: Tensor | None = None,
+    *,
+    activation_alpha: Sequence[float] | None = None,
+    activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
+    clip: float | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+) -> tuple[Tensor, ...]:
+    """Run a plain recurrent layer; return all hidden states and the last hidden states.
 
-
-def _apply(
-    function: Callable[[Tensor, float, float], Tensor], alpha: float, beta: float, x: Tensor
-) -> Tensor:
-    return function(x, alpha, beta)
-
-
-def _number(default: float | None, given: Iterator[float]) -> float:
-    return 0.0 if default is None else next(given, default)
-
-
-@dataclass(frozen=True, slots=True)
-class LstmCell:
-    """One direction of an LSTM as ONNX describes it.
-
-    Attributes:
-        input_weight: ``W``, ``[4 * hidden, input]``.
-        hidden_weight: ``R``, ``[4 * hidden, hidden]``.
-        bias: input and recurrent bias added up, ``[4 * hidden]``, or None.
-        peephole: ``P``, weights of the cell state on input, output and forget gate, or None.
-        activations: of the gates, of the new cell content, of the cell state.
-        clip: bound on what goes into the activations, or None.
-        input_forget: the forget gate is one minus the input gate.
+    Args:
+        X: ``[seq, batch, input]``; with ``layout=1`` batch comes first, in states and outputs too.
+        W: ``[directions, hidden, input]``.
+        R: ``[directions, hidden, hidden]``.
+        B: ``[directions, 2 * hidden]``.
+        sequence_lens: ``[batch]``.
+        initial_h: ``[directions, batch, hidden]``.
     """
-
-    input_weight: Tensor
-    hidden_weight: Tensor
-    bias: Tensor | None
-    peephole: Tensor | None
-    activations: Sequence[Activation]
-    clip: float | None
-    input_forget: bool
-
-    def step(self, gates: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next hidden and cell state; ``gates`` holds what the input adds."""
-        gate, content, state = self.activations
-        i, o, f, g = (gates + F.linear(h, self.hidden_weight)).chunk(4, -1)
-        p_i, p_o, p_f = (None,) * 3 if self.peephole is None else self.peephole.chunk(3)
-        i = gate(self._clipped(i if p_i is None else i + p_i * c))
-        f = 1 - i if self.input_forget else gate(self._clipped(f if p_f is None else f + p_f * c))
-        c = f * c + i * content(self._clipped(g))
-        o = gate(self._clipped(o if p_o is None else o + p_o * c))
-        return o * state(c), c
-
-    def _clipped(self, x: Tensor) -> Tensor:
-        return x if self.clip is None else x.clamp(-self.clip, self.clip)
-
-    def run(
-        self, X: Tensor, h: Tensor, c: Tensor, lengths: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all hidden states ``[seq, batch, hidden]`` and the last hidden and cell state.
-
-        Past the end of a sequence outputs are zero and the state stands still; backwards this
-        starts each sequence at its own last element.
-        """
-        gates = F.linear(X, self.input_weight, self.bias)
-        outputs = [h] * X.shape[0]
-        for t in reversed(range(X.shape[0])) if reverse else range(X.shape[0]):
-            new_h, new_c = self.step(gates[t], h, c)
-            if lengths is None:
-                outputs[t] = h = new_h
-                c = new_c
-            else:
-                runs = (t < lengths).unsqueeze(-1)
-                h, c = torch.where(runs, new_h, h), torch.where(runs, new_c, c)
-                outputs[t] = torch.where(runs, h, 0.0)
-        return torch.stack(outputs) if outputs else X.new_zeros(0, *h.shape), h, c
+    backwards = _backwards(direction, W)
+    sequence = X.transpose(0, 1) if layout else X
+    states = (_state(initial_h, sequence, R, layout),)
+    names = _names(activations, ("tanh",), len(backwards))
+    kernels = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
+    if clip is None and len(set(names)) == 1 and names[0] in kernels and sequence.shape[0] > 0:
+        parameters = fused.weights(W, R, B, fused.RNN_GATES)
+        run = (kernels[names[0]], parameters, sequence, states, backwards)
+        if sequence_lens is None:
+            return _outputs(layout, *fused.run(*run))
+        return _outputs(layout, *fused.run_masked(*run, sequence_lens))
+    (activation,) = for_directions(
+        activation_functions(names, activation_alpha, activation_beta), 1
+    )
+    cell = RnnCell(R.mT, activation, _clip(clip))
+    return _outputs(layout, *unroll(cell, sequence, W, _sum(B), states, backwards, sequence_lens))
 
 
-def _fused_lstm(
-    X: Tensor, W: Tensor, R: Tensor, B: Tensor | None, h: Tensor, c: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run torch's kernel over all directions; returns Y ``[seq, directions, batch, hidden]``."""
-    parameters = []
-    for d in range(W.shape[0]):
-        own = [W[d], R[d]] if B is None else [W[d], R[d], *B[d].chunk(2)]
-        for tensor in own:
-            i, o, f, g = tensor.chunk(4)
-            parameters.append(torch.cat((i, f, g, o)))
-    two = W.shape[0] == 2
-    ordered = X.flip(0) if reverse else X
-    y, h, c = torch.lstm(ordered, (h, c), parameters, B is not None, 1, 0.0, False, two, False)
-    y = y.flip(0) if reverse else y
-    return y.reshape(*y.shape[:2], W.shape[0], -1).transpose(1, 2), h, c
+@op("GRU", since=(1, 3, 7, 14, 22), ignored=IGNORED)
+def gru(
+    X: Tensor,
+    W: Tensor,
+    R: Tensor,
+    B: Tensor | None = None,
+    sequence_lens: Tensor | None = None,
+    initial_h: Tensor | None = None,
+    *,
+    activation_alpha: Sequence[float] | None = None,
+    activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
+    clip: float | None = None,
+    direction: str = "forward",
+    layout: int = 0,
+    linear_before_reset: int = 0,
+) -> tuple[Tensor, ...]:
+    """Run a gated recurrent unit; return all hidden states and the last hidden states.
+
+    Args:
+        X: ``[seq, batch, input]``; with ``layout=1`` batch comes first, in states and outputs too.
+        W: ``[directions, 3 * hidden, input]``.
+        R: ``[directions, 3 * hidden, hidden]``.
+        B: ``[directions, 6 * hidden]``.
+        sequence_lens: ``[batch]``.
+        initial_h: ``[directions, batch, hidden]``.
+    """
+    backwards = _backwards(direction, W)
+    sequence = X.transpose(0, 1) if layout else X
+    states = (_state(initial_h, sequence, R, layout),)
+    default = ("sigmoid", "tanh")
+    names = _names(activations, default, len(backwards))
+    plain = clip is None and names == default * len(backwards) and sequence.shape[0] > 0
+    if plain and linear_before_reset:  # torch knows no other
+        run = (torch.gru, fused.weights(W, R, B, fused.GRU_GATES), sequence, states, backwards)
+        if sequence_lens is None:
+            return _outputs(layout, *fused.run(*run))
+        return _outputs(layout, *fused.run_masked(*run, sequence_lens))
+    bias, hidden_bias = _sum(B), None
+    if linear_before_reset and B is not None:
+        gates, content, of_gates, of_content = torch.split(
+            B, [2 * R.shape[-1], R.shape[-1]] * 2, -1
+        )
+        bias, hidden_bias = torch.cat((gates + of_gates, content), -1), of_content[:, None]
+    functions = activation_functions(names, activation_alpha, activation_beta)
+    cell = GruCell(
+        R.mT, hidden_bias, for_directions(functions, 2), _clip(clip), bool(linear_before_reset)
+    )
+    return _outputs(layout, *unroll(cell, sequence, W, bias, states, backwards, sequence_lens))
 
 
-@op("LSTM", since=(1, 7, 14, 22), ignored=("hidden_size", "output_sequence"))
+@op("LSTM", since=(1, 7, 14, 22), ignored=IGNORED)
 def lstm(
     X: Tensor,
     W: Tensor,
@@ -156,7 +131,8 @@ def lstm(
     direction: str = "forward",
     input_forget: int = 0,
     layout: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    output_count: int = 3,
+) -> tuple[Tensor, ...]:
     """Run an LSTM; return all hidden states, the last hidden and the last cell states.
 
     Args:
@@ -169,34 +145,71 @@ def lstm(
         initial_c: as ``initial_h``.
         P: ``[directions, 3 * hidden]``.
     """
-    if layout:
-        initial_h = None if initial_h is None else initial_h.transpose(0, 1)
-        initial_c = None if initial_c is None else initial_c.transpose(0, 1)
+    backwards = _backwards(direction, W)
     sequence = X.transpose(0, 1) if layout else X
-    zeros = sequence.new_zeros(W.shape[0], sequence.shape[1], R.shape[-1])
-    h = zeros if initial_h is None else initial_h.contiguous()
-    c = zeros if initial_c is None else initial_c.contiguous()
-    names = [name.lower() for name in activations or ["sigmoid", "tanh", "tanh"] * W.shape[0]]
-    plain = names == ["sigmoid", "tanh", "tanh"] * W.shape[0] and not clip and not input_forget
-    if plain and sequence_lens is None and P is None:
-        y, h, c = _fused_lstm(sequence, W, R, B, h, c, direction == "reverse")
-    else:
-        functions = _activations(names, activation_alpha, activation_beta)
-        runs = []
-        for d in range(W.shape[0]):
-            cell = LstmCell(
-                input_weight=W[d],
-                hidden_weight=R[d],
-                bias=None if B is None else B[d].reshape(2, -1).sum(0),
-                peephole=None if P is None else P[d],
-                activations=functions[3 * d : 3 * d + 3],
-                clip=clip or None,
-                input_forget=bool(input_forget),
-            )
-            backwards = direction == "reverse" or d == 1
-            runs.append(cell.run(sequence, h[d], c[d], sequence_lens, backwards))
-        y = torch.stack([run[0] for run in runs], 1)
-        h, c = (torch.stack([run[i] for run in runs]) for i in (1, 2))
-    if layout:
-        return y.permute(2, 0, 1, 3), h.transpose(0, 1), c.transpose(0, 1)
-    return y, h, c
+    states = (_state(initial_h, sequence, R, layout), _state(initial_c, sequence, R, layout))
+    default = ("sigmoid", "tanh", "tanh")
+    names = _names(activations, default, len(backwards))
+    plain = clip is None and not input_forget and P is None and sequence.shape[0] > 0
+    # Packing wants the lengths on the host, which would end a compiled graph.
+    compiling = sequence_lens is not None and output_count > 2 and torch.compiler.is_compiling()
+    if plain and names == default * len(backwards) and not compiling:
+        run = (torch.lstm, fused.weights(W, R, B, fused.LSTM_GATES), sequence, states, backwards)
+        if sequence_lens is None:
+            return _outputs(layout, *fused.run(*run))
+        if output_count < 3:  # nobody asks for the last cell states
+            return _outputs(layout, *fused.run_masked(*run, sequence_lens))
+        return _outputs(layout, *fused.run_packed(*run, sequence_lens))
+    functions = activation_functions(names, activation_alpha, activation_beta)
+    peephole = None if P is None else P[:, None]
+    cell = LstmCell(R.mT, peephole, for_directions(functions, 3), _clip(clip), bool(input_forget))
+    return _outputs(layout, *unroll(cell, sequence, W, _sum(B), states, backwards, sequence_lens))
+
+
+def _backwards(direction: str, W: Tensor) -> tuple[bool, ...]:
+    if direction not in BACKWARDS:
+        raise UnsupportedOpError(
+            f"recurrent layer: direction {direction!r} is none of {sorted(BACKWARDS)}"
+        )
+    backwards = BACKWARDS[direction]
+    if W.shape[0] != len(backwards):
+        raise ModelError(
+            f"recurrent layer: W has {W.shape[0]} directions; {direction!r} needs {len(backwards)}"
+        )
+    return backwards
+
+
+def _names(
+    given: Sequence[str] | None, default: tuple[str, ...], directions: int
+) -> tuple[str, ...]:
+    """Return the activations of all directions in lower case; ones too many are left away."""
+    if not given:
+        return default * directions
+    wanted = len(default) * directions
+    if len(given) < wanted:
+        raise ModelError(f"recurrent layer: activations={list(given)} are {len(given)} of {wanted}")
+    return tuple(name.lower() for name in given[:wanted])
+
+
+def _clip(limit: float | None) -> Clip:
+    if limit is not None and not limit > 0:
+        raise UnsupportedOpError(f"recurrent layer: clip={limit} is not positive")
+    return Clip(limit)
+
+
+def _sum(B: Tensor | None) -> Tensor | None:
+    """Return input and recurrent bias added up."""
+    return None if B is None else torch.add(*B.chunk(2, -1))
+
+
+def _state(given: Tensor | None, X: Tensor, R: Tensor, layout: int) -> Tensor:
+    if given is None:
+        return X.new_zeros(R.shape[0], X.shape[1], R.shape[-1])
+    return given.transpose(0, 1) if layout else given
+
+
+def _outputs(layout: int, y: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+    """Return ``Y`` and the last states with batch where ``layout`` wants it."""
+    if not layout:
+        return y, *states
+    return y.permute(2, 0, 1, 3), *(state.transpose(0, 1) for state in states)

@@ -47,9 +47,9 @@ def test_linear_attention_compiles(check_compiles, case) -> None:
     check_compiles("LinearAttention", 27, tensors, {**HEADS, **attributes})
 
 
-def test_gradients_of_linear_attention_equal_finite_differences(check_gradients) -> None:
+def test_gradients_of_linear_attention_equal_finite_differences(check_random_gradients) -> None:
     shapes = [(1, 3, 8), (1, 3, 4), (1, 3, 6), (1, 2, 2, 3), (1, 3, 4), (1, 3, 2)]
-    check_gradients("LinearAttention", 27, shapes, [], HEADS)
+    check_random_gradients("LinearAttention", 27, shapes, [], HEADS)
 
 
 @pytest.mark.parametrize("rule", ["linear", "gated", "delta"])
@@ -74,9 +74,9 @@ def test_causal_convolution_equals_the_reference(check, check_compiles, inputs, 
     check_compiles("CausalConvWithState", 27, tensors, attributes)
 
 
-def test_gradients_of_causal_convolution_equal_finite_differences(check_gradients) -> None:
+def test_gradients_of_causal_convolution_equal_finite_differences(check_random_gradients) -> None:
     shapes = [(2, 3, 4), (3, 1, 3), (3,), (2, 3, 2)]
-    check_gradients("CausalConvWithState", 27, shapes, [], {"activation": "silu"})
+    check_random_gradients("CausalConvWithState", 27, shapes, [], {"activation": "silu"})
 
 
 def test_an_unknown_activation_is_refused() -> None:
