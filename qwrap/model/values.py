@@ -17,6 +17,7 @@ from qwrap.model.expressions import keyword_names
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision
+from qwrap.ops.choices import refusals
 
 Array = npt.NDArray[Any]
 
@@ -189,6 +190,11 @@ class Values:
                 f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
                 f"{sorted(unknown)} are not implemented"
             )
+            return
+        refused = refusals(node.op_type, attributes_of(node))
+        if refused:
+            key = self.graph.node_key(node)
+            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in refused]
             return
         self.operators[self.graph.node_key(node)] = operator
         is_known = all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
