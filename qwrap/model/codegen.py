@@ -145,7 +145,10 @@ class _BlockWriter(Writer):
             assert node.inputs[0] is not None
             start, end = (attributes.get(name) for name in ("start", "end"))
             span = "" if (start, end) == (None, None) else f"[{literal(start)}:{literal(end)}]"
-            what = INSPECTIONS[node.op_type].format(x=self.tensor(node.inputs[0]), span=span)
+            template = INSPECTIONS[node.op_type]
+            if node.op_type == "Size" and graph.type_of(node.inputs[0]).dtype == ir.DataType.STRING:
+                template = "{x}.size"  # of a numpy array
+            what = template.format(x=self.tensor(node.inputs[0]), span=span)
             self.line(f"{target} = {what}{note}")
             return
         arguments = ["None" if v is None else self.number(v) for v in node.inputs]
@@ -196,6 +199,9 @@ class _BlockWriter(Writer):
         if operator.wants_element_type:
             known = self.layout.graph.type_of(node.outputs[0]).dtype
             parts.append(f"element_type={literal(known)}")
+        if operator.prepare is not None:
+            prepared = self.layout.values.prepared[self.layout.graph.node_key(node)]
+            return [*parts, f"prepared={self.bind('constant', prepared)}"]
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"

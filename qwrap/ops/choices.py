@@ -1,4 +1,4 @@
-"""Which texts an attribute may hold, as data: what else a model says is refused when it is loaded."""
+"""Which texts an attribute may hold, as data: loading refuses what else a model says."""
 
 from __future__ import annotations
 

@@ -132,9 +132,9 @@ def dropout_without_mask_type(data: Tensor, *, output_count: int = 1) -> tuple[T
 
 
 @op("Dropout", since=(10,), ignored=("ratio",))
-def dropout_inference(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
-    """Return ``data`` and a mask of true."""
-    return (data, torch.ones_like(data, dtype=torch.bool))[:output_count]
+def dropout_without_training(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
+    """Return ``data``; the mask is left open in inference, and onnxruntime fills it with false."""
+    return (data, torch.zeros_like(data, dtype=torch.bool))[:output_count]
 
 
 @op("Dropout", since=(12, 13, 22), host=(1, 2))
@@ -149,7 +149,7 @@ def dropout(
     """Zero a random share ``ratio`` of ``data`` and scale the rest, if training."""
     ratio = 0.5 if ratio is None else ratio
     if not training_mode or ratio == 0:
-        return dropout_inference(data, output_count=output_count)
+        return (data, torch.ones_like(data, dtype=torch.bool))[:output_count]
     if seed is None and output_count == 1:
         return (F.dropout(data, ratio),)
     kind = torch.float32 if seed is None else torch.float64

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto
 from torch import Tensor
 
 from qwrap.errors import InputError
@@ -61,8 +60,3 @@ def _integer(item: str) -> int:
     if found is None:
         raise ValueError(f"{item!r} is no integer")
     return int(found.group(1))
-
-
-def is_text(data_type: int | None) -> bool:
-    """Whether ``onnx.TensorProto`` data type means text."""
-    return data_type == TensorProto.STRING

@@ -22,9 +22,7 @@ def model(op_type: str, **attributes: str) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
 
 
-@pytest.mark.parametrize(
-    ("op_type", "name"), [("Conv", "auto_pad"), ("ScatterND", "reduction"), ("Resize", "mode")]
-)
+@pytest.mark.parametrize(("op_type", "name"), [("Conv", "auto_pad"), ("Resize", "mode")])
 def test_loading_names_every_node_with_an_unknown_value(op_type: str, name: str) -> None:
     with pytest.raises(UnsupportedOpError) as caught:
         qwrap.load(model(op_type, **{name: "sideways"}))
@@ -38,4 +36,5 @@ def test_every_choice_belongs_to_an_attribute_with_that_default() -> None:
         for schema in onnx.defs.get_all_schemas_with_history():
             if schema.name == op_type and name in schema.attributes:
                 default = schema.attributes[name].default_value
-                assert not default.s or default.s.decode() in choices
+                written = default.s.decode().replace("foward", "forward")  # a slip in opset 1
+                assert not written or written in choices

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-
 rng = np.random.default_rng(7)
 CLASSES = 5
 WEIGHT = rng.uniform(0.1, 2, CLASSES).astype(np.float32)
