@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qwrap.errors import ModelError
 from qwrap.graph.external import FileTensor
 from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
+from qwrap.graph.stand_ins import put_stand_ins
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,7 @@ def walk_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 def infer_types(model: ir.Model) -> dict[ir.Value, ValueType]:
     """Run ONNX shape inference on a copy without weights; return what it knows of each value."""
     proto = without_weights(model)
+    put_stand_ins(proto)
     # Where inference fails, what the file itself declares remains.
     with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)

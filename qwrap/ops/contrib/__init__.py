@@ -12,8 +12,10 @@ from qwrap.ops.contrib import (
     norm,
     packed,
     position,
+    qattention,
     qlinear,
     qproduct,
+    quant,
     rotary,
     shape,
 )
@@ -30,8 +32,10 @@ __all__ = [
     "norm",
     "packed",
     "position",
+    "qattention",
     "qlinear",
     "qproduct",
+    "quant",
     "rotary",
     "shape",
 ]
