@@ -19,6 +19,7 @@ from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision, suited
+from qwrap.ops.choices import refusals
 
 Array = npt.NDArray[Any]
 
@@ -198,6 +199,11 @@ class Values:
                 f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
                 f"{sorted(unknown)} are not implemented"
             )
+            return
+        refused = refusals(node.op_type, attributes_of(node))
+        if refused:
+            key = self.graph.node_key(node)
+            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in refused]
             return
         self.operators[self.graph.node_key(node)] = operator
         if operator.prepare is not None and not self._prepare(node, operator):
