@@ -130,3 +130,25 @@ def test_gradients_pass_through_dynamic_quantization() -> None:
     b, b_scale = torch.randint(-128, 128, (4, 5), dtype=torch.int8), torch.tensor(0.1)
     operator.function(a, b, b_scale).sum().backward()
     torch.testing.assert_close(a.grad, (0.1 * b.float()).sum(1).expand(3, 4))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("per_column", [False, True])
+def test_quantized_lstm_equals_onnxruntime(check, direction, per_column) -> None:
+    d = 2 if direction == "bidirectional" else 1
+    shape = (d, 16) if per_column else (d,)
+    weights = [codes(np.int8, d, 3, 16), codes(np.int8, d, 4, 16)]
+    quantization = [
+        scale(*shape),
+        np.zeros(shape, np.int8),
+        scale(*shape),
+        np.zeros(shape, np.int8),
+    ]
+    states = [floats(d, 2, 4), floats(d, 2, 4)]
+    # A hidden state between two codes may go the other way: 1/255 of a gate's weight of up to 6.
+    every = {"outputs": (0, 1, 2), "rtol": 0, "atol": 0.025}
+    attributes = {"direction": direction, "hidden_size": 4}
+    inputs = [floats(5, 2, 3), *weights, None, None, None, None, None, *quantization]
+    check("DynamicQuantizeLSTM", inputs, attributes, **every)
+    inputs[3:8] = [floats(d, 32), np.array([5, 3], np.int32), *states, floats(d, 12)]
+    check("DynamicQuantizeLSTM", inputs, {**attributes, "clip": 0.5}, **every)
