@@ -12,7 +12,8 @@ import torch
 from qwrap.model.border import Border, Borders, dying, makes
 from qwrap.model.expressions import access, comment, keyword_names, literal
 from qwrap.model.flow import write_flow
-from qwrap.model.host import HOST_OPERATORS, inline
+from qwrap.model.host import HOST_OPERATORS
+from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
@@ -153,7 +154,7 @@ class _BlockWriter(Writer):
             return
         arguments = ["None" if v is None else self.number(v) for v in node.inputs]
         types = [self.layout.values.host_type(v) for v in node.inputs]
-        expression = inline(node.op_type, arguments, types)
+        expression = inline(node.op_type, arguments, types, attributes)
         if expression is not None:
             self.line(f"{target} = {expression}{note}")
             return
