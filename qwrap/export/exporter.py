@@ -1,4 +1,4 @@
-"""A prepared and calibrated model, back in an ONNX file."""
+"""A model, back in an ONNX file: quantized if it was prepared, else as it was read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import onnxruntime as ort
 from qwrap.errors import ExportError
 from qwrap.export.qdq import QdqWriter
 from qwrap.graph.load import external_tensors
-from qwrap.graph.save import write_model
-from qwrap.model.materialize import materialize
+from qwrap.graph.original import with_values
+from qwrap.graph.save import write_message, write_model
+from qwrap.model.materialize import changed_tensors, materialize
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of, stubs
 
@@ -20,23 +21,37 @@ from qwrap.quant.prepare import plan_of, stubs
 def export(
     model: WrappedModel, path: str | os.PathLike[str], *, external_data: bool | None = None
 ) -> None:
-    """Write a calibrated model as a QDQ ONNX file that onnxruntime runs in integer kernels.
+    """Write a model as an ONNX file.
 
-    Names, metadata and everything that is not quantized stay as ``prepare`` left them. An
-    onnxruntime session is opened on the result before it takes its place, so that a file which
-    exists can be run.
+    A prepared model becomes a QDQ file that onnxruntime runs in integer kernels. Names, metadata
+    and everything that is not quantized stay as ``prepare`` left them. An onnxruntime session is
+    opened on the result before it takes its place, so that a file which exists can be run.
+
+    A model that was not prepared becomes the file it was read from with its current parameters:
+    all else is equal, node for node, and a tensor that did not change is equal byte for byte. It
+    may take the place of the file it was read from, and of its external data.
 
     Args:
-        model: prepared and calibrated, perhaps trained since.
+        model: trained or not; if it was prepared, calibrated too.
         path: file to make or replace.
         external_data: keep weights in ``<name>.data``; None does so if the source did.
 
     Raises:
-        ConfigError: the model is not prepared.
         NotCalibratedError: a tensor has no scale yet.
-        ExportError: the file cannot be written, onnxruntime refuses it, or it is the one that the
-            model was loaded from, or its weights would replace those that the model still reads.
+        ExportError: the file cannot be written, onnxruntime refuses it, or a quantized file would
+            replace the float one or the weights that the model still reads.
     """
+    if model.plan is None:
+        write_message(
+            *with_values(model.graph, changed_tensors(model)), path, external_data=external_data
+        )
+    else:
+        _export_quantized(model, path, external_data)
+
+
+def _export_quantized(
+    model: WrappedModel, path: str | os.PathLike[str], external_data: bool | None
+) -> None:
     source = model.graph.source
     if source is not None and same_file(source, path):
         raise ExportError(f"{path}: is the float model itself; write to another file")

@@ -116,7 +116,7 @@ def _tensor_problem(tensor: onnx.TensorProto, folder: Path | None) -> str | None
         return f"element type {dtype.name}, shape {list(tensor.dims)}"
     if dtype == ir.DataType.STRING:
         return None
-    size = math.ceil(math.prod(tensor.dims) * dtype.bitwidth / 8)
+    size = packed_size(tensor)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
@@ -135,6 +135,14 @@ def _tensor_problem(tensor: onnx.TensorProto, folder: Path | None) -> str | None
     if tensor.HasField("raw_data") and len(tensor.raw_data) != size:
         return f"{len(tensor.raw_data)} bytes of data for {size}"
     return None
+
+
+def packed_size(tensor: onnx.TensorProto) -> int:
+    """Return how many bytes the data of a tensor takes as stored; 0 for text."""
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return 0
+    bits: int = math.prod(tensor.dims) * int(ir.DataType(tensor.data_type).bitwidth)
+    return -(-bits // 8)
 
 
 def external_problem(

@@ -199,6 +199,9 @@ class _BlockWriter(Writer):
         if operator.wants_element_type:
             known = self.layout.graph.type_of(node.outputs[0]).dtype
             parts.append(f"element_type={literal(known)}")
+        if operator.prepare is not None:
+            prepared = self.layout.values.prepared[self.layout.graph.node_key(node)]
+            return [*parts, f"prepared={self.bind('constant', prepared)}"]
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from qwrap.graph.check import STANDARD
+from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.values import Values, is_flow
@@ -37,7 +38,8 @@ class Layout:
     """Regions and slots of one graph; computed from the graph alone, so always the same.
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
-    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization.
+    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
+    constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
     Attributes:
@@ -116,7 +118,9 @@ class Layout:
             return
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
-        trainable = trainable and role not in RUNNING_STATISTICS
+        producer = value.producer()
+        in_function = producer is not None and FUNCTION in producer.metadata_props
+        trainable = trainable and role not in RUNNING_STATISTICS and not in_function
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.

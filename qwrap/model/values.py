@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.model.expressions import keyword_names
@@ -40,6 +40,7 @@ class Values:
             ``constants``: a parameter or a buffer.
         texts: value key -> constant text.
         operators: node key -> what computes it, for nodes that run on tensors.
+        prepared: node key -> what the operator made of the attributes, for those that do.
         taken: node key of an If whose condition is constant -> the branch that always runs.
     """
 
@@ -50,6 +51,7 @@ class Values:
         self.texts: dict[str, Array] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.operators: dict[str, Operator] = {}
+        self.prepared: dict[str, Any] = {}
         self.taken: dict[str, str] = {}
         self._unsupported: list[str] = []
         self._visit_graph(graph.model.graph)
@@ -186,7 +188,9 @@ class Values:
         if not domain:
             types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
             operator = suited(operator, node.op_type, types)
-        unknown = set(operator.keywords(node.attributes)) - keyword_names(operator.function)
+        unknown = set(operator.keywords(node.attributes)) - keyword_names(
+            operator.prepare or operator.function
+        )
         if unknown:
             self._unsupported.append(
                 f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
@@ -194,10 +198,22 @@ class Values:
             )
             return
         self.operators[self.graph.node_key(node)] = operator
+        if operator.prepare is not None and not self._prepare(node, operator):
+            return
         is_known = all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
         floats = [v for v in node.outputs if self.graph.type_of(v).is_float]
         if node.inputs and is_known and not floats:
             self._fold(node, operator)
+
+    def _prepare(self, node: ir.Node, operator: Operator) -> bool:
+        key = self.graph.node_key(node)
+        try:
+            bound = operator.bind(tensors_to_torch(attributes_of(node)))
+        except ModelError as error:
+            self._unsupported.append(f"node {key!r} ({node.op_type}): {error}")
+            return False
+        self.prepared[key] = bound["prepared"]
+        return True
 
     def _explain(self, node: ir.Node, domain: str, version: int) -> str:
         name = f"{domain or 'ai.onnx'}::{node.op_type}"
@@ -213,7 +229,7 @@ class Values:
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
         arguments = [self._folded(node, i, operator) for i in range(len(node.inputs))]
-        attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
+        attributes = operator.bind(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
         if operator.wants_element_type:

@@ -36,6 +36,8 @@ class Operator:
         wants_element_type: the function has a keyword ``element_type``: the ``onnx.TensorProto``
             data type of its first output, None where inference did not find it, because a torch
             type may carry several (see ``element_types``).
+        prepare: makes of the attributes, once for each node, what the function takes as its
+            keyword ``prepared``; raises what is wrong with them. None: it takes them as they are.
     """
 
     function: Callable[..., Any]
@@ -47,6 +49,7 @@ class Operator:
     wants_device: bool
     wants_dtype: bool
     wants_element_type: bool
+    prepare: Callable[..., Any] | None = None
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
@@ -55,6 +58,11 @@ class Operator:
     def keywords(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Return the attributes of a node that the function takes as keywords."""
         return {name: value for name, value in attributes.items() if name not in self.ignored}
+
+    def bind(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords to call the function with, from all attributes of a node."""
+        given = self.keywords(attributes)
+        return given if self.prepare is None else {"prepared": self.prepare(**given)}
 
 
 Key = tuple[str, str, int]  # domain, operator type, revision
@@ -70,6 +78,7 @@ def op(
     host: tuple[int, ...] = (),
     literal: tuple[int, ...] = (),
     ignored: tuple[str, ...] = (),
+    prepare: Callable[..., Any] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function for the revisions ``since`` of ``domain::op_type``."""
 
@@ -87,6 +96,7 @@ def op(
             wants_device="device" in names,
             wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
             wants_element_type="element_type" in names,
+            prepare=prepare,
         )
         for version in since:
             key = (domain, op_type, version)

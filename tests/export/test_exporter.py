@@ -9,7 +9,7 @@ import torch
 from onnx import external_data_helper
 
 import qwrap
-from qwrap.errors import ConfigError, ExportError, NotCalibratedError
+from qwrap.errors import ExportError, NotCalibratedError
 
 
 def calibrated(source, batches, config=None):
@@ -53,11 +53,6 @@ def test_nothing_quantized_exports_the_float_model(small, quantized) -> None:
     with qwrap.exact(result.model):
         found = result.model(torch.from_numpy(batch))
     torch.testing.assert_close(found, torch.from_numpy(expected[0]), rtol=1e-6, atol=1e-6)
-
-
-def test_a_model_that_is_not_prepared_is_refused(small, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not prepared"):
-        qwrap.export(qwrap.load(small.convs()), tmp_path / "q.onnx")
 
 
 def test_a_model_that_is_not_calibrated_is_refused_by_tensor(small, tmp_path: Path) -> None:
