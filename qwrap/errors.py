@@ -5,6 +5,14 @@ class QwrapError(Exception):
     """Base of every error that qwrap raises on purpose."""
 
 
+class QwrapWarning(UserWarning):
+    """Base of every warning: the result stands, but something about it should be known."""
+
+
+class GradientWarning(QwrapWarning):
+    """Gradients stop at nodes that onnxruntime computes."""
+
+
 class ModelError(QwrapError):
     """The file or graph is not a model that qwrap can take."""
 

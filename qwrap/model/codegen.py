@@ -19,6 +19,7 @@ from qwrap.model.scopes import Path, Region
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
+from qwrap.ops.element_types import DATA_TYPES
 
 
 @dataclass(slots=True)
@@ -205,6 +206,7 @@ class _BlockWriter(Writer):
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"
+            value = self._computed(name, value)
             if isinstance(value, torch.Tensor):
                 constant = f"constant_{len(self.namespace)}"
                 self.namespace[constant] = value
@@ -212,6 +214,16 @@ class _BlockWriter(Writer):
             else:
                 parts.append(f"{name}={literal(value)}")
         return parts
+
+    def _computed(self, name: str, value: Any) -> Any:
+        """Return an attribute with the type that the model computes in for float32."""
+        dtype = self.layout.settings.dtype
+        if dtype is None:
+            return value
+        if name in ("to", "dtype", "output_dtype") and value == ir.DataType.FLOAT:
+            return DATA_TYPES[dtype]
+        is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.to(dtype) if is_float else value
 
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]

@@ -14,6 +14,7 @@ from qwrap.graph.check import STANDARD
 from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
+from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
@@ -48,9 +49,9 @@ class Layout:
         homes: every node that runs -> the path of the Block whose code runs it.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph = graph
-        self.values = Values(graph)
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
+        self.values = Values(graph, settings)
         self.region = plan_regions(self.values)
         self.numbers = {key: i for i, key in enumerate(graph.values)}
         self.slots: dict[str, Slot] = {}
@@ -72,8 +73,8 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self  # immutable
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph]]:
-        return Layout, (self.graph,)
+    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph, LoadSettings]]:
+        return Layout, (self.graph, self.settings)
 
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""

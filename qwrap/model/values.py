@@ -14,7 +14,9 @@ from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.model.expressions import keyword_names
+from qwrap.model.fallback import RuntimeNode
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
+from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision, suited
 
@@ -40,17 +42,19 @@ class Values:
             ``constants``: a parameter or a buffer.
         texts: value key -> constant text.
         operators: node key -> what computes it, for nodes that run on tensors.
+        fallbacks: keys of the nodes that onnxruntime computes.
         prepared: node key -> what the operator made of the attributes, for those that do.
         taken: node key of an If whose condition is constant -> the branch that always runs.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph = graph
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
         self.constants: dict[str, Array] = {}
         self.hosts: dict[str, HostType] = {}
         self.texts: dict[str, Array] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.operators: dict[str, Operator] = {}
+        self.fallbacks: list[str] = []
         self.prepared: dict[str, Any] = {}
         self.taken: dict[str, str] = {}
         self._unsupported: list[str] = []
@@ -181,9 +185,7 @@ class Values:
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
         if operator is None:
-            self._unsupported.append(self._explain(node, domain, version))
-            for _, body in bodies(node):
-                self._visit_graph(body)  # to list what else is missing
+            self._fall_back(node, domain, version)
             return
         if not domain:
             types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
@@ -215,15 +217,29 @@ class Values:
         self.prepared[key] = bound["prepared"]
         return True
 
-    def _explain(self, node: ir.Node, domain: str, version: int) -> str:
+    def _fall_back(self, node: ir.Node, domain: str, version: int) -> None:
+        key = self.graph.node_key(node)
+        try:
+            computed = RuntimeNode(self.graph, node, self.settings.libraries)
+        except UnsupportedOpError as error:
+            self._unsupported.append(self._explain(node, domain, version, error))
+            for _, body in bodies(node):
+                self._visit_graph(body)  # to list what else is missing
+            return
+        self.operators[key] = Operator(
+            function=computed, ignored=frozenset(node.attributes), returns_tuple=True
+        )
+        self.fallbacks.append(key)
+
+    def _explain(self, node: ir.Node, domain: str, version: int, error: Exception) -> str:
         name = f"{domain or 'ai.onnx'}::{node.op_type}"
         since = revision(domain, node.op_type, version)
         known = registered(domain, node.op_type)
         have = f"registered revisions: {known}" if known else "no revision of it is registered"
         return (
             f"node {self.graph.node_key(node)!r}: no implementation of {name}"
-            f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
-            f"add one with @op({node.op_type!r}, since=…) under qwrap/ops/"
+            f"{f'-{since}' if since else f' at opset {version}'} ({have}; onnxruntime: {error}); "
+            f"add one with qwrap.register_op({domain!r}, {node.op_type!r}, since={since or 1})"
         )
 
     def _fold(self, node: ir.Node, operator: Operator) -> None:
