@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.graph.check import STANDARD
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.model.points import Program
 from qwrap.model.scopes import Region

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 
 REDUCTIONS = ("none", "mean", "sum")
