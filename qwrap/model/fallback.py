@@ -15,6 +15,19 @@ from qwrap.errors import InputError, UnsupportedOpError
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.tensors import to_array, to_value
 
+DTYPES = {
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(double)": ir.DataType.DOUBLE,
+    "tensor(float16)": ir.DataType.FLOAT16,
+    "tensor(int64)": ir.DataType.INT64,
+    "tensor(int32)": ir.DataType.INT32,
+    "tensor(uint8)": ir.DataType.UINT8,
+    "tensor(int8)": ir.DataType.INT8,
+    "tensor(bool)": ir.DataType.BOOL,
+    "tensor(string)": ir.DataType.STRING,
+}
+"""Element types as onnxruntime names them."""
+
 
 class RuntimeNode:
     """Computes one node in a session of its own.
@@ -24,7 +37,9 @@ class RuntimeNode:
     """
 
     def __init__(self, graph: OnnxGraph, node: ir.Node, libraries: Sequence[str]) -> None:
-        """Build the one-node model and, if its input types are known, open a session on it.
+        """Open a session on the node alone. Inputs of a type nobody knows are taken for float32.
+
+        What onnxruntime says of the types of its outputs is added to ``graph.types``.
 
         Raises:
             UnsupportedOpError: onnxruntime has no kernel for it either, or the node has bodies.
@@ -33,18 +48,22 @@ class RuntimeNode:
         if any(True for _ in bodies(node)):
             raise UnsupportedOpError("it holds a graph")
         self._libraries = tuple(libraries)
-        self._inputs = [None if v is None else graph.type_of(v) for v in node.inputs]
-        self._outputs = [graph.type_of(v) for v in node.outputs]
         self._node = ir.to_proto(node)
         self._opsets = dict(graph.model.opset_imports)
         self._session: ort.InferenceSession | None = None
-        if all(kind is None or kind.dtype is not None for kind in self._inputs):
-            try:
-                self._open([kind for kind in self._inputs if kind is not None])
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                raise UnsupportedOpError(str(error).splitlines()[0]) from error
+        types = [graph.type_of(v) for v in node.inputs if v is not None]
+        self._dtypes = [kind.dtype or ir.DataType.FLOAT for kind in types]
+        try:
+            session = self._open()
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise UnsupportedOpError(str(error).splitlines()[0]) from error
+        made = (v for v in node.outputs if v.name)
+        for value, output in zip(made, session.get_outputs(), strict=True):
+            if graph.type_of(value).dtype is None and output.type in DTYPES:
+                graph.types[graph.key(value)] = ValueType(DTYPES[output.type])
 
-    def _open(self, kinds: Sequence[ValueType]) -> ort.InferenceSession:
+    def _open(self) -> ort.InferenceSession:
+        kinds = self._dtypes
         node = onnx.NodeProto.FromString(self._node.SerializeToString())
         given = iter(f"input_{i}" for i in range(len(kinds)))
         node.input[:] = [name and next(given) for name in node.input]
@@ -53,7 +72,10 @@ class RuntimeNode:
         graph = onnx.helper.make_graph(
             [node],
             "node",
-            [_declare(f"input_{i}", kind) for i, kind in enumerate(kinds)],
+            [
+                onnx.helper.make_tensor_value_info(f"input_{i}", int(dtype), None)
+                for i, dtype in enumerate(kinds)
+            ],
             [onnx.ValueInfoProto(name=name) for name in outputs if name],
         )
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in self._opsets.items()]
@@ -72,11 +94,12 @@ class RuntimeNode:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Return the outputs of the node, () for those it leaves out."""
         given = [value for value in inputs if value is not None]
-        kinds = [ValueType(_dtype(value)) for value in given]
-        session = self._session or self._open(kinds)
+        dtypes = [_dtype(value) for value in given]
+        if dtypes != self._dtypes:
+            self._dtypes, self._session = dtypes, None
+        session = self._session or self._open()
         device = next((v.device for v in given if isinstance(v, Tensor)), torch.device("cpu"))
-        arrays = [to_array(value, kind) for value, kind in zip(given, kinds, strict=True)]
-        feed = {f"input_{i}": array for i, array in enumerate(arrays)}
+        feed = {f"input_{i}": to_array(value, ValueType()) for i, value in enumerate(given)}
         try:
             results = iter(session.run(None, feed))
         except Exception as error:
@@ -94,8 +117,3 @@ def _dtype(value: Any) -> ir.DataType:
     if isinstance(value, Tensor):
         return ir.DataType.from_numpy(to_array(value, ValueType()).dtype)
     return ir.DataType.STRING
-
-
-def _declare(name: str, kind: ValueType) -> onnx.ValueInfoProto:
-    assert kind.dtype is not None
-    return onnx.helper.make_tensor_value_info(name, int(kind.dtype), kind.shape)
