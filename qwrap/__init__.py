@@ -7,6 +7,7 @@ from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
+from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
 from qwrap.quant.plan import QuantPlan
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "prepare",
     "quantize",
+    "register_op",
     "round_weights",
     "verify",
 ]

@@ -5,6 +5,14 @@ class QwrapError(Exception):
     """Base of every error that qwrap raises on purpose."""
 
 
+class QwrapWarning(UserWarning):
+    """Base of every warning: the result stands, but something about it should be known."""
+
+
+class GradientWarning(QwrapWarning):
+    """Gradients stop at nodes that onnxruntime computes."""
+
+
 class ModelError(QwrapError):
     """The file or graph is not a model that qwrap can take."""
 
@@ -27,7 +35,3 @@ class NotCalibratedError(QwrapError):
 
 class ExportError(QwrapError):
     """The quantized file cannot be written as asked."""
-
-
-class QwrapWarning(UserWarning):
-    """Something works, but perhaps not as the user thinks."""

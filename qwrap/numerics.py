@@ -142,6 +142,24 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
 
 
+def round_to_codes(steps: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the codes of values given in steps of a scale: rounded, then moved and clamped.
+
+    Args:
+        steps: floats.
+        zero_point: an integer tensor that broadcasts to ``steps``.
+        dtype: torch type of the codes, whose range bounds them.
+    """
+    info = torch.iinfo(dtype)
+    codes = steps.detach().round() + zero_point
+    return codes.clamp(info.min, info.max).to(torch.int32).to(dtype)
+
+
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return ``a * b + c`` of float32 numbers rounded once, as a processor's fused instruction."""
+    return (a.double() * b.double() + c.double()).float()
+
+
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Return the int32 codes of a ``[C]`` bias at ``scale`` (``[1]`` or ``[C]``), zero point 0.
 

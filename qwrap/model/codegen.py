@@ -19,6 +19,7 @@ from qwrap.model.scopes import Path, Region
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
+from qwrap.ops.element_types import DATA_TYPES
 
 
 @dataclass(slots=True)
@@ -145,7 +146,10 @@ class _BlockWriter(Writer):
             assert node.inputs[0] is not None
             start, end = (attributes.get(name) for name in ("start", "end"))
             span = "" if (start, end) == (None, None) else f"[{literal(start)}:{literal(end)}]"
-            what = INSPECTIONS[node.op_type].format(x=self.tensor(node.inputs[0]), span=span)
+            template = INSPECTIONS[node.op_type]
+            if node.op_type == "Size" and graph.type_of(node.inputs[0]).dtype == ir.DataType.STRING:
+                template = "{x}.size"  # of a numpy array
+            what = template.format(x=self.tensor(node.inputs[0]), span=span)
             self.line(f"{target} = {what}{note}")
             return
         arguments = ["None" if v is None else self.number(v) for v in node.inputs]
@@ -193,9 +197,16 @@ class _BlockWriter(Writer):
             parts.append("device=device")
         if operator.wants_dtype:
             parts.append(f"dtype={self.dtype(node.outputs[0])}")
+        if operator.wants_element_type:
+            known = self.layout.graph.type_of(node.outputs[0]).dtype
+            parts.append(f"element_type={literal(known)}")
+        if operator.prepare is not None:
+            prepared = self.layout.values.prepared[self.layout.graph.node_key(node)]
+            return [*parts, f"prepared={self.bind('constant', prepared)}"]
         accepted = keyword_names(operator.function)
         for name, value in operator.keywords(tensors_to_torch(attributes_of(node))).items():
             assert name in accepted, "checked when the model was loaded"
+            value = self._computed(name, value)
             if isinstance(value, torch.Tensor):
                 constant = f"constant_{len(self.namespace)}"
                 self.namespace[constant] = value
@@ -203,6 +214,16 @@ class _BlockWriter(Writer):
             else:
                 parts.append(f"{name}={literal(value)}")
         return parts
+
+    def _computed(self, name: str, value: Any) -> Any:
+        """Return an attribute with the type that the model computes in for float32."""
+        dtype = self.layout.settings.dtype
+        if dtype is None:
+            return value
+        if name in ("to", "dtype", "output_dtype") and value == ir.DataType.FLOAT:
+            return DATA_TYPES[dtype]
+        is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.to(dtype) if is_float else value
 
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]

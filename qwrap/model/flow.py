@@ -107,8 +107,8 @@ def _loop(w: Writer, node: ir.Node, write_node: WriteNode) -> None:
     limit, start, *initial = [*node.inputs, None, None][: max(2, len(node.inputs))]
     iteration, condition, *carried = body.inputs
     again, *results = body.outputs
-    count = len(carried)
-    collected = list(zip(node.outputs[count:], results[count:], strict=True))
+    size = len(carried)
+    collected = list(zip(node.outputs[size:], results[size:], strict=True))
     running = graph.key(condition)
     check = not _always_true(w, start, condition, again)
     _hand_over(w, carried, [v for v in initial if v is not None])
@@ -117,8 +117,8 @@ def _loop(w: Writer, node: ir.Node, write_node: WriteNode) -> None:
         w.line(f"{w.local(running)} = {'True' if start is None else w.scalar(start, 'bool')}")
     elif graph.key(condition) in w.layout.values.hosts:
         w.line(f"{w.local(running)} = True")
-    w.namespace["itertools"] = itertools
-    steps = "itertools.count()" if limit is None else f"range({w.scalar(limit, 'int')})"
+    count = w.function(itertools.count) if limit is None else "range"
+    steps = f"{count}({'' if limit is None else w.scalar(limit, 'int')})"
     header = f"for {w.local(graph.key(iteration))} in {steps}:{comment(graph.node_key(node))}"
     with w.block(header):
         if check:
@@ -128,9 +128,9 @@ def _loop(w: Writer, node: ir.Node, write_node: WriteNode) -> None:
         if check:
             w.line(f"{w.local(running)} = {w.scalar(again, 'bool')}")
         _collect(w, collected)
-        _hand_over(w, carried, results[:count])
+        _hand_over(w, carried, results[:size])
         _free_outputs(w, body)
-    _hand_over(w, node.outputs[:count], carried)
+    _hand_over(w, node.outputs[:size], carried)
     w.free(graph.key(v) for v in carried if v.name)
     for target, result in collected:
         _stack(w, target, result, 0, reverse=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.graph.nodes import STANDARD
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
+from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
@@ -43,20 +44,19 @@ class Layout:
     constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
-    With ``parameters`` the rule is another: a float tensor whose initialiser's name fits one of
-    these patterns is a parameter, whatever its rank, and any other tensor a buffer.
+    With ``settings.parameters`` the rule is another: a float tensor whose initialiser's name fits
+    one of these patterns is a parameter, whatever its rank, and any other tensor a buffer.
 
     Attributes:
-        parameters: patterns as of ``fnmatch``; None for the rule above.
+        settings: what ``load`` was asked for.
         slots: value key of a stored tensor -> where it lives in the module tree.
         numbers: value key -> number that names its local variable in generated code.
         homes: every node that runs -> the path of the Block whose code runs it.
     """
 
-    def __init__(self, graph: OnnxGraph, parameters: Collection[str] | None = None) -> None:
-        self.graph = graph
-        self.parameters = None if parameters is None else tuple(parameters)
-        self.values = Values(graph)
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
+        self.values = Values(graph, settings)
         self.region = plan_regions(self.values)
         self.numbers = {key: i for i, key in enumerate(graph.values)}
         self.slots: dict[str, Slot] = {}
@@ -78,8 +78,8 @@ class Layout:
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
         return self  # immutable
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph, tuple[str, ...] | None]]:
-        return Layout, (self.graph, self.parameters)
+    def __reduce__(self) -> tuple[type[Layout], tuple[OnnxGraph, LoadSettings]]:
+        return Layout, (self.graph, self.settings)
 
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""
@@ -113,7 +113,7 @@ class Layout:
         return array.item()
 
     def _is_chosen(self, key: str) -> bool:
-        return any(fits(key, pattern) for pattern in self.parameters or ())
+        return any(fits(key, pattern) for pattern in self.settings.parameters or ())
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
@@ -129,7 +129,7 @@ class Layout:
             return
         tensor = self.values.stored[key]
         trainable = ValueType(tensor.dtype).is_float
-        if self.parameters is not None:
+        if self.settings.parameters is not None:
             trainable = trainable and self._is_chosen(key)
         else:
             producer = value.producer()

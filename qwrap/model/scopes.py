@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -37,29 +37,92 @@ def plan_regions(values: Values) -> Region:
     """Return the root region of the main graph, every node in it exactly once."""
     graph = values.graph.model.graph
     nodes = list(values.live_nodes(graph))
-    scopes = {node: scope_of(node, values) for node in nodes}
+    scopes = with_inferred({node: scope_of(node, values) for node in nodes})
     order = {node: i for i, node in enumerate(nodes)}
     return _plan((), nodes, scopes, order)
 
 
-def scope_of(node: ir.Node, values: Values) -> Path:
-    """Return the module path that a node's name, metadata or parameters tell, () if none."""
+def scope_of(node: ir.Node, values: Values) -> Path | None:
+    """Return the module path that a node's name, metadata or parameters tell, None if none do."""
     listed = node.metadata_props.get(DYNAMO_SCOPES)
     name = node.name or ""
     if listed is not None:
-        return attribute_path(_dynamo_scope(listed))
+        return _owner_beside(attribute_path(_dynamo_scope(listed)), node, values)
     if "/" in name:
         return attribute_path(_strip_parents(name.strip("/").split("/")[:-1]))
+    return next((path for path, _ in _owners(node, values)), None)
+
+
+def _owner_beside(told: Path, node: ir.Node, values: Values) -> Path:
+    """Return ``told``, or the module beside it that owns what only ``node`` uses.
+
+    The exporter calls a convolution that took in the normalisation after it by the latter's name.
+    """
+    for path, value in _owners(node, values):
+        if told and path[:-1] == told[:-1] and len(value.consumers()) == 1:
+            return path
+    return told
+
+
+def _owners(node: ir.Node, values: Values) -> Iterator[tuple[Path, ir.Value]]:
+    """Yield each stored input with a dotted name, behind the module that the name tells."""
     for value in node.inputs:
-        if (
-            value is not None
-            and values.graph.key(value) in values.stored
-            and "." in (value.name or "")
-        ):
-            owner = (value.name or "").rpartition(".")[0]
-            if "/" not in owner and ":" not in owner:
-                return attribute_path(owner.split("."))
-    return ()
+        name = "" if value is None else value.name or ""
+        owner = name.rpartition(".")[0]
+        if value is None or not owner or "/" in owner or ":" in owner:
+            continue
+        if values.graph.key(value) in values.stored:
+            yield attribute_path(owner.split(".")), value
+
+
+def with_inferred(told: Mapping[ir.Node, Path | None]) -> dict[ir.Node, Path]:
+    """Return the scopes with one for each node that tells none: where its surroundings are.
+
+    Exporters' rewrites leave nodes without a scope in the middle of a layer, which could then not
+    run in one piece. Such a node belongs to every scope that lies both before and after it.
+
+    Args:
+        told: node -> its scope or None, in an order in which the nodes can run.
+    """
+    before = _nearest_told(told, _producers)
+    after = _nearest_told(dict(reversed(list(told.items()))), _consumers)
+    return {
+        node: _common(before[node], after[node]) if scope is None else scope
+        for node, scope in told.items()
+    }
+
+
+def _nearest_told(
+    told: Mapping[ir.Node, Path | None], neighbours: Callable[[ir.Node], Iterator[ir.Node]]
+) -> dict[ir.Node, set[Path]]:
+    """Return for each node without a scope the first scopes met on all ways through its like."""
+    found: dict[ir.Node, set[Path]] = {}
+    for node, scope in told.items():
+        if scope is None:
+            found[node] = set()
+            for near in neighbours(node):
+                near_scope = told.get(near)
+                found[node] |= found.get(near, set()) if near_scope is None else {near_scope}
+    return found
+
+
+def _common(before: set[Path], after: set[Path]) -> Path:
+    path: Path = ()
+    while True:
+        depth = len(path)
+        sides = [
+            {p[depth] for p in side if len(p) > depth and p[:depth] == path}
+            for side in (before, after)
+        ]
+        shared = sides[0] & sides[1]
+        if len(shared) != 1:
+            return path
+        path = (*path, *shared)
+
+
+def _consumers(node: ir.Node) -> Iterator[ir.Node]:
+    for value in node.outputs:
+        yield from value.consumers()
 
 
 def _dynamo_scope(listed: str) -> list[str]:
@@ -106,7 +169,7 @@ RESERVED = frozenset((
     *("output_names", "plan", "quantization"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
     *("_add_blocks", "_bind", "_build", "_detach", "_device", "_generate", "_get", "_homes"),
-    *("_module_at", "_program", "_signature"),
+    *("_computed", "_fitting", "_module_at", "_program", "_signature"),
 ))
 
 

@@ -10,13 +10,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.graph.nodes import STANDARD
 from qwrap.model.expressions import keyword_names
+from qwrap.model.fallback import RuntimeNode
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
+from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
-from qwrap.ops import Operator, find, registered, revision
+from qwrap.ops import Operator, find, registered, revision, suited
 
 Array = npt.NDArray[Any]
 
@@ -40,16 +42,20 @@ class Values:
             ``constants``: a parameter or a buffer.
         texts: value key -> constant text.
         operators: node key -> what computes it, for nodes that run on tensors.
+        fallbacks: keys of the nodes that onnxruntime computes.
+        prepared: node key -> what the operator made of the attributes, for those that do.
         taken: node key of an If whose condition is constant -> the branch that always runs.
     """
 
-    def __init__(self, graph: OnnxGraph) -> None:
-        self.graph = graph
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
+        self.graph, self.settings = graph, settings
         self.constants: dict[str, Array] = {}
         self.hosts: dict[str, HostType] = {}
         self.texts: dict[str, Array] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.operators: dict[str, Operator] = {}
+        self.fallbacks: list[str] = []
+        self.prepared: dict[str, Any] = {}
         self.taken: dict[str, str] = {}
         self._unsupported: list[str] = []
         self._visit_graph(graph.model.graph)
@@ -179,13 +185,14 @@ class Values:
         domain = "" if node.domain in STANDARD else node.domain
         operator = find(domain, node.op_type, version)
         if operator is None:
-            self._unsupported.append(
-                explain(self.graph.node_key(node), domain, node.op_type, version)
-            )
-            for _, body in bodies(node):
-                self._visit_graph(body)  # to list what else is missing
+            self._fall_back(node, domain, version)
             return
-        unknown = set(operator.keywords(node.attributes)) - keyword_names(operator.function)
+        if not domain:
+            types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
+            operator = suited(operator, node.op_type, types)
+        unknown = set(operator.keywords(node.attributes)) - keyword_names(
+            operator.prepare or operator.function
+        )
         if unknown:
             self._unsupported.append(
                 f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
@@ -193,25 +200,51 @@ class Values:
             )
             return
         self.operators[self.graph.node_key(node)] = operator
+        if operator.prepare is not None and not self._prepare(node, operator):
+            return
         is_known = all(v is None or self.graph.key(v) in self.constants for v in node.inputs)
         floats = [v for v in node.outputs if self.graph.type_of(v).is_float]
         if node.inputs and is_known and not floats:
             self._fold(node, operator)
 
+    def _prepare(self, node: ir.Node, operator: Operator) -> bool:
+        key = self.graph.node_key(node)
+        try:
+            bound = operator.bind(tensors_to_torch(attributes_of(node)))
+        except ModelError as error:
+            self._unsupported.append(f"node {key!r} ({node.op_type}): {error}")
+            return False
+        self.prepared[key] = bound["prepared"]
+        return True
+
+    def _fall_back(self, node: ir.Node, domain: str, version: int) -> None:
+        key = self.graph.node_key(node)
+        try:
+            computed = RuntimeNode(self.graph, node, self.settings.libraries)
+        except UnsupportedOpError as error:
+            self._unsupported.append(explain(key, domain, node.op_type, version, error))
+            for _, body in bodies(node):
+                self._visit_graph(body)  # to list what else is missing
+            return
+        self.operators[key] = Operator(
+            function=computed, ignored=frozenset(node.attributes), returns_tuple=True
+        )
+        self.fallbacks.append(key)
+
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
         arguments = [self._folded(node, i, operator) for i in range(len(node.inputs))]
-        attributes = operator.keywords(tensors_to_torch(attributes_of(node)))
+        attributes = operator.bind(tensors_to_torch(attributes_of(node)))
         if operator.wants_output_count:
             attributes["output_count"] = len(node.outputs)
+        if operator.wants_element_type:
+            attributes["element_type"] = self.graph.type_of(node.outputs[0]).dtype
         try:
             result = operator.function(*arguments, **attributes)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return  # left to fail, with its line, when and if it runs
         outputs: Sequence[Any] = result if isinstance(result, tuple) else (result,)
-        if not all(isinstance(o, torch.Tensor) for o in outputs):
-            return  # a sequence
-        if any(o.is_floating_point() or o.numel() > LARGEST_CONSTANT for o in outputs):
+        if not all(_is_small_integers(o) for o in outputs):
             return
         for value, output in zip(node.outputs, outputs, strict=False):
             if value.name:
@@ -222,18 +255,28 @@ class Values:
         if value is None:
             return None
         array = self.constants[self.graph.key(value)]
-        return array.tolist() if operator.wants_host(index) else torch.from_numpy(np.array(array))
+        return array.tolist() if operator.wants_host(index) else to_torch(ir.tensor(array))
 
 
-def explain(node: str, domain: str, op_type: str, version: int) -> str:
-    """Say that nothing computes an operator, and what could."""
+def _is_small_integers(output: Any) -> bool:
+    """Whether a result of folding is one to keep: integers or booleans, and not too many."""
+    if not isinstance(output, torch.Tensor) or output.numel() > LARGEST_CONSTANT:
+        return False
+    return not (output.is_floating_point() or output.is_complex())
+
+
+def explain(
+    node: str, domain: str, op_type: str, version: int, error: Exception | None = None
+) -> str:
+    """Say that nothing computes an operator, why onnxruntime does not either, and what could."""
     since = revision(domain, op_type, version)
     known = registered(domain, op_type)
     have = f"registered revisions: {known}" if known else "no revision of it is registered"
     return (
         f"node {node!r}: no implementation of {domain or 'ai.onnx'}::{op_type}"
-        f"{f'-{since}' if since else f' at opset {version}'} ({have}); "
-        f"add one with @op({op_type!r}, since=…) under qwrap/ops/"
+        f"{f'-{since}' if since else f' at opset {version}'} "
+        f"({have}{f'; onnxruntime: {error}' if error else ''}); "
+        f"add one with qwrap.register_op({domain!r}, {op_type!r}, since={since or 1})"
     )
 
 

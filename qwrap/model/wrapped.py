@@ -18,6 +18,7 @@ from qwrap.model.codegen import generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
+from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import WeightReader
 from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
@@ -40,7 +41,7 @@ class WrappedModel(Block):
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
-    def __init__(self, graph: OnnxGraph, parameters: Collection[str] | None = None) -> None:
+    def __init__(self, graph: OnnxGraph, settings: LoadSettings | None = None) -> None:
         super().__init__()
         self.graph = graph
         self.programs: dict[str, Callable[[], Program]] = {}
@@ -49,7 +50,7 @@ class WrappedModel(Block):
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
-        self.layout = Layout(graph, parameters)
+        self.layout = Layout(graph, settings or LoadSettings())
         self._build({})
 
     # --- structure -----------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class WrappedModel(Block):
 
         The initialisers in ``keep`` stay the parameters they are; what sat on points is gone.
         """
-        layout = Layout(graph, self.layout.parameters)  # first of all, for it may refuse the graph
+        layout = Layout(graph, self.layout.settings)  # first of all, for it may refuse the graph
         slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
         kept = {key: self._get(slot) for key, slot in slots.items()}
         for name in [*self._modules, *self._parameters, *self._buffers]:
@@ -101,7 +102,7 @@ class WrappedModel(Block):
         for key, slot in self.layout.slots.items():
             tensor = kept.get(key)
             if tensor is None:
-                tensor = reader.read(self.layout.values.stored[key])
+                tensor = self._computed(reader.read(self.layout.values.stored[key]))
             parent = self._module_at(slot.path)
             if not slot.trainable:
                 parent.register_buffer(slot.name, tensor.detach())
@@ -111,6 +112,11 @@ class WrappedModel(Block):
                 parent.register_parameter(slot.name, nn.Parameter(tensor))
         self.train(self.training)  # new Blocks too
         self._generate()
+
+    def _computed(self, tensor: Tensor) -> Tensor:
+        """Return a float32 tensor in the type that the model computes in."""
+        dtype = self.layout.settings.dtype
+        return tensor if dtype is None or tensor.dtype != torch.float32 else tensor.to(dtype)
 
     def _add_blocks(self, region: Region) -> None:
         for item in region.items:
@@ -258,7 +264,14 @@ class WrappedModel(Block):
         given.update(kwargs)
         for name, expected in self._signature:
             check_input(name, given[name], expected)
-        return [given[name] for name in names]
+        return [self._fitting(given[name], kind) for name, kind in self._signature]
+
+    def _fitting(self, value: Any, expected: ValueType) -> Any:
+        if self.layout.settings.dtype is None or expected.dtype != ir.DataType.FLOAT:
+            return value
+        if isinstance(value, list):
+            return [self._fitting(item, expected) for item in value]
+        return value.to(self.layout.settings.dtype) if isinstance(value, Tensor) else value
 
 
 def check_input(name: str, tensor: object, expected: ValueType) -> None:

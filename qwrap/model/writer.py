@@ -166,9 +166,12 @@ class Writer:
 
     def dtype(self, value: ir.Value) -> str:
         """Return the name of the element type of a value, None where inference did not find it."""
-        dtype = TORCH_DTYPES.get(self.layout.graph.type_of(value).dtype or ir.DataType.UNDEFINED)
+        known = self.layout.graph.type_of(value).dtype
+        dtype = TORCH_DTYPES.get(known or ir.DataType.UNDEFINED)
         if dtype is None:
             return "None"
+        if known == ir.DataType.FLOAT:
+            dtype = self.layout.settings.dtype or dtype
         name = str(dtype).replace("torch.", "dtype_")
         self.namespace[name] = dtype
         return name

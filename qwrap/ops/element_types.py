@@ -44,23 +44,18 @@ TORCH_DTYPES: Mapping[int, torch.dtype] = MappingProxyType({
 Integers of 4 and 2 bits travel in 8, floats of 4 and 6 bits as the float32 numbers they stand for.
 """
 
-NATIVE = frozenset((
-    *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16),
-    *(TensorProto.BOOL, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64),
-    *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64),
-    *(TensorProto.COMPLEX64, TensorProto.COMPLEX128),
-))
-"""The types to which casting in torch is casting in ONNX."""
+DATA_TYPES: Mapping[torch.dtype, int] = MappingProxyType({
+    dtype: data_type for data_type, dtype in reversed([*TORCH_DTYPES.items()])
+})
+"""The torch type to the ``onnx.TensorProto`` data type that travels as itself in it."""
 
 
 def torch_dtype(data_type: int) -> torch.dtype:
-    """Return the torch type of an ``onnx.TensorProto`` data type.
+    """Return the torch type that carries an ``onnx.TensorProto`` data type.
 
     Raises:
-        UnsupportedOpError: torch has none that converts as ONNX demands (strings, 8-bit floats
-            and below).
+        UnsupportedOpError: no torch type does (text, or a number that names no type).
     """
-    if data_type not in NATIVE:
-        name = TensorProto.DataType.Name(data_type)
-        raise UnsupportedOpError(f"no tensor of element type {name} can be made in torch")
+    if data_type not in TORCH_DTYPES:
+        raise UnsupportedOpError(f"no tensor of element type {data_type} can be made in torch")
     return TORCH_DTYPES[data_type]

@@ -30,3 +30,20 @@ op("Less", since=(1,))(with_legacy_broadcast(torch.lt))
 def where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Take ``x`` where ``condition`` holds, else ``y``."""
     return torch.where(condition, x, y)
+
+
+@op("IsNaN", since=(9, 13, 20))
+def is_nan(x: Tensor) -> Tensor:
+    """Return whether an element is not a number."""
+    return torch.isnan(x.float() if x.itemsize == 1 else x)
+
+
+@op("IsInf", since=(10, 20))
+def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
+    """Return whether an element is one of the infinities to detect."""
+    x = x.float() if x.itemsize == 1 else x  # torch compares no 8-bit floats
+    if detect_negative and detect_positive:
+        return torch.isinf(x)
+    if not (detect_negative or detect_positive):
+        return torch.zeros_like(x, dtype=torch.bool)
+    return torch.isposinf(x) if detect_positive else torch.isneginf(x)

@@ -138,10 +138,36 @@ def clip_to_attributes(
 @op("CumSum", since=(11, 14), host=(1,))
 def cumsum(x: Tensor, axis: int | list[int], *, exclusive: int = 0, reverse: int = 0) -> Tensor:
     """Return running sums along ``axis``, without the element itself if ``exclusive``."""
+
+    def scan(x: Tensor, dim: int) -> Tensor:
+        return x.cumsum(dim, dtype=x.dtype)
+
+    return _running(scan, 0, x, axis, exclusive, reverse)
+
+
+@op("CumProd", since=(26,), host=(1,))
+def cumprod(x: Tensor, axis: int | list[int], *, exclusive: int = 0, reverse: int = 0) -> Tensor:
+    """Return running products along ``axis``, without the element itself if ``exclusive``."""
+
+    def scan(x: Tensor, dim: int) -> Tensor:
+        return x.cumprod(dim, dtype=x.dtype)
+
+    return _running(scan, 1, x, axis, exclusive, reverse)
+
+
+def _running(
+    scan: Callable[[Tensor, int], Tensor],
+    empty: int,
+    x: Tensor,
+    axis: int | list[int],
+    exclusive: int,
+    reverse: int,
+) -> Tensor:
+    """Accumulate along ``axis``; ``empty`` is what no elements accumulate to."""
     (dim,) = axis if isinstance(axis, list) else (axis,)
     x = x.flip(dim) if reverse else x
-    y = x.cumsum(dim, dtype=x.dtype)
-    if exclusive:
-        first = torch.zeros_like(y.narrow(dim, 0, 1))
-        y = torch.cat((first, y.narrow(dim, 0, y.shape[dim] - 1)), dim)
+    if exclusive and x.shape[dim] > 0:
+        first = torch.full_like(x.narrow(dim, 0, 1), empty)
+        x = torch.cat((first, x.narrow(dim, 0, x.shape[dim] - 1)), dim)
+    y = scan(x, dim)
     return y.flip(dim) if reverse else y

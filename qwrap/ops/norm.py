@@ -1,4 +1,4 @@
-"""Normalisation and dropout."""
+"""Normalisation."""
 
 from __future__ import annotations
 
@@ -163,34 +163,3 @@ def local_response_normalization(
     mean = F.avg_pool2d(squares, (size, 1), (1, 1)).reshape(X.shape)
     y: Tensor = wide / (bias + alpha * mean) ** beta
     return y.to(X.dtype)
-
-
-@op("Dropout", since=(1, 6, 7), ignored=("is_test", "ratio"))
-def dropout_without_mask_type(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
-    """Return ``data``; these revisions drop nothing in inference. The mask has its type."""
-    return (data, torch.ones_like(data))[:output_count]
-
-
-@op("Dropout", since=(10,), ignored=("ratio",))
-def dropout_inference(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
-    """Return ``data`` and a mask of true."""
-    return (data, torch.ones_like(data, dtype=torch.bool))[:output_count]
-
-
-@op("Dropout", since=(12, 13, 22), host=(1, 2), ignored=("seed",))
-def dropout(
-    data: Tensor,
-    ratio: float | None = None,
-    training_mode: bool | None = None,
-    *,
-    output_count: int = 1,
-) -> tuple[Tensor, ...]:
-    """Zero a random share ``ratio`` of ``data`` and scale the rest, if training.
-
-    The random numbers are torch's; the attribute ``seed`` fixes them in no other runtime either.
-    """
-    ratio = 0.5 if ratio is None else ratio
-    if not training_mode or ratio == 0:
-        return dropout_inference(data, output_count=output_count)
-    mask = torch.rand_like(data) >= ratio
-    return (data * mask / (1 - ratio), mask)[:output_count]

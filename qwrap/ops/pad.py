@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
+MODES = ("constant", "reflect", "edge", "wrap")
 TORCH_MODES = {"reflect": "reflect", "edge": "replicate"}
 
 
@@ -23,14 +25,21 @@ def pad(
     *,
     mode: str = "constant",
 ) -> Tensor:
-    """Add to (or, where negative, cut from) both ends of ``axes``."""
+    """Add to (or, where negative, cut from) both ends of ``axes``.
+
+    Raises:
+        UnsupportedOpError: ONNX has no such ``mode``.
+    """
+    if mode not in MODES:
+        raise UnsupportedOpError(f"Pad mode {mode!r}: expected one of {MODES}")
     count = len(pads) // 2
     begin, end = list(pads[:count]), list(pads[count:])
     if axes is not None:
         begin, end = _spread(begin, axes, data.ndim), _spread(end, axes, data.ndim)
     if mode == "constant":
         value = constant_value[0] if isinstance(constant_value, Sequence) else constant_value
-        return F.pad(data, torch_pads(begin, end), value=0 if value is None else value)
+        # Not F.pad, which makes a float of a large integer.
+        return torch.constant_pad_nd(data, torch_pads(begin, end), 0 if value is None else value)
     if _torch_can(data, begin, end, mode):
         return F.pad(data, torch_pads(begin[-2:], end[-2:]), mode=TORCH_MODES[mode])
     for axis, (before, after) in enumerate(zip(begin, end, strict=True)):

@@ -31,7 +31,7 @@ def _rank(x: Tensor) -> int:
     return rank
 
 
-def _overhang(x: Tensor, place: Window, ceil_mode: int) -> tuple[int, ...]:
+def overhang(x: Tensor, place: Window, ceil_mode: int) -> tuple[int, ...]:
     """Return the padding after each axis with which whole windows fill the axis.
 
     Rounding up the number of windows, one that would start past the last element is dropped.
@@ -68,7 +68,7 @@ def max_pool(
     pool = MAX_POOLS[rank - 1]
     padding = place.begin
     if ceil_mode or not _torch_can_pad(place):
-        values = F.pad(values, torch_pads(padding, _overhang(X, place, ceil_mode)), value=-math.inf)
+        values = F.pad(values, torch_pads(padding, overhang(X, place, ceil_mode)), value=-math.inf)
         padding = (0,) * rank
     y = pool(values, place.kernel, place.strides, padding, place.dilations)
     return y.to(X.dtype)
@@ -108,7 +108,7 @@ def max_pool_with_indices(
         return (y,)
     place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
     values = X if X.dtype.is_floating_point else X.float()
-    padded = F.pad(values, torch_pads(place.begin, _overhang(X, place, ceil_mode)), value=-math.inf)
+    padded = F.pad(values, torch_pads(place.begin, overhang(X, place, ceil_mode)), value=-math.inf)
     pool = INDEXED[_rank(X) - 1]
     y, index = pool(padded, place.kernel, place.strides, 0, place.dilations)
     where = _index_in_input(index, padded.shape[2:], X.shape, place.begin, storage_order)
@@ -160,7 +160,7 @@ def average_pool(
     if not ceil_mode and _torch_can_pad(place) and set(place.dilations) == {1}:
         pool = AVERAGE_POOLS[rank - 1]
         return pool(X, place.kernel, place.strides, place.begin, False, bool(count_include_pad))
-    ends = _overhang(X, place, ceil_mode)
+    ends = overhang(X, place, ceil_mode)
     counted = torch.ones_like(X[:1, :1])
     if count_include_pad:
         counted = F.pad(counted, torch_pads(place.begin, place.end), value=1.0)

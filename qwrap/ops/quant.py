@@ -1,28 +1,38 @@
-"""QuantizeLinear and DequantizeLinear of 8 and 16 bits; reads also 32-bit codes.
+"""QuantizeLinear and DequantizeLinear: integers of 2 to 32 bits and floats of 4 to 8.
 
-The arithmetic is that of ``qwrap.numerics``; here are the layouts: one scale per tensor, one per
-index of an axis, one per block of an axis.
+The arithmetic of integer codes is that of ``qwrap.numerics``; here are the layouts: one scale per
+tensor, one per index of an axis, one per block of an axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from qwrap.dtypes import INT8, INT16, INT32, UINT8, UINT16, QuantType
 from qwrap.errors import UnsupportedOpError
-from qwrap.numerics import QParams, dequantize, quantize
-from qwrap.ops.element_types import torch_dtype
+from qwrap.numerics import QParams, along_axis, dequantize, quantize
+from qwrap.ops.cast import convert, data_type_of
+from qwrap.ops.element_types import TORCH_DTYPES
+from qwrap.ops.minifloat import FLOAT8, GRIDS
 from qwrap.ops.registry import op
 
-TYPES = {t.torch_dtype: t for t in (UINT8, INT8, UINT16, INT16, INT32)}
-SINCE_21 = (21, 23, 24, 25, 28)
+SUB_BYTE = (
+    QuantType("int4", TensorProto.INT4, torch.int8, 4, -8, 7, 21),
+    QuantType("uint4", TensorProto.UINT4, torch.uint8, 4, 0, 15, 21),
+    QuantType("int2", TensorProto.INT2, torch.int8, 2, -2, 1, 25),
+    QuantType("uint2", TensorProto.UINT2, torch.uint8, 2, 0, 3, 25),
+)
+TYPES: Mapping[int, QuantType] = MappingProxyType({
+    t.onnx_type: t for t in (UINT8, INT8, UINT16, INT16, INT32, *SUB_BYTE)
+})
+"""``onnx.TensorProto`` data type to the integer codes it holds."""
 
-
-def _quant_type(dtype: torch.dtype) -> QuantType:
-    if dtype not in TYPES:
-        raise UnsupportedOpError(f"quantized tensor of type {dtype}")
-    return TYPES[dtype]
+SINCE_23 = (23, 24, 25, 28)
 
 
 def _qparams(
@@ -36,21 +46,72 @@ def _qparams(
         return QParams(scale.reshape(1), zero_point.reshape(1))
     if not block_size:
         return QParams(scale, zero_point, axis)
-    n = x.shape[axis]  # the last block may be cut off
-    scale, zero_point = (
-        v.repeat_interleave(block_size, axis).narrow(axis, 0, n).flatten()
-        for v in (scale, zero_point)
+    scale, zero_point = (_unfolded(v, x, axis, block_size) for v in (scale, zero_point))
+    return QParams(scale.flatten(), zero_point.flatten(), 0)
+
+
+def _unfolded(blocks: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
+    """Return for each element of ``x`` the value of its block; the last block may be cut off."""
+    return blocks.repeat_interleave(block_size, axis).narrow(axis, 0, x.shape[axis])
+
+
+def _placed(values: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
+    """Return scales or zero points as float32 that broadcasts against ``x``."""
+    values = values.to(torch.float32)
+    if values.numel() == 1:
+        return values.reshape(())
+    return (
+        _unfolded(values, x, axis, block_size) if block_size else along_axis(values, axis, x.ndim)
     )
-    return QParams(scale, zero_point, 0)
 
 
-def _quantized(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: QuantType, axis: int, block: int
+def _float_codes(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    data_type: int,
+    axis: int,
+    block_size: int,
+    saturate: bool,
 ) -> Tensor:
-    qparams = _qparams(x, scale, zero_point, axis, block)
-    if qparams.axis is not None and block:  # every element has a scale of its own
-        return quantize(x.flatten(), qparams, dtype).reshape(x.shape)
-    return quantize(x, qparams, dtype)
+    """Return ``x / scale`` as a float type of at most 8 bits."""
+    steps = x.detach().to(torch.float32) / _placed(scale.detach(), x, axis, block_size)
+    if zero_point is not None:
+        steps = steps + _placed(zero_point, x, axis, block_size)
+    codes: Tensor = convert(steps, data_type, saturate)
+    return codes
+
+
+def quantize_as(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    data_type: int,
+    axis: int = 1,
+    block_size: int = 0,
+    saturate: bool = True,
+) -> Tensor:
+    """Return codes of the ``onnx.TensorProto`` data type ``data_type``.
+
+    Raises:
+        UnsupportedOpError: nothing is quantized to that type.
+    """
+    if data_type in FLOAT8 or data_type in GRIDS:
+        return _float_codes(x, scale, zero_point, data_type, axis, block_size, saturate)
+    if data_type not in TYPES:
+        name = TensorProto.DataType.Name(data_type)
+        raise UnsupportedOpError(f"nothing can be quantized to element type {name}")
+    qparams = _qparams(x, scale, zero_point, axis, block_size)
+    if qparams.axis is not None and block_size:  # every element has a scale of its own
+        return quantize(x.flatten(), qparams, TYPES[data_type]).reshape(x.shape)
+    return quantize(x, qparams, TYPES[data_type])
+
+
+def _type(zero_point: Tensor | None, output_dtype: int, element_type: int | None) -> int:
+    """Return the type of the codes: what inference found, else what the node says itself."""
+    if element_type or zero_point is None:
+        return element_type or output_dtype or TensorProto.UINT8
+    return data_type_of(zero_point)
 
 
 @op("QuantizeLinear", since=(10,))
@@ -59,16 +120,46 @@ def quantize_per_tensor(x: Tensor, y_scale: Tensor, y_zero_point: Tensor | None 
     return quantize_along_axis(x, y_scale, y_zero_point)
 
 
-@op("QuantizeLinear", since=(13, 19), ignored=("saturate",))
+@op("QuantizeLinear", since=(13,))
 def quantize_along_axis(
     x: Tensor, y_scale: Tensor, y_zero_point: Tensor | None = None, *, axis: int = 1
 ) -> Tensor:
     """Return codes, with one scale or one per index of ``axis``."""
-    dtype = torch.uint8 if y_zero_point is None else y_zero_point.dtype
-    return _quantized(x, y_scale, y_zero_point, _quant_type(dtype), axis, 0)
+    return quantize_as(x, y_scale, y_zero_point, _type(y_zero_point, 0, None), axis)
 
 
-@op("QuantizeLinear", since=SINCE_21, ignored=("saturate", "precision"))
+@op("QuantizeLinear", since=(19,))
+def quantize_saturating(
+    x: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor | None = None,
+    *,
+    axis: int = 1,
+    saturate: int = 1,
+) -> Tensor:
+    """Return codes; 8-bit floats out of range become the largest number only if ``saturate``."""
+    data_type = _type(y_zero_point, 0, None)
+    return quantize_as(x, y_scale, y_zero_point, data_type, axis, saturate=bool(saturate))
+
+
+@op("QuantizeLinear", since=(21,))
+def quantize_blocks(
+    x: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor | None = None,
+    *,
+    axis: int = 1,
+    block_size: int = 0,
+    output_dtype: int = 0,
+    saturate: int = 1,
+    element_type: int | None = None,
+) -> Tensor:
+    """Return codes, with one scale, or one per index or block of ``axis``."""
+    data_type = _type(y_zero_point, output_dtype, element_type)
+    return quantize_as(x, y_scale, y_zero_point, data_type, axis, block_size, bool(saturate))
+
+
+@op("QuantizeLinear", since=SINCE_23)
 def quantize_linear(
     x: Tensor,
     y_scale: Tensor,
@@ -77,11 +168,13 @@ def quantize_linear(
     axis: int = 1,
     block_size: int = 0,
     output_dtype: int = 0,
+    precision: int = 0,
+    saturate: int = 1,
+    element_type: int | None = None,
 ) -> Tensor:
-    """Return codes, with one scale, or one per index or block of ``axis``."""
-    dtype = torch_dtype(output_dtype) if output_dtype else torch.uint8
-    dtype = dtype if y_zero_point is None else y_zero_point.dtype
-    return _quantized(x, y_scale, y_zero_point, _quant_type(dtype), axis, block_size)
+    """Return codes; ``x / y_scale`` is computed in float32 whatever ``precision`` says."""
+    data_type = _type(y_zero_point, output_dtype, element_type)
+    return quantize_as(x, y_scale, y_zero_point, data_type, axis, block_size, bool(saturate))
 
 
 @op("DequantizeLinear", since=(10,))
@@ -98,7 +191,7 @@ def dequantize_along_axis(
     return dequantize_linear(x, x_scale, x_zero_point, axis=axis)
 
 
-@op("DequantizeLinear", since=SINCE_21)
+@op("DequantizeLinear", since=(21, *SINCE_23))
 def dequantize_linear(
     x: Tensor,
     x_scale: Tensor,
@@ -109,9 +202,13 @@ def dequantize_linear(
     output_dtype: int = 0,
 ) -> Tensor:
     """Return the values of codes, of the type of the scale unless ``output_dtype`` says another."""
+    dtype = TORCH_DTYPES[output_dtype] if output_dtype else x_scale.dtype
+    if x.dtype.is_floating_point:
+        values = x.to(torch.float32)
+        if x_zero_point is not None:
+            values = values - _placed(x_zero_point, x, axis, block_size)
+        return (values * _placed(x_scale, x, axis, block_size)).to(dtype)
     qparams = _qparams(x, x_scale, x_zero_point, axis, block_size)
     if qparams.axis is not None and block_size:
-        values = dequantize(x.flatten(), qparams).reshape(x.shape)
-    else:
-        values = dequantize(x, qparams)
-    return values.to(torch_dtype(output_dtype) if output_dtype else x_scale.dtype)
+        return dequantize(x.flatten(), qparams).reshape(x.shape).to(dtype)
+    return dequantize(x, qparams).to(dtype)

@@ -6,6 +6,7 @@ Axes are an attribute in old revisions and an input in new ones, which also have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,14 @@ def _sum(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
     return x.sum(dims, keepdim=keepdim, dtype=x.dtype)
 
 
+def _is_empty(x: Tensor, dims: Dims) -> bool:
+    """Whether each reduced set has no element."""
+    return x.numel() == 0 and any(x.shape[dim] == 0 for dim in dims)
+
+
 def _mean(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
+    if _is_empty(x, dims):  # undefined in ONNX; onnxruntime gives zero
+        return _sum(x, dims, keepdim)
     if x.dtype.is_floating_point:
         return x.mean(dims, keepdim=keepdim)
     count = 1
@@ -31,11 +39,29 @@ def _mean(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
 
 
 def _max(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
+    if _is_empty(x, dims):
+        return torch.full_like(x.sum(dims, keepdim=keepdim), _lowest(x.dtype), dtype=x.dtype)
     return x.amax(dims, keepdim=keepdim)
 
 
 def _min(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
+    if _is_empty(x, dims):
+        return torch.full_like(x.sum(dims, keepdim=keepdim), _highest(x.dtype), dtype=x.dtype)
     return x.amin(dims, keepdim=keepdim)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """Return what is not above any number: the largest of an empty set."""
+    if dtype.is_floating_point:
+        return -math.inf
+    return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _highest(dtype: torch.dtype) -> float:
+    """Return what is not below any number: the smallest of an empty set."""
+    if dtype.is_floating_point:
+        return math.inf
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def _prod(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
@@ -60,11 +86,16 @@ def _sum_square(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
 
 
 def _log_sum(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
-    return _sum(x, dims, keepdim).log()
+    total = _sum(x, dims, keepdim)
+    if x.dtype.is_floating_point:
+        return total.log()
+    return total.double().log().to(x.dtype)
 
 
 def _log_sum_exp(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
-    return torch.logsumexp(x, dims, keepdim)
+    if x.dtype.is_floating_point:
+        return torch.logsumexp(x, dims, keepdim)
+    return torch.logsumexp(x.double(), dims, keepdim).to(x.dtype)
 
 
 def _register(

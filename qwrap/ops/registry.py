@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import onnx
 
+from qwrap.errors import UnsupportedOpError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -33,16 +35,23 @@ class Operator:
             because no input tells.
         wants_dtype: the function has a keyword ``dtype``: the element type of its first output,
             because Python numbers do not tell.
+        wants_element_type: the function has a keyword ``element_type``: the ``onnx.TensorProto``
+            data type of its first output, None where inference did not find it, because a torch
+            type may carry several (see ``element_types``).
+        prepare: makes of the attributes, once for each node, what the function takes as its
+            keyword ``prepared``; raises what is wrong with them. None: it takes them as they are.
     """
 
     function: Callable[..., Any]
-    host: tuple[int, ...]
-    literal: tuple[int, ...]
-    ignored: frozenset[str]
-    returns_tuple: bool
-    wants_output_count: bool
-    wants_device: bool
-    wants_dtype: bool
+    host: tuple[int, ...] = ()
+    literal: tuple[int, ...] = ()
+    ignored: frozenset[str] = frozenset()
+    returns_tuple: bool = False
+    wants_output_count: bool = False
+    wants_device: bool = False
+    wants_dtype: bool = False
+    wants_element_type: bool = False
+    prepare: Callable[..., Any] | None = None
 
     def wants_host(self, index: int) -> bool:
         """Whether input ``index`` is handed over as a Python value."""
@@ -51,6 +60,11 @@ class Operator:
     def keywords(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Return the attributes of a node that the function takes as keywords."""
         return {name: value for name, value in attributes.items() if name not in self.ignored}
+
+    def bind(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords to call the function with, from all attributes of a node."""
+        given = self.keywords(attributes)
+        return given if self.prepare is None else {"prepared": self.prepare(**given)}
 
 
 Key = tuple[str, str, int]  # domain, operator type, revision
@@ -66,26 +80,34 @@ def op(
     host: tuple[int, ...] = (),
     literal: tuple[int, ...] = (),
     ignored: tuple[str, ...] = (),
+    prepare: Callable[..., Any] | None = None,
+    replace: bool = False,
 ) -> Callable[[Function], Function]:
-    """Register the decorated function for the revisions ``since`` of ``domain::op_type``."""
+    """Register the decorated function for the revisions ``since`` of ``domain::op_type``.
+
+    With ``replace``, it may take the place of another one.
+    """
 
     def register(function: Function) -> Function:
         # Functions of torch itself are registered as they are; they have neither dictionary.
         names = getattr(function, "__kwdefaults__", None) or {}
-        returned = getattr(function, "__annotations__", {}).get("return", "")
+        types = getattr(function, "__annotations__", {})
+        returned = types.get("return", "")
         record = Operator(
             function=function,
             host=host,
             literal=literal,
             ignored=frozenset((*ignored, "consumed_inputs")),  # opset 1: a hint to work in place
-            returns_tuple=str(returned).startswith("tuple"),
+            returns_tuple=returned is tuple or str(returned).startswith("tuple"),
             wants_output_count="output_count" in names,
             wants_device="device" in names,
-            wants_dtype="dtype" in names,
+            wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
+            wants_element_type="element_type" in names,
+            prepare=prepare,
         )
         for version in since:
             key = (domain, op_type, version)
-            assert key not in _OPERATORS, f"{key} registered twice"
+            assert replace or key not in _OPERATORS, f"{key} registered twice"
             _OPERATORS[key] = record
             _KEYS.setdefault(function, key)
         return function
@@ -119,7 +141,17 @@ def key_of(function: object) -> Key | None:
 
 
 def function_of(key: Key) -> Callable[..., Any]:
-    """Return the function registered under ``key``."""
+    """Return the function registered under ``key``.
+
+    Raises:
+        UnsupportedOpError: none is.
+    """
+    if key not in _OPERATORS:
+        domain, op_type, since = key
+        raise UnsupportedOpError(
+            f"the model uses {domain or 'ai.onnx'}::{op_type}-{since}, which is not registered; "
+            "call qwrap.register_op before loading a pickled model"
+        )
     return _OPERATORS[key].function
 
 

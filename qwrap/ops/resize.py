@@ -187,6 +187,16 @@ def _is_repetition(axis: Axis, how: Sampling) -> bool:
     return False
 
 
+def _single(x: float) -> float:
+    """Round to float32, in which onnxruntime multiplies sizes by scales: 10 * 1.3 is 13 there.
+
+    Arithmetic alone, so that sizes may be symbolic. Source: T. J. Dekker, "A floating-point
+    technique for extending the available precision", 1971: leaves 53 - 29 bits.
+    """
+    split = x * (2.0**29 + 1)
+    return split - (split - x)
+
+
 def _fitted(
     sizes: Sequence[int], before: Sequence[int], policy: str
 ) -> tuple[list[int], list[float]]:
@@ -222,7 +232,7 @@ def resize(
         after, scales = _fitted(sizes, before, keep_aspect_ratio_policy)
     else:
         assert scales
-        after = [math.floor(n * scale) for n, scale in zip(before, scales, strict=True)]
+        after = [math.floor(_single(n * scale)) for n, scale in zip(before, scales, strict=True)]
     rois = [(0.0, 1.0)] * len(axes)
     if roi and coordinate_transformation_mode == "tf_crop_and_resize":
         rois = list(zip(roi[: len(axes)], roi[len(axes) :], strict=True))

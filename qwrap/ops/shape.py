@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import InputError
 from qwrap.ops.registry import op
 
 SINCE_13 = (13, 21, 23, 24, 25)
@@ -62,13 +63,24 @@ def flatten(input: Tensor, *, axis: int = 1) -> Tensor:
 @op("Transpose", since=(1, *SINCE_13))
 def transpose(data: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     """Permute the axes; reverse them without ``perm``."""
-    return data.permute(*(range(data.ndim - 1, -1, -1) if perm is None else perm))
+    return data.permute(tuple(range(data.ndim - 1, -1, -1) if perm is None else perm))
 
 
 @op("Squeeze", since=SINCE_13, host=(1,))
 def squeeze(data: Tensor, axes: Sequence[int] | None = None) -> Tensor:
-    """Drop the axes ``axes``, or all axes of size 1."""
-    return data.squeeze() if axes is None else data.squeeze(tuple(axes))
+    """Drop the axes ``axes``, or all axes of size 1.
+
+    Raises:
+        InputError: one of ``axes`` is of another size; torch would keep it.
+    """
+    if not axes:
+        return data.squeeze()
+    for axis in axes:
+        if data.shape[axis] != 1:
+            raise InputError(
+                f"Squeeze of axis {axis}, of size {data.shape[axis]}; only size 1 can be dropped"
+            )
+    return data.squeeze(tuple(axes))
 
 
 @op("Squeeze", since=(1, 11))
@@ -128,12 +140,22 @@ def concat_1(*inputs: Tensor, axis: int = 1) -> Tensor:
 
 
 @op("Split", since=(13,), host=(1,))
-def split(
+def split_13(
     input: Tensor, split: Sequence[int] | None = None, *, axis: int = 0, output_count: int = 1
 ) -> tuple[Tensor, ...]:
-    """Cut into parts of the sizes ``split``, or equal ones."""
-    sizes = list(split) if split else input.shape[axis] // output_count
-    return torch.split(input, sizes, axis)
+    """Cut into parts of the sizes ``split``, or equal ones.
+
+    Raises:
+        InputError: no equal parts are possible; torch would return more of them.
+    """
+    if split:
+        return torch.split(input, list(split), axis)
+    size, rest = divmod(input.shape[axis], output_count)
+    if rest:
+        raise InputError(
+            f"Split of axis {axis}, of size {input.shape[axis]}, into {output_count} equal parts"
+        )
+    return torch.split(input, [size] * output_count, axis)
 
 
 @op("Split", since=(18,), host=(1,))
@@ -148,7 +170,10 @@ def split_18(
     if split:
         return torch.split(input, list(split), axis)
     assert num_outputs is not None
-    return torch.split(input, -(-input.shape[axis] // num_outputs), axis)
+    n = input.shape[axis]
+    size = -(-n // num_outputs)
+    sizes = [min(size, max(n - i * size, 0)) for i in range(num_outputs)]
+    return torch.split(input, sizes, axis)
 
 
 @op("Split", since=(2, 11))
@@ -156,8 +181,20 @@ def split_attribute(
     input: Tensor, *, axis: int = 0, split: Sequence[int] | None = None, output_count: int = 1
 ) -> tuple[Tensor, ...]:
     """Cut into parts of the sizes ``split``, or equal ones."""
-    sizes = list(split) if split else input.shape[axis] // output_count
-    return torch.split(input, sizes, axis)
+    return split_1(input, axis=axis, split=split, output_count=output_count)
+
+
+@op("Split", since=(1,), host=(1,))
+def split_1(
+    input: Tensor,
+    sizes: Sequence[int] | None = None,
+    *,
+    axis: int = 0,
+    split: Sequence[int] | None = None,
+    output_count: int = 1,
+) -> tuple[Tensor, ...]:
+    """Cut into parts of sizes that an input or an attribute gives, or equal ones."""
+    return split_13(input, split or sizes, axis=axis, output_count=output_count)
 
 
 @op("DepthToSpace", since=(11, 13, 28))

@@ -16,6 +16,7 @@ from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, Tensor
 from qwrap.quant.target import ORT_CPU, Target
 
 TOO_DEAR = "an integer kernel would not pay for the conversions around it"
+NO_CLAMP = "its input comes out of an integer kernel as floats"
 UNMOVED = "stands among float nodes"
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 
@@ -216,7 +217,9 @@ class _Placement:
         if node in self.integer:
             return NodePlan(node.op_type, "integer")
         if self.facts.absorbed_by(node) in self.integer:
-            return NodePlan(node.op_type, "absorbed")
+            if self.graph.key(node.outputs[0]) in plan.tensors:
+                return NodePlan(node.op_type, "absorbed")
+            return NodePlan(node.op_type, "float", NO_CLAMP)  # no codes to clamp
         moved = self.facts.moved_input(node)
         follows = moved is not None and self._from_integer(moved)
         outputs = {self.graph.key(v) for v in node.outputs if v.name}

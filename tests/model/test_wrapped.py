@@ -96,13 +96,14 @@ def test_all_unsupported_operators_are_listed_at_once(build: Build) -> None:
     nodes = [
         helper.make_node("Unknown", ["x"], ["a"], "first", domain="com.example"),
         helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("StringNormalizer", ["s"], ["t"], "second"),
-    ]
-    extra = [helper.make_opsetid("com.example", 1)]
-    proto = build(nodes, {"x": [2], "s": (TensorProto.STRING, [2])}, ["b", "t"], extra=extra)
+        helper.make_node("Gradient", ["x"], ["t"], "second", domain="ai.onnx.preview.training",
+                         xs=["x"], y="x"),
+    ]  # fmt: skip
+    extra = [helper.make_opsetid(d, 1) for d in ("com.example", "ai.onnx.preview.training")]
+    proto = build(nodes, {"x": [2]}, ["b", "t"], extra=extra)
     with pytest.raises(UnsupportedOpError) as caught:
         load(proto)
-    for words in ("'first'", "com.example::Unknown", "'second'", "ai.onnx::StringNormalizer-10"):
+    for words in ("'first'", "com.example::Unknown", "'second'", "training::Gradient-1"):
         assert words in str(caught.value)
 
 
@@ -334,8 +335,9 @@ def test_a_model_that_cannot_be_rewritten_stays_as_it_was(
 
     model, x = load(mlp), torch.ones(1, 4)
     before = model(x)
-    node = helper.make_node("StringNormalizer", ["s"], ["y"])
-    bad = OnnxGraph(read_model(build([node], {"s": (TensorProto.STRING, [2])})))
+    node = helper.make_node("Unknown", ["x"], ["y"], domain="com.example")
+    extra = [helper.make_opsetid("com.example", 1)]
+    bad = OnnxGraph(read_model(build([node], {"x": [2]}, extra=extra)))
     with pytest.raises(UnsupportedOpError):
         model.rewrite(bad, ())
     assert torch.equal(model(x), before)

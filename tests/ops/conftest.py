@@ -12,13 +12,18 @@ import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qwrap import ops
+from qwrap import backend, ops
 
 Arrays = Sequence[np.ndarray | None]
 
 
 def one_node_model(
-    op_type: str, opset: int, inputs: Arrays, attributes: Mapping[str, Any], outputs: int
+    op_type: str,
+    opset: int,
+    inputs: Arrays,
+    attributes: Mapping[str, Any],
+    outputs: int,
+    domain: str = "",
 ) -> onnx.ModelProto:
     names = ["" if a is None else f"input_{i}" for i, a in enumerate(inputs)]
     results = [f"output_{i}" for i in range(outputs)]
@@ -27,7 +32,7 @@ def one_node_model(
         for name, value in attributes.items()
     }
     graph = helper.make_graph(
-        [helper.make_node(op_type, names, results, **values)],
+        [helper.make_node(op_type, names, results, domain=domain, **values)],
         "one_node",
         [
             helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
@@ -36,16 +41,27 @@ def one_node_model(
         ],
         [onnx.ValueInfoProto(name=name) for name in results],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    imports = [helper.make_opsetid(domain, opset)]
+    imports += [helper.make_opsetid("", 17)] if domain else []
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
     return onnx.shape_inference.infer_shapes(model)
 
 
 def expected(
-    op_type: str, opset: int, inputs: Arrays, attributes: Mapping[str, Any], outputs: int
+    op_type: str,
+    opset: int,
+    inputs: Arrays,
+    attributes: Mapping[str, Any],
+    outputs: int,
+    domain: str = "",
 ) -> list[np.ndarray]:
+    """What the oracle returns for one node."""
+    model = one_node_model(op_type, opset, inputs, attributes, outputs, domain)
+    return run_oracle(model, {f"input_{i}": a for i, a in enumerate(inputs) if a is not None})
+
+
+def run_oracle(model: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """What onnxruntime returns; where it has no kernel, the reference implementation."""
-    model = one_node_model(op_type, opset, inputs, attributes, outputs)
-    feed = {f"input_{i}": a for i, a in enumerate(inputs) if a is not None}
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -75,8 +91,12 @@ def arguments(
         ):
             arguments.append(array.tolist())
         else:
-            arguments.append(torch.from_numpy(array))
+            arguments.append(as_value(array))
     return arguments
+
+
+def as_value(array: np.ndarray) -> torch.Tensor | np.ndarray:
+    return array if array.dtype == object else torch.from_numpy(array)
 
 
 def computed(
@@ -86,20 +106,22 @@ def computed(
     attributes: Mapping[str, Any],
     outputs: int,
     literals: bool = False,
+    domain: str = "",
 ) -> list[np.ndarray]:
-    operator = ops.find("", op_type, opset)
+    operator = ops.find(domain, op_type, opset)
     assert operator is not None, f"{op_type} of opset {opset} is not registered"
-    keywords = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in operator.keywords(attributes).items()
-    }
+    keywords = operator.bind({
+        name: as_value(value) if isinstance(value, np.ndarray) else value
+        for name, value in attributes.items()
+    })
     if operator.wants_output_count:
         keywords["output_count"] = outputs
     if operator.wants_dtype:
         keywords["dtype"] = torch.from_numpy(inputs[0]).dtype
     result = operator.function(*arguments(operator, inputs, literals), **keywords)
     assert operator.returns_tuple == isinstance(result, tuple)
-    return [r.numpy() for r in (result if isinstance(result, tuple) else (result,))]
+    results = result if isinstance(result, tuple) else (result,)
+    return [r if isinstance(r, np.ndarray) else r.numpy() for r in results]
 
 
 def assert_matches_oracle(
@@ -110,16 +132,20 @@ def assert_matches_oracle(
     outputs: int = 1,
     rtol: float = 0.0,
     atol: float = 0.0,
+    domain: str = "",
 ) -> None:
     """Compare shapes, types and values of all outputs."""
-    wanted = expected(op_type, opset, inputs, attributes, outputs)
+    wanted = expected(op_type, opset, inputs, attributes, outputs, domain)
     for literals in (False, True):
-        got = computed(op_type, opset, inputs, attributes, outputs, literals)
+        got = computed(op_type, opset, inputs, attributes, outputs, literals, domain)
         assert len(got) >= outputs
         for ours, theirs in zip(got, wanted, strict=False):
             assert ours.dtype == theirs.dtype
             assert ours.shape == theirs.shape
-            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol)
+            if ours.dtype == object:
+                assert ours.tolist() == theirs.tolist()
+            else:
+                np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol)
 
 
 @pytest.fixture
@@ -201,3 +227,40 @@ def assert_compiles(
 @pytest.fixture
 def check_compiles() -> Callable[..., None]:
     return assert_compiles
+
+
+def assert_model_matches_oracle(
+    nodes: Sequence[onnx.NodeProto],
+    feed: Mapping[str, np.ndarray | onnx.TensorProto],
+    outputs: Mapping[str, int],
+    opset: int,
+) -> None:
+    """Compare a graph, exactly, by its outputs (name -> type); a TensorProto is an initialiser."""
+    arrays = {name: a for name, a in feed.items() if not isinstance(a, onnx.TensorProto)}
+    graph = helper.make_graph(
+        nodes,
+        "types",
+        [
+            helper.make_tensor_value_info(
+                name,
+                onnx.TensorProto.STRING
+                if a.dtype == object
+                else helper.np_dtype_to_tensor_dtype(a.dtype),
+                a.shape,
+            )
+            for name, a in arrays.items()
+        ],
+        [helper.make_tensor_value_info(name, type_, None) for name, type_ in outputs.items()],
+        [t for t in feed.values() if isinstance(t, onnx.TensorProto)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    wanted = run_oracle(model, arrays)
+    got = backend.prepare(model).run(list(arrays.values()))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def check_model() -> Callable[..., None]:
+    return assert_model_matches_oracle

@@ -4,7 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto
+
+from qwrap import ops
 
 rng = np.random.default_rng(0)
 
@@ -73,6 +76,23 @@ EXACT = [
     ("CumSum", 11, [ints(3, 4, dtype=np.int32), scalar(-2, np.int32)], {"reverse": 1}),
     ("CumSum", 14, [ints(3, 4), scalar(0, np.int64)], {"exclusive": 1}),
     ("CumSum", 14, [ints(3, 4), scalar(1, np.int64)], {"exclusive": 1, "reverse": 1}),
+    ("CumSum", 14, [np.zeros((0, 3), np.float32), scalar(0, np.int64)], {"exclusive": 1}),
+    *(
+        ("CumProd", 26, [ints(3, 4), scalar(axis, np.int64)], {"exclusive": e, "reverse": r})
+        for axis, e, r in itertools.product((0, -1), (0, 1), (0, 1))
+    ),
+    ("IsNaN", 9, [np.array([np.nan, 1, np.inf], np.float32)], {}),
+    ("IsNaN", 20, [np.array([np.nan, 1, np.inf], np.float16)], {}),
+    *(
+        ("IsInf", opset, [np.array([np.nan, -np.inf, 1, np.inf], np.float32)], attributes)
+        for opset in (10, 20)
+        for attributes in (
+            {},
+            {"detect_negative": 0},
+            {"detect_positive": 0},
+            {"detect_negative": 0, "detect_positive": 0},
+        )
+    ),
     ("Not", 1, [FLAGS], {}),
     ("And", 7, [FLAGS, FLAGS[0, :1]], {}),
     ("Or", 7, [FLAGS, ~FLAGS[0, :1]], {}),
@@ -181,3 +201,41 @@ def test_cast_from_float_equals_onnxruntime_out_of_range_too(check, to: int) -> 
 )
 def test_cast_from_integers_equals_onnxruntime(check, dtype: type, to: int) -> None:
     check("Cast", 9, [ints(20, low=-500, high=500).astype(dtype)], {"to": to})
+
+
+LEGACY = [
+    ({}, (2, 3, 4), (2, 3, 4), (2, 3, 4)),
+    ({"broadcast": 1}, (2, 3, 4), (3, 4), (1, 3, 4)),
+    ({"broadcast": 1}, (2, 3, 4), (), (1, 1, 1)),
+    ({"broadcast": 1, "axis": 0}, (2, 3, 4), (2,), (2, 1, 1)),
+    ({"broadcast": 1, "axis": 1}, (2, 3, 4), (3,), (1, 3, 1)),
+    ({"broadcast": 1, "axis": 1}, (2, 3, 4, 5), (3, 4), (1, 3, 4, 1)),
+    ({"broadcast": 1, "axis": -1}, (2, 3, 4), (4,), (1, 1, 4)),
+]
+MEANINGS = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Equal": np.equal,
+    "Greater": np.greater,
+    "Less": np.less,
+    "And": np.logical_and,
+    "Or": np.logical_or,
+    "Xor": np.logical_xor,
+}
+
+
+@pytest.mark.parametrize("op_type", MEANINGS)
+@pytest.mark.parametrize(("attributes", "a", "b", "meant"), LEGACY)
+def test_broadcasting_before_opset_7_aligns_at_an_axis(op_type, attributes, a, b, meant) -> None:
+    x, y = (rng.integers(1, 4, shape) for shape in (a, b))
+    kind = np.bool_ if op_type in ("And", "Or", "Xor") else np.float32
+    x, y = (x > 1, y > 1) if kind is np.bool_ else (x.astype(kind), y.astype(kind))
+    wanted = MEANINGS[op_type](x, y.reshape(meant))  # no runtime has kernels for these opsets
+    for opset in (1, 6):
+        operator = ops.find("", op_type, opset)
+        assert operator is not None
+        got = operator.function(torch.as_tensor(x), torch.as_tensor(y), **attributes)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)  # powers are rounded

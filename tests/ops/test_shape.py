@@ -1,13 +1,26 @@
 """Operators that move, select, create and reduce elements, against onnxruntime."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+
+from qwrap import ops
+from qwrap.errors import InputError, UnsupportedOpError
 
 rng = np.random.default_rng(1)
 
 
 def floats(*shape: int) -> np.ndarray:
     return rng.uniform(-3, 3, shape).astype(np.float32)
+
+
+def function(op_type: str, opset: int) -> Callable[..., Any]:
+    operator = ops.find("", op_type, opset)
+    assert operator is not None
+    return operator.function
 
 
 def int64(*values: int) -> np.ndarray:
@@ -24,7 +37,25 @@ IMAGE = floats(2, 8, 4, 6)
 TIES = rng.integers(0, 3, (4, 9)).astype(np.float32)
 MAX, MIN = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 
+NOTHING = np.zeros((2, 0, 3), np.float32)
+NO_AXES = np.zeros((0,), np.int64)
+
 MOVED = [
+    ("Transpose", 13, [scalar(2.5, np.float32)], {}),
+    ("Squeeze", 13, [floats(1, 3, 1), NO_AXES], {}),
+    ("Pad", 13, [X > 0, int64(0, 1, 0, 0, 0, 1), scalar(True, np.bool_)], {}),
+    ("Pad", 13, [TIES.astype(np.int64), int64(0, 1, 0, 2), scalar(2**60 + 1)], {}),
+    *(
+        (f"Reduce{kind}", opset, [NOTHING.astype(dtype), axis], {"keepdims": keepdims})
+        for kind, opset in (("Max", 18), ("Min", 20), ("Mean", 18), ("Prod", 18), ("Sum", 13))
+        for dtype in (np.float32, np.int32)
+        for axis, keepdims in ((int64(1), 0), (int64(1, 2), 1), (NO_AXES, 0))
+    ),
+    ("ReduceMax", 13, [NOTHING], {"axes": [1]}),
+    ("ReduceMax", 18, [NOTHING, int64(0)], {}),
+    ("ReduceLogSumExp", 18, [NOTHING, int64(1)], {}),
+    ("ReduceLogSum", 18, [(4 + X).astype(np.int32), int64(1)], {}),
+    ("ReduceLogSumExp", 13, [(4 + X).astype(np.int32)], {"axes": [0, 2]}),
     ("Identity", 16, [X], {}),
     ("Shape", 13, [X], {}),
     ("Shape", 15, [X], {"start": 1}),
@@ -167,3 +198,69 @@ def test_topk_takes_the_first_of_equal_values(check, attributes) -> None:
 def test_topk_of_older_opsets(check) -> None:
     check("TopK", 10, [TIES, int64(2)], {"axis": 0}, outputs=2)
     check("TopK", 1, [TIES], {"k": 4}, outputs=2)
+
+
+def test_extremes_of_no_booleans_are_those_of_the_type() -> None:
+    nothing = torch.zeros(2, 0, dtype=torch.bool)  # onnxruntime refuses them
+    assert function("ReduceMax", 20)(nothing, [1], keepdims=0).tolist() == [False, False]
+    assert function("ReduceMin", 20)(nothing, [1], keepdims=0).tolist() == [True, True]
+
+
+def test_split_gives_empty_parts_where_nothing_is_left() -> None:
+    parts = function("Split", 18)(torch.arange(4), num_outputs=3)
+    assert [p.tolist() for p in parts] == [[0, 1], [2, 3], []]  # onnxruntime refuses these
+
+
+def test_split_of_the_first_opset_takes_sizes_from_either_place() -> None:
+    x = torch.from_numpy(X)
+    split = function("Split", 1)
+    for parts in (split(x, [1, 3], axis=2), split(x, axis=2, split=[1, 3])):
+        assert [p.tolist() for p in parts] == [X[..., :1].tolist(), X[..., 1:].tolist()]
+    assert [p.tolist() for p in split(x, output_count=2)] == [X[:1].tolist(), X[1:].tolist()]
+
+
+@pytest.mark.parametrize("opset", [1, 2, 11, 13])
+def test_split_into_unequal_parts_without_sizes_is_refused(opset: int) -> None:
+    with pytest.raises(InputError, match="of axis 0, of size 7, into 3 equal parts"):
+        function("Split", opset)(torch.zeros(7), output_count=3)
+
+
+def test_squeeze_of_a_larger_axis_is_refused() -> None:
+    for call in (
+        lambda: function("Squeeze", 13)(torch.from_numpy(X), [1]),
+        lambda: function("Squeeze", 11)(torch.from_numpy(X), axes=[1]),
+    ):
+        with pytest.raises(InputError, match="Squeeze of axis 1, of size 3"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("opset", "arguments", "keywords"),
+    [(1, (), {"paddings": [0, 1]}), (2, (), {"pads": [0, 1]}), (18, ([0, 1],), {})],
+)
+def test_an_unknown_padding_mode_is_refused(opset, arguments, keywords) -> None:
+    with pytest.raises(UnsupportedOpError, match="Pad mode 'mirror'"):
+        function("Pad", opset)(torch.zeros(3), *arguments, **keywords, mode="mirror")
+
+
+def test_forms_of_the_first_opset() -> None:
+    """No other runtime has kernels for these; numpy says what they mean."""
+    x = torch.from_numpy(X)
+    padded = function("Pad", 1)(x, paddings=[0, 1, 0, 2, 0, 0], value=0.5)
+    assert np.array_equal(padded, np.pad(X, [(0, 2), (1, 0), (0, 0)], constant_values=0.5))
+    assert np.array_equal(function("Tile", 1)(x, 3, 1), np.tile(X, (1, 3, 1)))
+    assert np.array_equal(function("Concat", 1)(x, x), np.concatenate([X, X], 1))
+    assert np.array_equal(function("Reshape", 1)(x, shape=[0, -1]), X.reshape(2, -1))
+    assert np.array_equal(function("Gather", 1)(x, torch.tensor([-1, 0])), X[[-1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("op_type", "opset", "constants"),
+    [
+        (f"Reduce{kind}", 18, [[0, 2]])
+        for kind in ("Max", "Min", "Mean", "Prod", "L1", "L2", "SumSquare", "LogSumExp")
+    ]
+    + [("ReduceSum", 13, [[1]]), ("Pad", 18, [[1, 2, 0, 0, 1, 3], None, None])],
+)
+def test_gradients(check_gradients, op_type, opset, constants) -> None:
+    check_gradients(op_type, opset, [torch.from_numpy(X)], constants)

@@ -117,6 +117,17 @@ def test_a_gemm_with_float_output_adds_its_bias_in_codes(small, quantized) -> No
     assert result.verify().deployed.outputs[0].max_abs_difference == 0
 
 
+@pytest.mark.parametrize("activation", ["Relu(a)", "Clip(a, low, high)"])
+def test_an_activation_behind_a_kernel_that_gives_floats_is_computed(
+    small, quantized, activation: str
+) -> None:
+    weights = {"w": (12, 20), "low": -0.5 * np.ones((), "f"), "high": np.ones((), "f")}
+    nodes = f"a = MatMul(x, w) y = {activation}"
+    source = small.build(nodes, weights, "float[N,12] x", "float[N,20] y")
+    result = quantized(source, small.batches(shape=(4, 12)))
+    assert result.verify().deployed.outputs[0].max_abs_difference == 0
+
+
 def test_exact_runs_in_a_copy_of_another_thread_count(small, quantized) -> None:
     model = quantized(small.convs()).model
     x = torch.from_numpy(small.batches()[0])

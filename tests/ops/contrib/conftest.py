@@ -76,9 +76,16 @@ def assert_matches_oracle(
     rtol: float = 0.0,
     atol: float = 0.0,
     expected: Sequence[np.ndarray] | None = None,
+    types: Mapping[int, type] | None = None,
 ) -> None:
-    """Compare shapes, types and values of all outputs, with onnxruntime or with ``expected``."""
+    """Compare shapes, types and values of all outputs, with onnxruntime or with ``expected``.
+
+    ``types`` says that of outputs for which onnxruntime cannot infer it.
+    """
     model = one_node_model(op_type, inputs, attributes or {}, outputs, constants, domain, opset)
+    for index, kind in (types or {}).items():
+        value = model.graph.output[list(outputs).index(index)]
+        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     feed = [a for i, a in enumerate(inputs) if a is not None and i not in constants]
     if expected is None:
         session = session_of(model)

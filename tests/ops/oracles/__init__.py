@@ -1,0 +1,1 @@
+"""Inputs and attributes for every operator and revision, and what else answers for it."""
