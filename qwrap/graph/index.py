@@ -19,6 +19,7 @@ from qwrap.errors import ModelError
 from qwrap.graph.external import FileTensor
 from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
 from qwrap.graph.nodes import graphs
+from qwrap.graph.stand_ins import put_stand_ins
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,7 @@ def infer_types(model: ir.Model, *, declared: bool = True) -> dict[ir.Value, Val
             graph.ClearField("value_info")
             for value in graph.output:
                 value.ClearField("type")
+    put_stand_ins(proto)
     # Where inference fails, what the file itself declares remains.
     with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)

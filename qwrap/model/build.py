@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx_ir as ir
 import torch
@@ -22,22 +21,19 @@ from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
 from qwrap.model.layout import fits
 from qwrap.model.missing import missing_operators
-from qwrap.model.settings import LoadSettings
+from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Expand = Literal["auto", "never", "always"]
 
 
 def load(
     source: Source,
     *,
     expand: Expand = "auto",
-    parameters: Collection[str] | None = None,
-    untie: bool = False,
     dtype: torch.dtype | None = None,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
+    parameters: Collection[str] | None = None,
+    untie: bool = False,
 ) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
 
@@ -46,15 +42,15 @@ def load(
         expand: which operators with a function body in their schema run as that body: those
             without an implementation of their own, none, or all. Functions of the model itself
             are always expanded.
+        dtype: compute in this type what is float32 in the graph: parameters, constants, inputs,
+            what Cast makes. The graph itself stays what it is. None: as the graph says.
+        custom_ops: shared libraries with operators for onnxruntime, as its
+            ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
         parameters: names of the initialisers that are to be trained, or patterns of them
             (``"encoder.*"``); all others become buffers. By default every float tensor of rank 1
             or more is a parameter but running statistics; see ``Layout``.
         untie: give each node its own copy of the float initialisers that several nodes share; the
             copies are called ``<initialiser>_<node>``, in what is exported too.
-        dtype: compute in this type what is float32 in the graph: parameters, constants, inputs,
-            what Cast makes. The graph itself stays what it is. None: as the graph says.
-        custom_ops: shared libraries with operators for onnxruntime, as its
-            ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
 
     Returns:
         A module in float, in training mode as every new module, called with tensors in
@@ -70,47 +66,35 @@ def load(
 
     Warns:
         QwrapWarning: weights of several normalisations are one initialiser, and not untied.
+        GradientWarning: onnxruntime computes some nodes, and gradients stop there.
     """
-    if expand not in get_args(Expand):
-        raise ConfigError(f"expand={expand!r}; choose one of {', '.join(get_args(Expand))}")
-    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    also = partial(missing_operators, has_libraries=bool(custom_ops))
-    pristine = read_model(source, also, untied=untie)
-
-    def wanted(node: ir.Node) -> bool:
-        if expand == "auto":
-            domain = "" if node.domain in STANDARD else node.domain
-            return find(domain, node.op_type, opset_of(pristine, domain)) is None
-        return expand == "always"
-
-    if dtype is not None and dtype not in FLOATS:
-        raise ConfigError(f"dtype={dtype}; choose one of {', '.join(map(str, FLOATS))}")
-    if wrong := type_problems(pristine):
-        where = "the model" if path is None else str(path)
-        refuse(where, [*wrong, *also(without_weights(pristine))])
     settings = LoadSettings(
+        expand=expand,
         dtype=dtype,
-        libraries=tuple(os.fspath(path) for path in custom_ops),
+        libraries=tuple(os.fspath(library) for library in custom_ops),
         parameters=None if parameters is None else tuple(parameters),
     )
-    model = WrappedModel(OnnxGraph(expand_functions(pristine, wanted), path, pristine), settings)
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    pristine = read_model(
+        source, partial(missing_operators, has_libraries=bool(custom_ops)), untied=untie
+    )
+    if wrong := type_problems(pristine):
+        where = "the model" if path is None else str(path)
+        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
+    expanded = expand_functions(pristine, partial(_is_expanded, pristine, expand))
+    model = WrappedModel(OnnxGraph(expanded, path, pristine), settings)
     _check_patterns(model, parameters or ())
-    if model.layout.values.fallbacks:
-        warnings.warn(
-            f"nodes {model.layout.values.fallbacks} are computed by onnxruntime; gradients stop "
-            "there. Register a torch function with qwrap.register_op to train through them",
-            GradientWarning,
-            stacklevel=2,
-        )
-    if not untie and (merged := merged_names(pristine)):
-        listed = ", ".join(f"{name!r} ({count} nodes)" for name, count in merged.items())
-        warnings.warn(
-            f"{listed}: the exporter seems to have merged equal weights, which are trained as one; "
-            "qwrap.load(..., untie=True) gives each node its own",
-            QwrapWarning,
-            stacklevel=2,
-        )
+    for category, text in _warnings(model, untied=untie):
+        warnings.warn(text, category, stacklevel=2)
     return model
+
+
+def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:
+    """Whether the body in the schema of a node's operator shall replace it."""
+    if expand != "auto":
+        return expand == "always"
+    domain = "" if node.domain in STANDARD else node.domain
+    return find(domain, node.op_type, opset_of(model, domain)) is None
 
 
 def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
@@ -119,4 +103,21 @@ def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
         raise ConfigError(
             f"parameters={idle}: no float tensor of the model has such a name; see "
             "model.tensor_names for the names there are"
+        )
+
+
+def _warnings(model: WrappedModel, *, untied: bool) -> Iterator[tuple[type[QwrapWarning], str]]:
+    merged = {} if untied else merged_names(model.graph.pristine)
+    if merged:
+        listed = ", ".join(f"{name!r} ({count} nodes)" for name, count in merged.items())
+        yield (
+            QwrapWarning,
+            f"{listed}: the exporter seems to have merged equal weights, which are trained as one; "
+            "qwrap.load(..., untie=True) gives each node its own",
+        )
+    if fallbacks := model.layout.values.fallbacks:
+        yield (
+            GradientWarning,
+            f"nodes {fallbacks} are computed by onnxruntime; gradients stop there. Register a "
+            "torch function with qwrap.register_op to train through them",
         )

@@ -44,11 +44,11 @@ class Layout:
     constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
-    With ``settings.parameters`` the rule is another: a float tensor whose initialiser's name fits
-    one of these patterns is a parameter, whatever its rank, and any other tensor a buffer.
+    With ``parameters`` among the settings the rule is another: a float tensor whose initialiser's
+    name fits one of these patterns is a parameter, whatever its rank, and any other a buffer.
 
     Attributes:
-        settings: what ``load`` was asked for.
+        settings: what the model was loaded with.
         slots: value key of a stored tensor -> where it lives in the module tree.
         numbers: value key -> number that names its local variable in generated code.
         homes: every node that runs -> the path of the Block whose code runs it.

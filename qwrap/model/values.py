@@ -19,6 +19,7 @@ from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision, suited
+from qwrap.ops.choices import refusals
 
 Array = npt.NDArray[Any]
 
@@ -199,6 +200,11 @@ class Values:
                 f"{sorted(unknown)} are not implemented"
             )
             return
+        refused = refusals(node.op_type, attributes_of(node))
+        if refused:
+            key = self.graph.node_key(node)
+            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in refused]
+            return
         self.operators[self.graph.node_key(node)] = operator
         if operator.prepare is not None and not self._prepare(node, operator):
             return
@@ -222,7 +228,7 @@ class Values:
         try:
             computed = RuntimeNode(self.graph, node, self.settings.libraries)
         except UnsupportedOpError as error:
-            self._unsupported.append(explain(key, domain, node.op_type, version, error))
+            self._unsupported.append(explain(key, domain, node.op_type, version, str(error)))
             for _, body in bodies(node):
                 self._visit_graph(body)  # to list what else is missing
             return
@@ -265,17 +271,15 @@ def _is_small_integers(output: Any) -> bool:
     return not (output.is_floating_point() or output.is_complex())
 
 
-def explain(
-    node: str, domain: str, op_type: str, version: int, error: Exception | None = None
-) -> str:
-    """Say that nothing computes an operator, why onnxruntime does not either, and what could."""
+def explain(node: str, domain: str, op_type: str, version: int, runtime: str = "") -> str:
+    """Say that nothing computes an operator, nor onnxruntime for reason ``runtime``."""
     since = revision(domain, op_type, version)
     known = registered(domain, op_type)
     have = f"registered revisions: {known}" if known else "no revision of it is registered"
     return (
         f"node {node!r}: no implementation of {domain or 'ai.onnx'}::{op_type}"
-        f"{f'-{since}' if since else f' at opset {version}'} "
-        f"({have}{f'; onnxruntime: {error}' if error else ''}); "
+        f"{f'-{since}' if since else f' at opset {version}'} ({have}"
+        f"{f'; onnxruntime: {runtime}' if runtime else ''}); "
         f"add one with qwrap.register_op({domain!r}, {op_type!r}, since={since or 1})"
     )
 
