@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from qwrap.graph.load import Source, read_model, without_weights
 from qwrap.graph.nodes import STANDARD
 from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
-from qwrap.model.layout import fits
+from qwrap.model.layout import wild
 from qwrap.model.missing import missing_operators
 from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
@@ -98,8 +99,9 @@ def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:
 
 
 def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
-    trained = [key for key, slot in model.layout.slots.items() if slot.trainable]
-    if idle := [p for p in patterns if not any(fits(key, p) for key in trained)]:
+    trained = {key for key, slot in model.layout.slots.items() if slot.trainable}
+    fitting = {p for p in wild(patterns) if any(fnmatchcase(key, p) for key in trained)}
+    if idle := [p for p in patterns if p not in trained and p not in fitting]:
         raise ConfigError(
             f"parameters={idle}: no float tensor of the model has such a name; see "
             "model.tensor_names for the names there are"
