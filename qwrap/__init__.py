@@ -3,7 +3,7 @@
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig, QuantSpec
-from qwrap.errors import QwrapError
+from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
@@ -20,6 +20,7 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "QwrapError",
+    "QwrapWarning",
     "WrappedModel",
     "calibrate",
     "calibrating",

@@ -6,7 +6,7 @@ class QwrapError(Exception):
 
 
 class QwrapWarning(UserWarning):
-    """Base of every warning: the result stands, but something about it should be known."""
+    """Base of every warning: something works, but perhaps not as the user thinks."""
 
 
 class GradientWarning(QwrapWarning):

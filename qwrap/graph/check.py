@@ -1,110 +1,134 @@
-"""What makes a file unfit before anything is built from it, said once and clearly."""
+"""What makes a file unfit before anything is built from it, all of it said at once and clearly."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from qwrap.errors import ModelError
+from qwrap.graph.names import Names
+from qwrap.graph.nodes import bodies_of, domain_of, graphs, label, nodes_of
+from qwrap.graph.sparse import sparse_problem
+from qwrap.graph.texts import texts
 
-STANDARD = ("", "ai.onnx")
+Also = Callable[[onnx.ModelProto], Iterable[str]]
 
 
-def check_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> None:
+def check_proto(
+    proto: onnx.ModelProto, where: str, folder: Path | None, also: Also | None = None
+) -> None:
     """Refuse a model that cannot be understood, or that would be misunderstood.
 
     Args:
         proto: the model as read.
         where: what messages call it.
         folder: where its external data must lie. None: it has none, or it was checked before.
+        also: finds what else is wrong with a model that is refused, for the same message.
 
     Raises:
-        ModelError: see ``read_model``.
+        ModelError: see ``read_model``; it lists all problems.
     """
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{where}: not an ONNX model: it has no graph or imports no opset")
-    if unreadable := [
-        text for g in graphs(proto.graph) for text in _names(g) if type(text) is bytes
-    ]:
-        raise ModelError(f"{where}: names that are not UTF-8: {unreadable}")
-    sparse = [t.values.name for g in graphs(proto.graph) for t in g.sparse_initializer]
-    if sparse:
-        raise ModelError(
-            f"{where}: sparse initialisers {sparse} are not supported; make them dense first"
-        )
-    versions = _check_opsets(proto, where)
-    problems = [*_tensor_problems(proto.graph, folder), *_node_problems(proto, versions)]
+    if unreadable := [text for text in texts(proto) if type(text) is bytes]:
+        raise ModelError(f"{where}: text that is not UTF-8: {unreadable}")
+    names = Names()
+    names.graph(proto.graph)
+    for function in proto.functions:
+        names.function(function, f"function {function.name!r}")
+    problems = [
+        *_opset_problems(proto),
+        *_tensor_problems(proto, folder),
+        *_node_problems(proto),
+        *_function_problems(proto),
+        *_type_problems(proto.graph),
+        *names.problems,
+    ]
     if problems:
-        raise ModelError(f"{where}: " + "; ".join(problems))
-    _check_names(proto.graph, where, frozenset())
+        refuse(where, [*problems, *(also(proto) if also else ())])
 
 
-def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield ``graph`` and all graphs inside it."""
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from graphs(inner)
+def refuse(where: str, problems: Iterable[str]) -> None:
+    """Raise one error for all ``problems``.
 
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that ``node`` holds in its attributes."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH or attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(f"{where}: {'; '.join(dict.fromkeys(problems))}")
 
 
 # --- opsets --------------------------------------------------------------------------------------
 
 
-def _check_opsets(proto: onnx.ModelProto, where: str) -> dict[str, int]:
-    versions = {_domain(entry.domain): entry.version for entry in proto.opset_import}
+def opsets_of(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
+    """Return domain -> imported version; that of ai.onnx is the empty one."""
+    return {domain_of(entry.domain): entry.version for entry in imports}
+
+
+def _opset_problems(proto: onnx.ModelProto) -> Iterator[str]:
     newest = onnx.defs.onnx_opset_version()
-    if not 1 <= versions.get("", 1) <= newest:
-        raise ModelError(
-            f"{where}: imports ai.onnx opset {versions['']}; the installed onnx {onnx.__version__} "
-            f"knows 1 to {newest}; upgrade onnx or export at an older opset"
-        )
-    used = {_domain(n.domain): n for g in graphs(proto.graph) for n in reversed(g.node)}
-    for domain in sorted(set(used) - set(versions)):
-        raise ModelError(
-            f"{where}: node {label(used[domain])!r} is of domain {domain or 'ai.onnx'!r}, of which "
-            "the model imports no opset; add it to opset_import"
-        )
-    return versions
+    scopes = [("", opsets_of(proto.opset_import), [g.node for g in graphs(proto.graph)])]
+    scopes += [
+        (f"function {f.name!r}: ", opsets_of(f.opset_import), [*nodes_of(f)])
+        for f in proto.functions
+    ]
+    for where, versions, bodies in scopes:
+        if not 1 <= versions.get("", 1) <= newest:
+            yield (
+                f"{where}imports ai.onnx opset {versions['']}; the installed onnx "
+                f"{onnx.__version__} knows 1 to {newest}; upgrade onnx or export at an older opset"
+            )
+        used = {domain_of(node.domain): node for nodes in bodies for node in reversed(nodes)}
+        for domain in sorted(set(used) - set(versions)):
+            yield (
+                f"{where}node {label(used[domain])!r} is of domain {domain or 'ai.onnx'!r}, of "
+                "which the model imports no opset; add it to opset_import"
+            )
 
 
-def _domain(domain: str) -> str:
-    return "" if domain in STANDARD else domain
+# --- tensors and types ---------------------------------------------------------------------------
 
 
-def label(node: onnx.NodeProto) -> str:
-    """Return the name of a node, or what else it can be found by."""
-    return node.name or f"{node.op_type}:{next(iter(node.output), '')}"
-
-
-# --- tensors -------------------------------------------------------------------------------------
-
-
-def _tensor_problems(graph: onnx.GraphProto, folder: Path | None) -> Iterator[str]:
-    for inner in graphs(graph):
-        for tensor in inner.initializer:
+def _tensor_problems(proto: onnx.ModelProto, folder: Path | None) -> Iterator[str]:
+    for graph in graphs(proto.graph):
+        for tensor in graph.initializer:
             if problem := _tensor_problem(tensor, folder):
                 yield f"initialiser {tensor.name!r}: {problem}"
-        for node in inner.node:
+        for sparse in graph.sparse_initializer:
+            if problem := sparse_problem(sparse):
+                yield f"sparse initialiser {sparse.values.name!r}: {problem}"
+    for nodes in bodies_of(proto):
+        for node in nodes:
             for attribute in node.attribute:
-                for tensor in (
-                    *([attribute.t] if attribute.HasField("t") else ()),
-                    *attribute.tensors,
-                ):
-                    if problem := _tensor_problem(tensor, folder):
-                        yield f"node {label(node)!r}: tensor {tensor.name!r}: {problem}"
+                for problem in _attribute_problems(node, attribute, folder):
+                    yield f"node {label(node)!r}: {problem}"
+
+
+def _attribute_problems(
+    node: onnx.NodeProto, attribute: onnx.AttributeProto, folder: Path | None
+) -> Iterator[str]:
+    one = [attribute.t] if attribute.HasField("t") else []
+    for tensor in (*one, *attribute.tensors):
+        if problem := _tensor_problem(tensor, folder):
+            yield f"tensor {tensor.name!r}: {problem}"
+    if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
+        return
+    if node.op_type != "Constant" or domain_of(node.domain) or attribute.sparse_tensors:
+        yield f"attribute {attribute.name!r} holds a sparse tensor; make it dense first"
+    elif problem := sparse_problem(attribute.sparse_tensor):
+        yield f"attribute {attribute.name!r}: {problem}"
+
+
+def _type_problems(graph: onnx.GraphProto) -> Iterator[str]:
+    for value in graph.input:
+        kind = value.type.WhichOneof("value")
+        if kind in ("sparse_tensor_type", "map_type", "opaque_type"):
+            yield f"graph input {value.name!r} is a {kind.removesuffix('_type')}; pass a tensor"
 
 
 def _tensor_problem(tensor: onnx.TensorProto, folder: Path | None) -> str | None:
@@ -172,20 +196,102 @@ def external_problem(
 # --- nodes ---------------------------------------------------------------------------------------
 
 
-def _node_problems(proto: onnx.ModelProto, versions: dict[str, int]) -> Iterator[str]:
+def _node_problems(proto: onnx.ModelProto) -> Iterator[str]:
     """Hold every node against the schema of its operator, where onnx knows one."""
-    local = {(_domain(f.domain), f.name) for f in proto.functions}
+    local = {(domain_of(f.domain), f.name): f for f in proto.functions}
+    versions = opsets_of(proto.opset_import)
     for graph in graphs(proto.graph):
         for node in graph.node:
-            domain = _domain(node.domain)
-            if (domain, node.op_type) in local:
-                continue
-            try:
-                schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
-            except onnx.defs.SchemaError:
-                continue
-            for problem in _schema_problems(node, schema):
+            for problem in _held_against_schema(node, versions, local, frozenset()):
                 yield f"node {label(node)!r} ({node.op_type}): {problem}"
+
+
+def _function_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    """Do the same in the bodies of functions, whose attributes may be those of the call."""
+    local = {(domain_of(f.domain), f.name): f for f in proto.functions}
+    counts = Counter((f.domain, f.name, f.overload) for f in proto.functions)
+    for (_, name, _), count in counts.items():
+        if count > 1:
+            yield f"function {name!r} is defined {count} times"
+    for f in proto.functions:
+        known = frozenset((*f.attribute, *(a.name for a in f.attribute_proto)))
+        versions = opsets_of(f.opset_import)
+        for nodes in nodes_of(f):
+            for node in nodes:
+                for problem in _held_against_schema(node, versions, local, known):
+                    yield f"function {f.name!r}: node {label(node)!r} ({node.op_type}): {problem}"
+
+
+def _held_against_schema(
+    node: onnx.NodeProto,
+    versions: Mapping[str, int],
+    local: Mapping[tuple[str, str], onnx.FunctionProto],
+    referable: frozenset[str],
+) -> Iterator[str]:
+    twice = [name for name, n in Counter(a.name for a in node.attribute).items() if n > 1]
+    if twice:
+        yield f"has attributes {twice} twice"
+    for attribute in node.attribute:
+        if attribute.ref_attr_name and attribute.ref_attr_name not in referable:
+            yield (
+                f"attribute {attribute.name!r} refers to {attribute.ref_attr_name!r}, which no "
+                "function around it has"
+            )
+        elif problem := _contradiction(attribute):
+            yield f"attribute {attribute.name!r} {problem}"
+    domain = domain_of(node.domain)
+    version = versions.get(domain, 0)
+    if (domain, node.op_type) in local:
+        yield from _call_problems(node, local[domain, node.op_type])
+        return
+    if version < 1:
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, domain)
+    except onnx.defs.SchemaError:
+        if not domain and onnx.defs.has(node.op_type):
+            yield f"is not in opset {version}"
+        return
+    yield from _schema_problems(node, schema)
+
+
+def _call_problems(node: onnx.NodeProto, function: onnx.FunctionProto) -> Iterator[str]:
+    """Hold a call against the function of the model that it calls."""
+    if len(node.input) > len(function.input):
+        yield f"has {len(node.input)} inputs, its function {len(function.input)}"
+    if len(node.output) > len(function.output):
+        yield f"has {len(node.output)} outputs, its function {len(function.output)}"
+
+
+FIELDS = {
+    onnx.AttributeProto.FLOAT: "f",
+    onnx.AttributeProto.INT: "i",
+    onnx.AttributeProto.STRING: "s",
+    onnx.AttributeProto.TENSOR: "t",
+    onnx.AttributeProto.GRAPH: "g",
+    onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    onnx.AttributeProto.TYPE_PROTO: "tp",
+}
+LISTS = ("floats", "ints", "strings", "tensors", "graphs", "sparse_tensors", "type_protos")
+
+
+def _contradiction(attribute: onnx.AttributeProto) -> str | None:
+    """Say why an attribute is not what its type says. None of a list may be empty, so may it."""
+    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
+    own = FIELDS.get(attribute.type, kind.lower())
+    held = [name for name in FIELDS.values() if attribute.HasField(name)]
+    held += [name for name in LISTS if getattr(attribute, name)]
+    if wrong := [name for name in held if name != own]:
+        return f"is of type {kind}, but holds {wrong}"
+    by_default = attribute.type in (1, 2, 3)  # a zero or empty text need not be written
+    if (
+        own in FIELDS.values()
+        and own not in held
+        and not by_default
+        and not attribute.ref_attr_name
+    ):
+        return f"is of type {kind}, but holds none"
+    return None
 
 
 def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterator[str]:
@@ -199,65 +305,38 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
             yield f"leaves out its input {parameter.name!r}"
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, attribute in given.items():
+        if attribute.HasField("sparse_tensor"):
+            yield f"sparse attribute {name!r} is not supported; make it dense first"
         known = schema.attributes.get(name)
         kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
-        if attribute.ref_attr_name:
-            yield f"attribute {name!r} refers to one of a function, outside of any function"
-        elif known is None:
+        if known is None:
             yield f"has no attribute {name!r}"
         elif kind != (expected := str(known.type).rpartition(".")[2]):
             yield f"attribute {name!r} is of type {kind}, expected {expected}"
     for name, known in schema.attributes.items():
         if known.required and name not in given:
             yield f"lacks its attribute {name!r}"
+    yield from _body_problems(node)
+    if node.op_type == "Constant" and domain_of(node.domain) == "" and len(given) != 1:
+        yield f"has {len(given)} attributes, expected exactly one"
 
 
-def _names(graph: onnx.GraphProto) -> Iterator[object]:
-    """Yield all names; protobuf hands over as bytes what is not UTF-8."""
-    for named in (*graph.input, *graph.output, *graph.initializer):
-        yield named.name
-    for node in graph.node:
-        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-        yield from (attribute.name for attribute in node.attribute)
-
-
-# --- names ---------------------------------------------------------------------------------------
-
-
-def _check_names(graph: onnx.GraphProto, where: str, outer: frozenset[str]) -> set[str]:
-    """Refuse values that are made twice, or used before (or without) being made.
-
-    A subgraph may make a value of a name that the graph around it also has, and means its own
-    from there on; it may not do so after it has read the outer one.
-
-    Returns:
-        The names that ``graph`` reads from the graphs around it.
-    """
-    initializers = Counter(t.name for t in graph.initializer)
-    declared = Counter(v.name for v in graph.input)
-    twice = [name for counts in (initializers, declared) for name, n in counts.items() if n > 1]
-    if twice:
-        raise ModelError(f"{where}: initialisers or graph inputs {twice} appear twice")
-    own = {*initializers, *declared}
-    captured: set[str] = set()
-    for node in graph.node:
-        reads = {name for name in node.input if name}
-        for inner in subgraphs(node):
-            reads |= _check_names(inner, where, outer | own)
-        captured |= reads - own
-        missing = sorted(captured - outer)
-        if missing:
-            raise ModelError(
-                f"{where}: node {label(node)!r} reads {missing}, which nothing before it produces"
+def _body_problems(node: onnx.NodeProto) -> Iterator[str]:
+    """Hold the bodies of control flow against the inputs and outputs of their node."""
+    if domain_of(node.domain):
+        return
+    for attribute in node.attribute:
+        gives, takes = len(attribute.g.output), len(attribute.g.input)
+        if node.op_type == "If" and (gives != len(node.output) or takes):
+            yield (
+                f"{attribute.name} has {takes} inputs and {gives} outputs, expected 0 and "
+                f"{len(node.output)}"
             )
-        made = Counter(name for name in node.output if name)
-        again = [name for name, n in made.items() if n > 1 or name in own or name in captured]
-        if again:
-            raise ModelError(
-                f"{where}: node {label(node)!r} produces {again}, which already exists"
-            )
-        own.update(made)
-    captured |= {v.name for v in graph.output} - own
-    if missing := sorted(captured - outer):
-        raise ModelError(f"{where}: graph outputs {missing} are produced by no node")
-    return captured
+        elif node.op_type == "Loop" and attribute.name == "body":
+            if gives - 1 < len(node.output) or takes != len(node.input) or gives < takes - 1:
+                yield (
+                    f"its body has {takes} inputs and {gives} outputs, the node {len(node.input)} "
+                    f"inputs and {len(node.output)} outputs"
+                )
+        elif node.op_type == "Scan" and attribute.name == "body" and gives < len(node.output):
+            yield f"its body has {gives} outputs, the node {len(node.output)}"

@@ -14,9 +14,9 @@ import onnx
 import onnx_ir as ir
 
 from qwrap.errors import ModelError
-from qwrap.graph.check import STANDARD
 from qwrap.graph.constants import Constants
 from qwrap.graph.index import ValueType, infer_types, opset_of, walk_nodes
+from qwrap.graph.nodes import STANDARD
 
 FUNCTION = "qwrap.function"
 DEEPEST = 64  # functions that call functions

@@ -18,6 +18,8 @@ import onnx_ir as ir
 from qwrap.errors import ModelError
 from qwrap.graph.external import FileTensor
 from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
+from qwrap.graph.nodes import graphs
+from qwrap.graph.stand_ins import put_stand_ins
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +210,20 @@ def walk_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
             yield from walk_nodes(body)
 
 
-def infer_types(model: ir.Model) -> dict[ir.Value, ValueType]:
-    """Run ONNX shape inference on a copy without weights; return what it knows of each value."""
+def infer_types(model: ir.Model, *, declared: bool = True) -> dict[ir.Value, ValueType]:
+    """Run ONNX shape inference on a copy without weights; return what it knows of each value.
+
+    Args:
+        model: not modified.
+        declared: whether to go by what the file says of values that are no graph inputs.
+    """
     proto = without_weights(model)
+    if not declared:
+        for graph in graphs(proto.graph):
+            graph.ClearField("value_info")
+            for value in graph.output:
+                value.ClearField("type")
+    put_stand_ins(proto)
     # Where inference fails, what the file itself declares remains.
     with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from qwrap.errors import ModelError
-from qwrap.graph.check import check_proto, external_problem
+from qwrap.graph.check import Also, check_proto, external_problem, packed_size
 from qwrap.graph.external import DataFile, FileTensor
+from qwrap.graph.nodes import graphs
+from qwrap.graph.sparse import densified
+from qwrap.graph.tie import untie
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
 
-def read_model(source: Source) -> ir.Model:
+def read_model(source: Source, also: Also | None = None, *, untied: bool = False) -> ir.Model:
     """Return ``source`` as an onnx_ir model that the caller owns.
 
-    External data stays on disk until a tensor is used.
+    External data stays on disk until a tensor is used. Sparse tensors become dense ones.
+
+    Args:
+        source: a path, a message or a model of onnx_ir.
+        also: finds what else is wrong with a model that is refused, for the same error.
+        untied: give each node its own copy of the float initialisers that it shares.
 
     Raises:
         ModelError: not an ONNX model, cut off, of an opset that the installed onnx does not know,
             with nodes that break their schema or the order of the graph, or its external data is
-            missing, too short or outside the model's folder; also for sparse initialisers, which
-            onnx_ir would drop silently.
+            missing, too short or outside the model's folder. The error lists all problems.
     """
     if isinstance(source, ir.Model):
-        return _from_ir(source)
+        model = _from_ir(source, also)
+        if not untied:
+            return model
+        folder = next((Path(tensor.base_dir) for tensor in external_tensors(model)), None)
+        return _from_proto(ir.to_proto(model), "the onnx_ir model", folder, also, untied)
     if isinstance(source, onnx.ModelProto):
         own = onnx.ModelProto()
         own.CopyFrom(source)  # the caller may go on changing it
-        return _from_proto(own, "the ModelProto", None)
+        return _from_proto(own, "the ModelProto", None, also, untied)
     path = Path(source)
-    return _from_proto(_parse(path), str(path), path.parent)
+    return _from_proto(_parse(path), str(path), path.parent, also, untied)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -53,12 +65,20 @@ def _parse(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _from_proto(proto: onnx.ModelProto, where: str, folder: Path | None) -> ir.Model:
+def _from_proto(
+    proto: onnx.ModelProto, where: str, folder: Path | None, also: Also | None, untied: bool
+) -> ir.Model:
     try:
-        check_proto(proto, where, folder)
+        check_proto(proto, where, folder, also)
+        if untied:
+            untie(proto)
         return to_model(proto, folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # text that is not UTF-8 too
-        raise ModelError(f"{where}: malformed graph: {error}") from error
+    except MALFORMED as error:
+        raise ModelError(f"{where}: malformed graph: {error.__cause__ or error}") from error
+
+
+# What onnx_ir raises over a message that breaks the format itself, text that is not UTF-8 too.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, ir.serde.SerdeError)
 
 
 def to_model(proto: onnx.ModelProto, folder: Path | None, *, is_original: bool = True) -> ir.Model:
@@ -72,7 +92,7 @@ def to_model(proto: onnx.ModelProto, folder: Path | None, *, is_original: bool =
     Raises:
         ModelError: external data is missing.
     """
-    model = ir.from_proto(proto)
+    model = ir.from_proto(densified(proto))
     if is_original:
         model.meta[ORIGINAL] = proto
     if folder is not None:
@@ -93,7 +113,7 @@ def original_proto(model: ir.Model) -> onnx.ModelProto | None:
     return proto
 
 
-def _from_ir(source: ir.Model) -> ir.Model:
+def _from_ir(source: ir.Model, also: Also | None) -> ir.Model:
     """Copy a model; its tensors are shared, for they are never written to."""
     where = "the onnx_ir model"
     model = source.clone()
@@ -108,9 +128,9 @@ def _from_ir(source: ir.Model) -> ir.Model:
         if problem:
             raise ModelError(f"{where}: tensor {tensor.name!r}: {problem}")
     try:
-        check_proto(without_weights(model), where, None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{where}: malformed graph: {error}") from error
+        check_proto(without_weights(model), where, None, also)
+    except MALFORMED as error:
+        raise ModelError(f"{where}: malformed graph: {error.__cause__ or error}") from error
     _open_files(model, None)
     return model
 
@@ -187,6 +207,52 @@ SMALL = 4096  # bytes: initialisers beyond this steer no shapes, so inference ne
 
 def without_weights(model: ir.Model) -> onnx.ModelProto:
     """Return a proto of ``model`` in which every large initialiser is a stub without data."""
+    original = original_proto(model)
+    return _skeleton(model) if original is None else _skeleton_of(densified(original), model)
+
+
+def _skeleton_of(proto: onnx.ModelProto, model: ir.Model) -> onnx.ModelProto:
+    """Copy all of the message that ``model`` was read from but its large initialisers."""
+    skeleton = onnx.ModelProto()
+    _copy_fields(proto, skeleton, but="graph")
+    _copy_fields(proto.graph, skeleton.graph, but="initializer")
+    for tensor in proto.graph.initializer:
+        if packed_size(tensor) > SMALL:
+            skeleton.graph.initializer.append(_stub(tensor))
+        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
+            data = model.graph.initializers[tensor.name].const_value
+            assert data is not None
+            small = skeleton.graph.initializer.add(name=tensor.name, dims=tensor.dims)
+            small.data_type, small.raw_data = tensor.data_type, data.tobytes()
+        else:
+            skeleton.graph.initializer.append(tensor)
+    for graph in itertools.islice(graphs(skeleton.graph), 1, None):
+        for tensor in graph.initializer:
+            if packed_size(tensor) > SMALL:
+                tensor.CopyFrom(_stub(tensor))
+    return skeleton
+
+
+def _copy_fields(source: Message, target: Message, *, but: str) -> None:
+    for field, value in source.ListFields():
+        is_unreadable = field.type == field.TYPE_STRING and isinstance(value, bytes)
+        if field.name == but or is_unreadable:  # text that is not UTF-8 says nothing of types
+            continue
+        if hasattr(value, "__len__") and not isinstance(value, (str, bytes)):
+            getattr(target, field.name).extend(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def _stub(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    stub = onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    stub.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "-"), ("offset", "0"), ("length", "0")):
+        stub.external_data.add(key=key, value=value)
+    return stub
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
     skeleton = model.clone()
     for graph in (skeleton.graph, *skeleton.graph.subgraphs()):
         for value in graph.initializers.values():

@@ -10,10 +10,11 @@ import onnx
 import onnx_ir as ir
 
 from qwrap.errors import ExportError
-from qwrap.graph.check import label, packed_size, subgraphs
+from qwrap.graph.check import packed_size
 from qwrap.graph.external import BLOCK, DataFile, FileTensor
 from qwrap.graph.index import OnnxGraph, bodies
 from qwrap.graph.load import external_tensors, original_proto
+from qwrap.graph.nodes import label, subgraphs
 
 
 @dataclass(frozen=True, slots=True)

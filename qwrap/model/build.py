@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import ConfigError, GradientWarning
-from qwrap.graph.check import STANDARD
+from qwrap.errors import ConfigError, GradientWarning, QwrapWarning
+from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
-from qwrap.graph.load import Source, read_model
-from qwrap.model.settings import LoadSettings
+from qwrap.graph.load import Source, read_model, without_weights
+from qwrap.graph.nodes import STANDARD
+from qwrap.graph.tie import merged_names
+from qwrap.graph.types import type_problems
+from qwrap.model.layout import fits
+from qwrap.model.missing import missing_operators
+from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Expand = Literal["auto", "never", "always"]
 
 
 def load(
@@ -30,6 +32,8 @@ def load(
     expand: Expand = "auto",
     dtype: torch.dtype | None = None,
     custom_ops: Sequence[str | os.PathLike[str]] = (),
+    parameters: Collection[str] | None = None,
+    untie: bool = False,
 ) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
 
@@ -42,6 +46,11 @@ def load(
             what Cast makes. The graph itself stays what it is. None: as the graph says.
         custom_ops: shared libraries with operators for onnxruntime, as its
             ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
+        parameters: names of the initialisers that are to be trained, or patterns of them
+            (``"encoder.*"``); all others become buffers. By default every float tensor of rank 1
+            or more is a parameter but running statistics; see ``Layout``.
+        untie: give each node its own copy of the float initialisers that several nodes share; the
+            copies are called ``<initialiser>_<node>``, in what is exported too.
 
     Returns:
         A module in float, in training mode as every new module, called with tensors in
@@ -49,29 +58,64 @@ def load(
         onnxruntime session of its own, if that has a kernel; a ``GradientWarning`` says so.
 
     Raises:
-        ModelError: not a model, cut off, or its external data is missing or outside its folder.
-        UnsupportedOpError: operators without an implementation, all of them listed.
+        ModelError: not a model, cut off, malformed, with operators that are given types they do
+            not take, or its external data is missing or outside its folder. All that is wrong is
+            listed, operators without an implementation included.
+        UnsupportedOpError: nothing is wrong but operators without an implementation.
+        ConfigError: no float tensor has a name in ``parameters``.
+
+    Warns:
+        QwrapWarning: weights of several normalisations are one initialiser, and not untied.
+        GradientWarning: onnxruntime computes some nodes, and gradients stop there.
     """
-    if expand not in get_args(Expand):
-        raise ConfigError(f"expand={expand!r}; choose one of {', '.join(get_args(Expand))}")
+    settings = LoadSettings(
+        expand=expand,
+        dtype=dtype,
+        libraries=tuple(os.fspath(library) for library in custom_ops),
+        parameters=None if parameters is None else tuple(parameters),
+    )
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    pristine = read_model(source)
-
-    def wanted(node: ir.Node) -> bool:
-        if expand == "auto":
-            domain = "" if node.domain in STANDARD else node.domain
-            return find(domain, node.op_type, opset_of(pristine, domain)) is None
-        return expand == "always"
-
-    if dtype is not None and dtype not in FLOATS:
-        raise ConfigError(f"dtype={dtype}; choose one of {', '.join(map(str, FLOATS))}")
-    settings = LoadSettings(dtype=dtype, libraries=tuple(os.fspath(path) for path in custom_ops))
-    model = WrappedModel(OnnxGraph(expand_functions(pristine, wanted), path, pristine), settings)
-    if model.layout.values.fallbacks:
-        warnings.warn(
-            f"nodes {model.layout.values.fallbacks} are computed by onnxruntime; gradients stop "
-            "there. Register a torch function with qwrap.register_op to train through them",
-            GradientWarning,
-            stacklevel=2,
-        )
+    pristine = read_model(source, missing_operators, untied=untie)
+    if wrong := type_problems(pristine):
+        where = "the model" if path is None else str(path)
+        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
+    expanded = expand_functions(pristine, partial(_is_expanded, pristine, expand))
+    model = WrappedModel(OnnxGraph(expanded, path, pristine), settings)
+    _check_patterns(model, parameters or ())
+    for category, text in _warnings(model, untied=untie):
+        warnings.warn(text, category, stacklevel=2)
     return model
+
+
+def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:
+    """Whether the body in the schema of a node's operator shall replace it."""
+    if expand != "auto":
+        return expand == "always"
+    domain = "" if node.domain in STANDARD else node.domain
+    return find(domain, node.op_type, opset_of(model, domain)) is None
+
+
+def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
+    trained = [key for key, slot in model.layout.slots.items() if slot.trainable]
+    if idle := [p for p in patterns if not any(fits(key, p) for key in trained)]:
+        raise ConfigError(
+            f"parameters={idle}: no float tensor of the model has such a name; see "
+            "model.tensor_names for the names there are"
+        )
+
+
+def _warnings(model: WrappedModel, *, untied: bool) -> Iterator[tuple[type[QwrapWarning], str]]:
+    merged = {} if untied else merged_names(model.graph.pristine)
+    if merged:
+        listed = ", ".join(f"{name!r} ({count} nodes)" for name, count in merged.items())
+        yield (
+            QwrapWarning,
+            f"{listed}: the exporter seems to have merged equal weights, which are trained as one; "
+            "qwrap.load(..., untie=True) gives each node its own",
+        )
+    if fallbacks := model.layout.values.fallbacks:
+        yield (
+            GradientWarning,
+            f"nodes {fallbacks} are computed by onnxruntime; gradients stop there. Register a "
+            "torch function with qwrap.register_op to train through them",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from qwrap.model.border import Border, Borders, dying, makes
 from qwrap.model.expressions import access, comment, keyword_names, literal
 from qwrap.model.flow import write_flow
-from qwrap.model.host import HOST_OPERATORS, inline
+from qwrap.model.fusing import Fusion, Item, with_fusions
+from qwrap.model.host import HOST_OPERATORS
+from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
@@ -86,10 +88,13 @@ class _BlockWriter(Writer):
             border = Border(inputs, tuple(graph.key(v) for v in graph.outputs))
             for key in inputs:
                 self.finish_value(key)
-        dead = dying(map(self.borders.touched, self.region.items), border.outputs, self.layout)
-        for i, item in enumerate(self.region.items):
+        items = with_fusions(self.region, self.layout, self.program)
+        dead = dying(map(self._touched, items), border.outputs, self.layout)
+        for i, item in enumerate(items):
             if isinstance(item, Region):
                 self._call(item)
+            elif isinstance(item, Fusion):
+                self._fusion(item)
             else:
                 self._node(item)
             self.free(dead.get(i, ()))
@@ -103,6 +108,20 @@ class _BlockWriter(Writer):
         source = header + "\n".join(self.lines) + "\n"
         self.done.append(Code(self.region.path, source, self.namespace, self.buffers))
         return self.needs_device
+
+    def _touched(self, item: Item) -> Iterable[str]:
+        """Return the values that ``item`` reads from outside itself and those it makes."""
+        if isinstance(item, Fusion):
+            values = (*item.inputs, *item.nodes[0].outputs)
+            return [self.layout.graph.key(value) for value in values]
+        return self.borders.touched(item)
+
+    def _fusion(self, fusion: Fusion) -> None:
+        graph = self.layout.graph
+        arguments = ", ".join(map(self.tensor, fusion.inputs))
+        target = self.local(graph.key(fusion.nodes[0].outputs[0]))
+        notes = "".join(comment(graph.node_key(node)) for node in fusion.nodes)
+        self.line(f"{target} = {self.function(fusion.function)}({arguments}){notes}")
 
     def _call(self, region: Region) -> None:
         inner = _BlockWriter(
@@ -154,7 +173,7 @@ class _BlockWriter(Writer):
             return
         arguments = ["None" if v is None else self.number(v) for v in node.inputs]
         types = [self.layout.values.host_type(v) for v in node.inputs]
-        expression = inline(node.op_type, arguments, types)
+        expression = inline(node.op_type, arguments, types, attributes)
         if expression is not None:
             self.line(f"{target} = {expression}{note}")
             return

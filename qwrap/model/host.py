@@ -264,28 +264,6 @@ def _reduce_rule(
     return HostType(1) if attributes.get("keepdims", 1) else SCALAR
 
 
-def inline(op_type: str, inputs: Sequence[str], types: Sequence[HostInput]) -> str | None:
-    """Write the commonest operators as expressions of their own, None for the others.
-
-    Exporters make every Reshape out of a dozen of these, and a call costs ten times the work.
-    """
-    scalar = all(t is not None and not t.is_list for t in types)
-    if op_type == "Concat":
-        return f"[{', '.join(f'*{text}' for text in inputs)}]"
-    if op_type == "Unsqueeze":
-        return f"[{inputs[0]}]"
-    if op_type == "Squeeze":
-        return f"{inputs[0]}[0]"
-    if op_type == "Gather" and types[1] == SCALAR:
-        return f"{inputs[0]}[{inputs[1]}]"
-    if op_type in SYMBOLS and scalar:
-        return f"{inputs[0]} {SYMBOLS[op_type]} {inputs[1]}"
-    return None
-
-
-SYMBOLS = {"Add": "+", "Sub": "-", "Mul": "*"}
-
-
 @host_op("ReduceProd", rule=_reduce_rule)
 def reduce_prod(
     x: list[Number],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.check import STANDARD
 from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
@@ -43,7 +44,11 @@ class Layout:
     constants in the bodies of functions, of which the file has one for all calls.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
+    With ``parameters`` among the settings the rule is another: a float tensor whose initialiser's
+    name fits one of these patterns is a parameter, whatever its rank, and any other a buffer.
+
     Attributes:
+        settings: what the model was loaded with.
         slots: value key of a stored tensor -> where it lives in the module tree.
         numbers: value key -> number that names its local variable in generated code.
         homes: every node that runs -> the path of the Block whose code runs it.
@@ -103,7 +108,12 @@ class Layout:
             return None
         if operator.wants_host(index):
             return array.tolist()
-        return array.item() if index in operator.literal and array.ndim == 0 else None
+        if index not in operator.literal or array.ndim or self._is_chosen(self.graph.key(value)):
+            return None
+        return array.item()
+
+    def _is_chosen(self, key: str) -> bool:
+        return any(fits(key, pattern) for pattern in self.settings.parameters or ())
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
@@ -118,10 +128,14 @@ class Layout:
         if key in self.slots:
             return
         tensor = self.values.stored[key]
-        trainable = ValueType(tensor.dtype).is_float and len(tensor.shape) > 0
-        producer = value.producer()
-        in_function = producer is not None and FUNCTION in producer.metadata_props
-        trainable = trainable and role not in RUNNING_STATISTICS and not in_function
+        trainable = ValueType(tensor.dtype).is_float
+        if self.settings.parameters is not None:
+            trainable = trainable and self._is_chosen(key)
+        else:
+            producer = value.producer()
+            in_function = producer is not None and FUNCTION in producer.metadata_props
+            statistic = role in RUNNING_STATISTICS
+            trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -142,6 +156,11 @@ class Layout:
         parts = key.split(".")
         inside_tensor = any(".".join(parts[:n]) in self._taken for n in range(1, len(parts)))
         return key not in self._taken and key not in self._prefixes and not inside_tensor
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name is ``pattern`` or fits it as of ``fnmatch``."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _paths(region: Region) -> Iterator[Path]:

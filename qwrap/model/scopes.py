@@ -168,7 +168,18 @@ RESERVED = frozenset((
     *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
     *("output_names", "plan", "quantization"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
-    *("_add_blocks", "_bind", "_build", "_detach", "_device", "_generate", "_get", "_homes"),
+    *(
+        "_add_blocks",
+        "_bind",
+        "_build",
+        "_computed",
+        "_detach",
+        "_fitting",
+        "_device",
+        "_generate",
+        "_get",
+        "_homes",
+    ),
     *("_module_at", "_program", "_signature"),
 ))
 

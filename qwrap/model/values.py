@@ -11,14 +11,15 @@ import onnx_ir as ir
 import torch
 
 from qwrap.errors import ModelError, UnsupportedOpError
-from qwrap.graph.check import STANDARD
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.expressions import keyword_names
 from qwrap.model.fallback import RuntimeNode
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision, suited
+from qwrap.ops.choices import refusals
 
 Array = npt.NDArray[Any]
 
@@ -199,6 +200,11 @@ class Values:
                 f"{sorted(unknown)} are not implemented"
             )
             return
+        refused = refusals(node.op_type, attributes_of(node))
+        if refused:
+            key = self.graph.node_key(node)
+            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in refused]
+            return
         self.operators[self.graph.node_key(node)] = operator
         if operator.prepare is not None and not self._prepare(node, operator):
             return
@@ -222,7 +228,7 @@ class Values:
         try:
             computed = RuntimeNode(self.graph, node, self.settings.libraries)
         except UnsupportedOpError as error:
-            self._unsupported.append(self._explain(node, domain, version, error))
+            self._unsupported.append(explain(key, domain, node.op_type, version, str(error)))
             for _, body in bodies(node):
                 self._visit_graph(body)  # to list what else is missing
             return
@@ -230,17 +236,6 @@ class Values:
             function=computed, ignored=frozenset(node.attributes), returns_tuple=True
         )
         self.fallbacks.append(key)
-
-    def _explain(self, node: ir.Node, domain: str, version: int, error: Exception) -> str:
-        name = f"{domain or 'ai.onnx'}::{node.op_type}"
-        since = revision(domain, node.op_type, version)
-        known = registered(domain, node.op_type)
-        have = f"registered revisions: {known}" if known else "no revision of it is registered"
-        return (
-            f"node {self.graph.node_key(node)!r}: no implementation of {name}"
-            f"{f'-{since}' if since else f' at opset {version}'} ({have}; onnxruntime: {error}); "
-            f"add one with qwrap.register_op({domain!r}, {node.op_type!r}, since={since or 1})"
-        )
 
     def _fold(self, node: ir.Node, operator: Operator) -> None:
         """Compute shape arithmetic on constants now: integers only, so no parameter is lost."""
@@ -274,6 +269,19 @@ def _is_small_integers(output: Any) -> bool:
     if not isinstance(output, torch.Tensor) or output.numel() > LARGEST_CONSTANT:
         return False
     return not (output.is_floating_point() or output.is_complex())
+
+
+def explain(node: str, domain: str, op_type: str, version: int, runtime: str = "") -> str:
+    """Say that nothing computes an operator, nor onnxruntime for reason ``runtime``."""
+    since = revision(domain, op_type, version)
+    known = registered(domain, op_type)
+    have = f"registered revisions: {known}" if known else "no revision of it is registered"
+    return (
+        f"node {node!r}: no implementation of {domain or 'ai.onnx'}::{op_type}"
+        f"{f'-{since}' if since else f' at opset {version}'} ({have}"
+        f"{f'; onnxruntime: {runtime}' if runtime else ''}); "
+        f"add one with qwrap.register_op({domain!r}, {op_type!r}, since={since or 1})"
+    )
 
 
 def _integer(node: ir.Node, name: str, default: int | None) -> int | None:

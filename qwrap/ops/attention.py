@@ -58,18 +58,20 @@ def attention(
         real = _positions(key, 1) < nonpad_kv_seqlen.reshape(-1, 1, 1, 1)
         allowed = real if allowed is None else allowed & real
     mask = _joined(attn_mask, allowed, key.shape[2], query.dtype)
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[3])
     double = softmax_precision == TensorProto.DOUBLE and query.dtype != torch.float64
     if output_count < 4 and not softcap and not double:
         y = _fused(query, *present, mask, scale)
         return (_merged(y) if flat else y, *present)[:output_count]
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[3])
     y, scores = _explained(query, *present, mask, scale, softcap, softmax_precision)
     y = _merged(y) if flat else y
     return (y, *present, scores[qk_matmul_output_mode].to(Q.dtype))[:output_count]
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """Return the average from torch's kernel; a row of which nothing is left gives zeros there.
 
     On the CPU that kernel rounds the weights to half precision before it applies them, which
@@ -78,14 +80,11 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     wide = accumulator(query) if query.device.type == "cpu" else query.dtype
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(wide)
-    y = F.scaled_dot_product_attention(
-        query.to(wide),
-        key.to(wide),
-        value.to(wide),
-        mask,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    inputs = query.to(wide), key.to(wide), value.to(wide), mask
+    if query.shape[1] == key.shape[1]:
+        y = F.scaled_dot_product_attention(*inputs, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(*inputs, scale=scale, enable_gqa=True)
     return y.to(query.dtype)
 
 

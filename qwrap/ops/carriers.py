@@ -84,14 +84,15 @@ CARRY: Mapping[str, Carry] = MappingProxyType({
     "Div": Carry(Way.VALUES, uint64=unsigned.divide),
     "Mod": Carry(Way.VALUES, uint64=unsigned.remainder),
     "BitShift": Carry(Way.VALUES, uint64=unsigned.shift),
-    "Abs": Carry(Way.VALUES, uint64=unsigned.absolute),
+    **dict.fromkeys(("Abs", "PRelu"), Carry(Way.VALUES, uint64=unsigned.unchanged)),
+    "ReduceL1": Carry(Way.VALUES, uint64=unsigned.reduce_sum),
     "Sign": Carry(Way.VALUES, uint64=unsigned.sign),
     **dict.fromkeys(("Greater", "GreaterOrEqual", "Less", "LessOrEqual"), _COMPARES),
     **dict.fromkeys(("ArgMax", "ArgMin"), _COMPARES),
     **dict.fromkeys(("Max", "Min", "Clip", "ReduceMax", "ReduceMin", "MaxPool"), _ORDER),
     "TopK": Carry(Way.ORDER, results=(0,)),
     "Unique": Carry(Way.ORDER, results=(0,)),
-    **dict.fromkeys(("Pow", "ReduceL1", "ReduceL2", "ReduceMean"), _FLOATS),
+    **dict.fromkeys(("Pow", "ReduceL2", "ReduceMean"), _FLOATS),
     **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), _FLOATS),
 })
 """Operator type to how it is computed on types that torch has no kernels for."""

@@ -78,17 +78,30 @@ def conv_transpose(
     if pads:
         begin, end = tuple(pads[:rank]), tuple(pads[rank:])
     if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        wanted = output_shape or [n * s for n, s in zip(X.shape[2:], step, strict=True)]
         full = [
             (n - 1) * s + p + (k - 1) * d + 1
             for n, s, p, k, d in zip(X.shape[2:], step, extra, W.shape[2:], dilation, strict=True)
         ]
-        totals = [f - w for f, w in zip(full, wanted[-rank:], strict=True)]
-        # Unlike in Conv, without SAME_UPPER the odd element goes before.
-        begin, end = split_padding(
-            totals, "SAME_UPPER" if auto_pad == "SAME_UPPER" else "SAME_LOWER"
-        )
+        wanted = output_shape or [n * s for n, s in zip(X.shape[2:], step, strict=True)]
+        begin, end = _cut(full, wanted[-rank:], auto_pad, bool(output_shape))
     if begin == end and min(begin) >= 0:
         return function(X, W, B, step, begin, extra, group, dilation)
-    y = function(X, W, B, step, 0, extra, group, dilation)
-    return F.pad(y, torch_pads([-p for p in begin], [-p for p in end]))
+    y = function(X, W, None, step, 0, extra, group, dilation)
+    y = F.pad(y, torch_pads([-p for p in begin], [-p for p in end]))
+    return y if B is None else y + B.reshape(-1, *[1] * rank)
+
+
+def _cut(
+    full: Sequence[int], wanted: Sequence[int], auto_pad: str, exactly: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how much to cut from both ends of ``full``.
+
+    Where less than ``wanted`` is there, nothing is cut, as in onnxruntime; what is missing is
+    added at the end if ``wanted`` was asked for ``exactly``.
+    """
+    totals = [max(f - w, 0) for f, w in zip(full, wanted, strict=True)]
+    # Unlike in Conv, without SAME_UPPER the odd element goes before.
+    begin, end = split_padding(totals, "SAME_UPPER" if auto_pad == "SAME_UPPER" else "SAME_LOWER")
+    if exactly:
+        end = tuple(f - w - b for f, w, b in zip(full, wanted, begin, strict=True))
+    return begin, end

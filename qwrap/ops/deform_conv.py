@@ -45,10 +45,10 @@ def deform_conv(
         raise UnsupportedOpError(
             f"DeformConv of {X.shape[1]} channels in {offset_group} groups of offsets"
         )
-    at = _taps(kernel, out, strides or [1] * rank, dilations or [1] * rank, offset.device)
-    begin = torch.tensor([*(pads or [0] * rank)][:rank], device=offset.device)
+    begin = (pads or [0] * rank)[:rank]
+    at = _taps(kernel, out, strides or [1] * rank, dilations or [1] * rank, begin, offset.device)
     moved = offset.to(wide).reshape(-1, offset_group, taps, rank, math.prod(out))
-    positions = moved + (at - begin.reshape(1, -1, 1)).to(wide)
+    positions = [x + a.to(wide) for x, a in zip(moved.unbind(3), at, strict=True)]
     image = X.to(wide).reshape(X.shape[0], offset_group, -1, *X.shape[2:])
     columns = _interpolated(image, positions)
     if mask is not None:
@@ -66,38 +66,41 @@ def _taps(
     out: Sequence[int],
     strides: Sequence[int],
     dilations: Sequence[int],
+    begin: Sequence[int],
     device: torch.device,
-) -> Tensor:
-    """Return where each element of an unpadded kernel lies, ``[taps, axes, positions]``."""
+) -> list[Tensor]:
+    """Return where each element of a kernel lies along each axis, ``[taps, positions]``."""
     axes = []
-    for axis, (k, n, s, d) in enumerate(zip(kernel, out, strides, dilations, strict=True)):
-        tap, place = torch.arange(k, device=device) * d, torch.arange(n, device=device) * s
-        shape = [1] * (2 * len(kernel))
-        shape[axis], shape[len(kernel) + axis] = k, n
+    rank = len(kernel)
+    sizes = zip(kernel, out, strides, dilations, begin, strict=True)
+    for axis, (k, n, stride, dilation, before) in enumerate(sizes):
+        tap = torch.arange(k, device=device) * dilation - before
+        place = torch.arange(n, device=device) * stride
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = k, n
         along = (tap.unsqueeze(1) + place).reshape(shape)
         axes.append(along.expand(*kernel, *out).reshape(math.prod(kernel), -1))
-    return torch.stack(axes, 1)
+    return axes
 
 
-def _interpolated(image: Tensor, positions: Tensor) -> Tensor:
+def _interpolated(image: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """Return the image at ``positions``, zero outside.
 
     Args:
         image: ``[N, groups, C, ...]``.
-        positions: ``[N, groups, taps, axes, places]``.
+        positions: ``[N, groups, taps, places]`` for each axis.
 
     Returns:
         ``[N, groups, C, taps, places]``.
     """
     flat = image.flatten(3)
-    low = positions.detach().floor()
+    low = [x.detach().floor() for x in positions]
     total: Tensor | None = None
-    for corner in itertools.product((0, 1), repeat=positions.shape[3]):
-        shift = torch.tensor(corner, dtype=low.dtype, device=low.device).reshape(-1, 1)
-        at = low + shift
-        weight = (1 - (positions - at).abs()).prod(3)
-        index, inside = _flat_index(at, image.shape[3:])
-        weight = torch.where(inside, weight, 0.0)
+    for corner in itertools.product((0, 1), repeat=len(low)):
+        at = [x + step for x, step in zip(low, corner, strict=True)]
+        index, weight = _flat_index(at, image.shape[3:])
+        for x, a in zip(positions, at, strict=True):
+            weight = weight * (1 - (x - a).abs())
         picked = flat.gather(3, index.flatten(2).unsqueeze(2).expand(*flat.shape[:3], -1))
         term = picked.reshape(*flat.shape[:3], *index.shape[2:]) * weight.unsqueeze(2)
         total = term if total is None else total + term
@@ -105,12 +108,11 @@ def _interpolated(image: Tensor, positions: Tensor) -> Tensor:
     return total
 
 
-def _flat_index(at: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _flat_index(at: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return indices into the flattened axes, and whether the positions exist."""
-    index = torch.zeros_like(at[..., 0, :], dtype=torch.int64)
+    index = torch.zeros_like(at[0], dtype=torch.int64)
     inside = torch.ones_like(index, dtype=torch.bool)
-    for axis, n in enumerate(sizes):
-        along = at[..., axis, :]
+    for along, n in zip(at, sizes, strict=True):
         inside = inside & (along >= 0) & (along <= n - 1)
         index = index * n + along.clamp(0, n - 1).long()
     return index, inside
@@ -136,8 +138,7 @@ def col2im(
     padded = [n + b + e for n, b, e in zip(image_shape, begin, end, strict=True)]
     sizes = zip(padded, block_shape, step, spread, strict=True)
     counts = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes]
-    at = _taps(block_shape, counts, step, spread, input.device)
-    at = at - torch.tensor(begin, device=input.device).reshape(1, -1, 1)
+    at = _taps(block_shape, counts, step, spread, begin, input.device)
     index, inside = _flat_index(at, image_shape)
     blocks = input.reshape(input.shape[0], -1, *index.shape)
     blocks = torch.where(inside, blocks, 0).flatten(2)

@@ -28,7 +28,7 @@ def lp_pool(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the ``p``-norm of each window; padding counts as zeros."""
-    place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
+    place = window(X, kernel_shape, strides, dilations, pads, auto_pad, same_undilated=True)
     padded = F.pad(X, torch_pads(place.begin, overhang(X, place, ceil_mode)))
     return _norm(_windows(padded, place), p, len(place.kernel))
 

@@ -43,9 +43,22 @@ def div(a: Tensor, b: Tensor) -> Tensor:
 def power(x: Tensor, y: Tensor | float) -> Tensor:
     """Raise to a power; the result has the type of ``x`` whatever the type of ``y``."""
     if not x.dtype.is_floating_point:
-        # Integers have no negative powers in torch; onnxruntime computes in double too.
-        return torch.pow(x.double(), y).to(x.dtype)
+        return _integer_power(x, y)
     return torch.pow(x, y).to(x.dtype) if isinstance(y, Tensor) else torch.pow(x, y)
+
+
+def _integer_power(x: Tensor, y: Tensor | float) -> Tensor:
+    """Raise integers to a power in float64, as onnxruntime; torch has no negative powers of them.
+
+    A single exponent of 2 or 3 it multiplies out, which wraps.
+    """
+    power = torch.pow(x.double(), y).to(x.dtype)
+    if isinstance(y, Tensor) and y.numel() != 1:
+        return power
+    square = x * x
+    if not isinstance(y, Tensor):
+        return square if y == 2 else square * x if y == 3 else power
+    return torch.where(y == 2, square, torch.where(y == 3, square * x, power))
 
 
 @op("Mod", since=(10, 13, 28))

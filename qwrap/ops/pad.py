@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
-MODES = ("constant", "reflect", "edge", "wrap")
 TORCH_MODES = {"reflect": "reflect", "edge": "replicate"}
 
 
@@ -25,13 +23,7 @@ def pad(
     *,
     mode: str = "constant",
 ) -> Tensor:
-    """Add to (or, where negative, cut from) both ends of ``axes``.
-
-    Raises:
-        UnsupportedOpError: ONNX has no such ``mode``.
-    """
-    if mode not in MODES:
-        raise UnsupportedOpError(f"Pad mode {mode!r}: expected one of {MODES}")
+    """Add to (or, where negative, cut from) both ends of ``axes``."""
     count = len(pads) // 2
     begin, end = list(pads[:count]), list(pads[count:])
     if axes is not None:

@@ -63,7 +63,7 @@ def max_pool(
     rank = _rank(X)
     if not (ceil_mode or (pads and any(pads))) and auto_pad in UNPADDED and X.is_floating_point():
         return MAX_POOLS[rank - 1](X, kernel_shape, strides or 1, 0, dilations or 1)
-    place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
+    place = window(X, kernel_shape, strides, dilations, pads, auto_pad, same_undilated=True)
     values = X if X.dtype.is_floating_point else X.float()  # exact: integers have 8 bits here
     pool = MAX_POOLS[rank - 1]
     padding = place.begin
@@ -106,7 +106,7 @@ def max_pool_with_indices(
             strides=strides,
         )
         return (y,)
-    place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
+    place = window(X, kernel_shape, strides, dilations, pads, auto_pad, same_undilated=True)
     values = X if X.dtype.is_floating_point else X.float()
     padded = F.pad(values, torch_pads(place.begin, overhang(X, place, ceil_mode)), value=-math.inf)
     pool = INDEXED[_rank(X) - 1]
@@ -156,7 +156,7 @@ def average_pool(
     rank = _rank(X)
     if not (ceil_mode or dilations or (pads and any(pads))) and auto_pad in UNPADDED:
         return AVERAGE_POOLS[rank - 1](X, kernel_shape, strides or 1)
-    place = window(X, kernel_shape, strides, dilations, pads, auto_pad)
+    place = window(X, kernel_shape, strides, dilations, pads, auto_pad, same_undilated=True)
     if not ceil_mode and _torch_can_pad(place) and set(place.dilations) == {1}:
         pool = AVERAGE_POOLS[rank - 1]
         return pool(X, place.kernel, place.strides, place.begin, False, bool(count_include_pad))

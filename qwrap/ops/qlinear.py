@@ -37,7 +37,7 @@ def _of_rows(values: Tensor | None) -> Tensor | None:
 
 
 def _to_int32(sums: Tensor) -> Tensor:
-    return sums.to(torch.int64).to(torch.int32)
+    return sums.round().to(torch.int64).to(torch.int32)
 
 
 @op("MatMulInteger", since=(10,))
@@ -64,7 +64,8 @@ def conv_integer(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Convolve ``x - x_zero_point`` with ``w - w_zero_point`` to int32; padding means zero."""
-    work = _work_type(w[0].numel())
+    # Off the CPU a float32 convolution may run as Winograd's or by FFT, whose sums are not exact.
+    work = _work_type(w[0].numel()) if x.device.type == "cpu" else torch.float64
     if w_zero_point is not None and w_zero_point.ndim == 1:
         w_zero_point = w_zero_point.reshape(-1, *[1] * (w.ndim - 1))
     sums = conv(

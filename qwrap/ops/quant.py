@@ -90,12 +90,19 @@ def quantize_as(
     axis: int = 1,
     block_size: int = 0,
     saturate: bool = True,
+    precision: int = 0,
 ) -> Tensor:
     """Return codes of the ``onnx.TensorProto`` data type ``data_type``.
+
+    The division is one of float32, as in onnxruntime, which makes nothing of ``precision``; it has
+    no kernel for bfloat16 scales: those divide in bfloat16, as ONNX says.
 
     Raises:
         UnsupportedOpError: nothing is quantized to that type.
     """
+    if scale.dtype == torch.bfloat16 and precision in (0, TensorProto.BFLOAT16):
+        x = x.detach().to(torch.bfloat16) / _placed(scale, x, axis, block_size).to(torch.bfloat16)
+        scale = torch.ones_like(scale)
     if data_type in FLOAT8 or data_type in GRIDS:
         return _float_codes(x, scale, zero_point, data_type, axis, block_size, saturate)
     if data_type not in TYPES:
@@ -107,7 +114,7 @@ def quantize_as(
     return quantize(x, qparams, TYPES[data_type])
 
 
-def _type(zero_point: Tensor | None, output_dtype: int, element_type: int | None) -> int:
+def code_type(zero_point: Tensor | None, output_dtype: int, element_type: int | None) -> int:
     """Return the type of the codes: what inference found, else what the node says itself."""
     if element_type or zero_point is None:
         return element_type or output_dtype or TensorProto.UINT8
@@ -125,7 +132,7 @@ def quantize_along_axis(
     x: Tensor, y_scale: Tensor, y_zero_point: Tensor | None = None, *, axis: int = 1
 ) -> Tensor:
     """Return codes, with one scale or one per index of ``axis``."""
-    return quantize_as(x, y_scale, y_zero_point, _type(y_zero_point, 0, None), axis)
+    return quantize_as(x, y_scale, y_zero_point, code_type(y_zero_point, 0, None), axis)
 
 
 @op("QuantizeLinear", since=(19,))
@@ -138,7 +145,7 @@ def quantize_saturating(
     saturate: int = 1,
 ) -> Tensor:
     """Return codes; 8-bit floats out of range become the largest number only if ``saturate``."""
-    data_type = _type(y_zero_point, 0, None)
+    data_type = code_type(y_zero_point, 0, None)
     return quantize_as(x, y_scale, y_zero_point, data_type, axis, saturate=bool(saturate))
 
 
@@ -155,7 +162,7 @@ def quantize_blocks(
     element_type: int | None = None,
 ) -> Tensor:
     """Return codes, with one scale, or one per index or block of ``axis``."""
-    data_type = _type(y_zero_point, output_dtype, element_type)
+    data_type = code_type(y_zero_point, output_dtype, element_type)
     return quantize_as(x, y_scale, y_zero_point, data_type, axis, block_size, bool(saturate))
 
 
@@ -172,9 +179,11 @@ def quantize_linear(
     saturate: int = 1,
     element_type: int | None = None,
 ) -> Tensor:
-    """Return codes; ``x / y_scale`` is computed in float32 whatever ``precision`` says."""
-    data_type = _type(y_zero_point, output_dtype, element_type)
-    return quantize_as(x, y_scale, y_zero_point, data_type, axis, block_size, bool(saturate))
+    """Return codes; ``precision`` says in which type to divide, see ``quantize_as``."""
+    data_type = code_type(y_zero_point, output_dtype, element_type)
+    return quantize_as(
+        x, y_scale, y_zero_point, data_type, axis, block_size, bool(saturate), precision
+    )
 
 
 @op("DequantizeLinear", since=(10,))

@@ -108,7 +108,10 @@ def random_normal_like(
 
 @op("Bernoulli", since=(15, 22))
 def bernoulli(input: Tensor, *, dtype: int | None = None, seed: float | None = None) -> Tensor:
-    """Return one with probability ``input``, else zero."""
+    """Return one with probability ``input``, else zero.
+
+    The function body in the schema swaps the two, against its own text and ONNX's reference.
+    """
     kind = torch.float64 if seed is not None else torch.float32  # half would round to 1.0
     ones = _draw(input.shape, seed, kind, input.device) < input
     return ones.to(input.dtype if dtype is None else torch_dtype(dtype))

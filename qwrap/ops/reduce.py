@@ -95,7 +95,11 @@ def _log_sum(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
 def _log_sum_exp(x: Tensor, dims: Dims, keepdim: bool) -> Tensor:
     if x.dtype.is_floating_point:
         return torch.logsumexp(x, dims, keepdim)
-    return torch.logsumexp(x.double(), dims, keepdim).to(x.dtype)
+    # Of integers onnxruntime takes exp(x - largest) as an integer: 1 for the largest, else 0.
+    largest = _max(x, dims, True)
+    count = (x == largest).sum(dims, keepdim=True)
+    y = (largest + count.double().log()).to(x.dtype)
+    return y if keepdim else y.squeeze(dims)
 
 
 def _register(

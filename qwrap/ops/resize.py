@@ -141,7 +141,8 @@ def _resize_axis(data: Tensor, axis: Axis, how: Sampling) -> Tensor:
 
 def _resize(data: Tensor, axes: Sequence[Axis], how: Sampling) -> Tensor:
     """Resize ``axes`` of ``data``; the others keep their size."""
-    axes = [a for a in axes if a.before != a.after or a.scale != 1 or a.roi != (0.0, 1.0)]
+    # As in onnxruntime, whatever the mode: an axis of scale 1 is not cropped to its roi either.
+    axes = [a for a in axes if a.before != a.after or a.scale != 1]
     if not axes:
         return data
     fast = _interpolated(data, axes, how)
@@ -226,6 +227,12 @@ def resize(
     nearest_mode: str = "round_prefer_floor",
 ) -> Tensor:
     """Resize ``axes`` (default all) by ``scales`` or to ``sizes``."""
+    if (mode != "nearest" and mode not in KERNELS) or nearest_mode not in ROUNDINGS:
+        raise UnsupportedOpError(f"Resize with mode {mode!r} and nearest_mode {nearest_mode!r}")
+    if keep_aspect_ratio_policy not in ("stretch", "not_larger", "not_smaller"):
+        raise UnsupportedOpError(
+            f"Resize with keep_aspect_ratio_policy {keep_aspect_ratio_policy!r}"
+        )
     axes = [axis % X.ndim for axis in (range(X.ndim) if axes is None else axes)]
     before = [X.shape[axis] for axis in axes]
     if sizes:
@@ -286,7 +293,7 @@ def upsample(X: Tensor, scales: Sequence[float], *, mode: str = "nearest") -> Te
         None,
         scales,
         coordinate_transformation_mode="asymmetric",
-        mode="linear" if mode in ("linear", "bilinear") else "nearest",
+        mode="linear" if mode == "bilinear" else mode,
         nearest_mode="simple",
     )
 

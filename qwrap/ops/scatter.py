@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 from qwrap.ops.select import non_negative
 
@@ -19,10 +18,6 @@ def _scatter(data: Tensor, axis: int, indices: Tensor, updates: Tensor, reductio
     """
     if reduction == "none":
         return data.scatter(axis, indices, updates)
-    if reduction not in TORCH_REDUCTIONS:
-        raise UnsupportedOpError(
-            f"scatter reduction {reduction!r}: expected none, add, mul, max, min"
-        )
     if data.dtype == torch.bool:  # or is max, and is min
         bits = _scatter(data.byte(), axis, indices, updates.byte(), reduction)
         return bits.bool()
@@ -93,8 +88,6 @@ def tensor_scatter(
 
     With ``mode="circular"`` what runs past the end of ``axis`` goes on at its beginning.
     """
-    if mode not in ("linear", "circular"):
-        raise UnsupportedOpError(f"TensorScatter mode {mode!r}: expected linear or circular")
     position = torch.arange(update.shape[axis], device=update.device)
     if write_indices is not None:
         position = write_indices.to(torch.int64).unsqueeze(1) + position

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 
 DOMAIN = "ai.onnx.preview.training"
@@ -90,8 +89,6 @@ def momentum(
     norm_coefficient: float,
 ) -> tuple[Tensor, ...]:
     """Step along the decaying sum of the gradients, or look ahead of it as Nesterov does."""
-    if mode not in ("standard", "nesterov"):
-        raise UnsupportedOpError(f"Momentum mode {mode!r}: expected standard or nesterov")
     scale = torch.where(T > 0, beta, 1.0).to(R.dtype)
     rows = []
     for x, gradient, velocity in _lists(inputs, 3):

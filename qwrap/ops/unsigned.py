@@ -5,6 +5,8 @@ Sums, differences and products of both have the same bits; quotients and right s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,22 @@ def shift(X: Tensor, Y: Tensor, *, direction: str) -> Tensor:
     return torch.where(inside, shifted, 0)
 
 
-def absolute(x: Tensor) -> Tensor:
-    """Return ``x``: no element is negative."""
+def unchanged(x: Tensor, *_: Tensor) -> Tensor:
+    """Return ``x``: no element is negative, so that Abs and PRelu change none."""
     return x
+
+
+def reduce_sum(
+    data: Tensor,
+    axes: Sequence[int] | None = None,
+    *,
+    keepdims: int = 1,
+    noop_with_empty_axes: int = 0,
+) -> Tensor:
+    """Return the sum over ``axes``, which of unsigned integers is ReduceL1."""
+    if not axes and noop_with_empty_axes:
+        return data
+    return data.sum(tuple(axes or range(data.ndim)), keepdim=bool(keepdims))
 
 
 def sign(x: Tensor) -> Tensor:

@@ -44,14 +44,21 @@ def window(
     dilations: Sequence[int] | None,
     pads: Sequence[int] | None,
     auto_pad: str,
+    *,
+    same_undilated: bool = False,
 ) -> Window:
-    """Return the window that the attributes of a node mean for an input ``[N, C, ...]``."""
+    """Return the window that the attributes of a node mean for an input ``[N, C, ...]``.
+
+    With ``same_undilated`` ``SAME_UPPER`` and ``SAME_LOWER`` pad as if the window were not
+    dilated, as onnxruntime does for pooling; fewer windows than the standard wants then fit.
+    """
     rank = len(kernel)
     step = tuple(strides) if strides else (1,) * rank
     dilation = tuple(dilations) if dilations else (1,) * rank
     begin, end = (0,) * rank, (0,) * rank
     if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        spread = (1,) * rank if same_undilated else dilation
+        extents = [(k - 1) * d + 1 for k, d in zip(kernel, spread, strict=True)]
         totals = [
             max((-(-n // s) - 1) * s + e - n, 0)  # ceil(n / s) positions are wanted
             for n, s, e in zip(x.shape[2:], step, extents, strict=True)

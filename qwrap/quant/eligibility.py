@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from qwrap.graph.check import STANDARD
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.model.values import attributes_of
 from qwrap.ops.traits import PASS_THROUGH, WEIGHTED

@@ -165,15 +165,6 @@ def test_a_proto_with_external_data_asks_for_the_path(tmp_path: Path, build: Bui
 # --- graphs --------------------------------------------------------------------------------------
 
 
-def test_sparse_initialisers_are_refused(build: Build) -> None:
-    proto = build([helper.make_node("Add", ["x", "w"], ["y"])])
-    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
-    indices = numpy_helper.from_array(np.zeros(1, np.int64), "w_indices")
-    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [3]))
-    with pytest.raises(ModelError, match=r"sparse initialisers \['w'\]"):
-        read_model(proto)
-
-
 def test_a_newer_opset_than_onnx_knows_is_refused(build: Build) -> None:
     with pytest.raises(ModelError, match="opset 999; the installed onnx"):
         read_model(build([RELU], opset=999))
@@ -243,3 +234,13 @@ def test_text_that_is_not_utf8_is_refused(build: Build) -> None:
     data = build([RELU]).SerializeToString().replace(b"relu", b"re\xff\xfe")
     with pytest.raises(ModelError, match="not UTF-8"):
         read_model(onnx.ModelProto.FromString(data))
+
+
+def test_a_sparse_constant_is_refused(build: Build) -> None:
+    values = numpy_helper.from_array(np.ones(1, np.float32), "v")
+    indices = numpy_helper.from_array(np.zeros(1, np.int64), "i")
+    sparse = helper.make_sparse_tensor(values, indices, [3])
+    constant = helper.make_node("Constant", [], ["c"], "n", sparse_value=sparse)
+    proto = build([constant, helper.make_node("Add", ["x", "c"], ["y"])], {"x": [3]})
+    with pytest.raises(ModelError, match=r"node 'n' \(Constant\): sparse attribute"):
+        read_model(proto)

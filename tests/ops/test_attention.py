@@ -141,6 +141,26 @@ def test_attention_compiles(check_compiles, case) -> None:
     check_compiles("Attention", opset, tensors, attributes)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_one_graph_serves_all_lengths(heads) -> None:
+    attention, graphs = ops.find("", "Attention", 24).function, []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(module)
+        return module.forward
+
+    def causal(*inputs: torch.Tensor) -> torch.Tensor:
+        return attention(*inputs, is_causal=1)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(causal, fullgraph=True, dynamic=True, backend=backend)
+    for length in (3, 5, 8):
+        query, key = torch.randn(2, 4, length, 8), torch.randn(2, heads, length + 2, 8)
+        inputs = query, key, key, torch.rand(length, length + 2)
+        torch.testing.assert_close(compiled(*inputs), causal(*inputs), rtol=0, atol=0)
+    assert len(graphs) == 1
+
+
 def test_flat_inputs_need_the_numbers_of_heads() -> None:
     attention = ops.find("", "Attention", 23).function
     with pytest.raises(UnsupportedOpError, match="q_num_heads and kv_num_heads"):

@@ -17,6 +17,7 @@ from qwrap import backend, ops
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops import unsigned
 from qwrap.ops.carriers import CARRY, suited
+from qwrap.ops.matmul import matmul_in_limbs
 
 rng = np.random.default_rng(3)
 UNSIGNED = [np.uint16, np.uint32, np.uint64]
@@ -129,6 +130,26 @@ def test_reductions_and_ranks_equal_the_oracle(check_model, dtype: type) -> None
     check_model([topk], x | {"c": const("c", 4)}, {"y": own, "i": index}, 11)
 
 
+@pytest.mark.parametrize("op_type", ["ReduceLogSum", "ReduceLogSumExp", "ReduceL2", "ReduceMean"])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_reductions_of_integers_stay_integers(check, op_type: str, dtype: type) -> None:
+    x = np.array([[1, 5, 5], [2, 3, 4], [7, 7, 7]], dtype)
+    check(op_type, 13, [x], {"axes": [1], "keepdims": 0})
+    check(op_type, 18, [x, np.array([0])], {})
+
+
+@pytest.mark.parametrize("dtype", UNSIGNED)
+def test_unsigned_integers_have_no_sign(dtype: type) -> None:
+    x = torch.from_numpy(numbers(dtype, 3, 5))
+    for op_type in ("Abs", "PRelu"):
+        carried = suited(ops.find("", op_type, 16), op_type, [types_of(dtype)]).function
+        assert torch.equal(carried(*(x, x)[: 1 + (op_type == "PRelu")]), x)
+    sign = suited(ops.find("", "Sign", 13), "Sign", [types_of(dtype)]).function
+    np.testing.assert_array_equal(sign(x).numpy(), np.sign(x.numpy()))
+    norm = suited(ops.find("", "ReduceL1", 18), "ReduceL1", [types_of(dtype)]).function
+    np.testing.assert_array_equal(norm(x, [1]).numpy(), x.numpy().sum(1, dtype, keepdims=True))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.uint64])
 def test_clipping_equals_onnxruntime(check_model, dtype: type) -> None:
     top = np.iinfo(dtype).max
@@ -146,6 +167,27 @@ def test_matrix_products_of_integers_wrap_as_in_onnxruntime(check_model, dtype: 
     check_model([node("MatMul", "a", "b")], {"a": a, "b": b}, {"y": types_of(dtype)}, 13)
     if np.dtype(dtype).itemsize == 4:  # the oracle computes wider ones in float64
         check_model([node("Gemm", "a", "b")], {"a": a, "b": b}, {"y": types_of(dtype)}, 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_products_in_limbs_equal_integer_products(dtype: torch.dtype) -> None:
+    info = torch.iinfo(dtype)
+    torch.manual_seed(0)
+    a = torch.randint(info.min, info.max, (2, 3, 100), dtype=dtype)
+    b = torch.randint(info.min, info.max, (100, 4), dtype=dtype)
+    assert torch.equal(matmul_in_limbs(a, b), torch.matmul(a, b))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("exponent", [-1, 0, 1, 2, 3, 4])
+def test_integer_powers_wrap_as_in_onnxruntime(check_model, dtype: type, exponent: int) -> None:
+    top = 2**31 - 1 if exponent in (2, 3) else 2**7  # others it converts from float64, undefined
+    x = rng.integers(1 - top, top, 50).astype(dtype)
+    x[x == 0] = 1  # 1 / 0 is infinite, and undefined as an integer
+    y = np.array(exponent, np.int32)
+    for constant in (y, numpy_helper.from_array(y, "y")):
+        power = helper.make_node("Pow", ["x", "y"], ["z"])
+        check_model([power], {"x": x, "y": constant}, {"z": types_of(dtype)}, 15)
 
 
 @pytest.mark.parametrize("direction", ["LEFT", "RIGHT"])

@@ -5,6 +5,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from qwrap.errors import UnsupportedOpError
@@ -114,6 +116,47 @@ def test_float16_is_quantized_as_in_onnxruntime(check, dtype: type) -> None:
     x, scale = X.astype(np.float16), np.array(0.13, np.float16)
     check("QuantizeLinear", 21, [x, scale, codes(dtype)], {})
     check("DequantizeLinear", 21, [codes(dtype, 3, 4), scale, codes(dtype)], {})
+
+
+@pytest.mark.parametrize("precision", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_precision_changes_no_code_as_in_onnxruntime(check, precision: int) -> None:
+    for dtype in (np.float32, np.float16):
+        x, scale = X.astype(dtype), np.array(0.13, dtype)
+        check("QuantizeLinear", 23, [x, scale, codes(np.int8)], {"precision": precision})
+
+
+def test_bfloat16_is_divided_in_bfloat16_as_in_the_reference(check_model) -> None:
+    scale = constant("scale", np.array(0.13, ml_dtypes.bfloat16))
+    feed = {
+        "x": X.astype(ml_dtypes.bfloat16),
+        "scale": scale,
+        "zero": constant("zero", np.array(7, np.int16)),
+    }
+    nodes = round_trip()[:1]
+    check_model(nodes, feed, {"codes": TensorProto.INT16}, 21)
+
+
+# The fixture is a plain function, the same for every example.
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(),
+    shape=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    dtype=st.sampled_from(TYPES),
+    blocked=st.booleans(),
+)
+def test_every_layout_quantizes_as_in_onnxruntime(check, data, shape, dtype, blocked) -> None:
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    block = data.draw(st.integers(1, shape[axis])) if blocked else 0
+    layout = [shape[axis]]
+    if blocked:
+        layout = list(shape)
+        layout[axis] = -(-shape[axis] // block)
+    x = rng.uniform(-300, 300, shape).astype(np.float32)
+    scale = rng.uniform(0.01, 3, layout).astype(np.float32)
+    attributes = {"axis": axis, "block_size": block}
+    check("QuantizeLinear", 21, [x, scale, codes(dtype, *layout)], attributes)
+    inputs = [codes(dtype, *shape), scale, codes(dtype, *layout)]
+    check("DequantizeLinear", 21, inputs, attributes)
 
 
 def test_the_type_may_be_an_attribute(check) -> None:

@@ -39,7 +39,7 @@ def test_functions_return_a_tuple_where_the_schema_has_several_outputs() -> None
 
 def test_keywords_are_attributes_of_the_schema() -> None:
     declared = schemas()
-    wanted = {"output_count", "device", "dtype"}
+    wanted = {"output_count", "device", "dtype", "element_type"}
     for key in ops.operators():
         operator = ops.find(*key)
         assert operator is not None

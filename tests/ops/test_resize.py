@@ -4,6 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+
+from qwrap import ops
+from qwrap.errors import UnsupportedOpError
 
 rng = np.random.default_rng(3)
 IMAGE = rng.uniform(-1, 1, (1, 2, 5, 7)).astype(np.float32)
@@ -113,3 +117,30 @@ def test_other_ranks_and_integers_equal_onnxruntime(check) -> None:
     check("Resize", 13, [line[0], None, floats(2, 1.5)], {"mode": "linear"}, **CLOSE)
     codes = rng.integers(0, 255, (1, 1, 4, 4)).astype(np.uint8)
     check("Resize", 13, [codes, None, floats(1, 1, 2, 2)], {})
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_a_size_after_is_rounded_to_float32_before_it_is_cut(check, mode) -> None:
+    # 5 * 2.6 is 12.9999995 for the nearest float32 to 2.6, and 13 rounded to float32.
+    check("Resize", 13, [IMAGE, None, floats(1, 1, 2.6, 1)], {"mode": mode}, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_an_axis_of_scale_one_is_not_cropped(check, mode) -> None:
+    roi = floats(0, 0, 0.2, 0.1, 1, 1, 0.9, 1.2)
+    attributes = {
+        "mode": mode,
+        "coordinate_transformation_mode": "tf_crop_and_resize",
+        "extrapolation_value": 7.0,
+    }
+    check("Resize", 13, [IMAGE, roi, floats(1, 1, 1, 1.5)], attributes, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mode", "area"), ("nearest_mode", "away"), ("keep_aspect_ratio_policy", "crop")],
+)
+def test_unknown_attribute_values_are_refused(name, value) -> None:
+    resize = ops.find("", "Resize", 19).function
+    with pytest.raises(UnsupportedOpError, match=value):
+        resize(torch.from_numpy(IMAGE), None, [1.0, 1.0, 2.0, 2.0], **{name: value})

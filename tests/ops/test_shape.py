@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwrap import ops
-from qwrap.errors import InputError, UnsupportedOpError
+from qwrap.errors import InputError
 
 rng = np.random.default_rng(1)
 
@@ -232,15 +232,6 @@ def test_squeeze_of_a_larger_axis_is_refused() -> None:
     ):
         with pytest.raises(InputError, match="Squeeze of axis 1, of size 3"):
             call()
-
-
-@pytest.mark.parametrize(
-    ("opset", "arguments", "keywords"),
-    [(1, (), {"paddings": [0, 1]}), (2, (), {"pads": [0, 1]}), (18, ([0, 1],), {})],
-)
-def test_an_unknown_padding_mode_is_refused(opset, arguments, keywords) -> None:
-    with pytest.raises(UnsupportedOpError, match="Pad mode 'mirror'"):
-        function("Pad", opset)(torch.zeros(3), *arguments, **keywords, mode="mirror")
 
 
 def test_forms_of_the_first_opset() -> None:

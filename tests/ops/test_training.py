@@ -7,7 +7,6 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from qwrap import ops
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.training import DOMAIN
 
 rng = np.random.default_rng(11)
@@ -42,11 +41,3 @@ def test_equals_the_reference(op_type, lists, attributes, updates) -> None:
         np.testing.assert_allclose(
             ours, theirs, rtol=1e-5, atol=1e-6
         )  # powers in float32 or float64
-
-
-def test_momentum_refuses_an_unknown_mode() -> None:
-    operator = ops.find(DOMAIN, "Momentum", 1)
-    assert operator is not None
-    one = torch.ones(1)
-    with pytest.raises(UnsupportedOpError, match="mode 'heavy'"):
-        operator.function(one, one, one, one, one, mode="heavy", **MOMENTUM)

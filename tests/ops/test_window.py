@@ -47,6 +47,15 @@ CONVOLUTIONS = [
         [IMAGE, floats(4, 3, 3, 3)],
         {"strides": [2, 2], "output_shape": [18, 16]},
     ),
+    # The kernel covers less than a stride: there is less than SAME or output_shape want.
+    ("ConvTranspose", 11, [IMAGE, floats(4, 3, 1, 2), floats(3)], {"strides": [2, 3], **UP}),
+    ("ConvTranspose", 11, [IMAGE, floats(4, 3, 2, 1)], {"strides": [3, 2], **LOW}),
+    (
+        "ConvTranspose",
+        11,
+        [IMAGE, floats(4, 3, 2, 1), floats(3)],
+        {"strides": [3, 2], "output_shape": [28, 13], **UP},
+    ),
     ("ConvTranspose", 11, [IMAGE, floats(4, 2, 2, 2)], {"group": 2, "dilations": [2, 1]}),
     ("ConvTranspose", 11, [LINE, floats(4, 3, 5)], {"strides": [2], "pads": [2, 1]}),
 ]
@@ -87,6 +96,13 @@ def test_dilated_max_pool_equals_onnxruntime(check, dilations) -> None:
     attributes = {**KERNEL_3, "dilations": dilations, "pads": [1, 0, 1, 2]}
     check("MaxPool", 12, [IMAGE], attributes)
     check("MaxPool", 12, [IMAGE], {**attributes, **CEIL, "strides": [2, 2]})
+
+
+@pytest.mark.parametrize("side", [UP, LOW])
+def test_dilation_does_not_widen_the_padding_of_pools(check, side) -> None:
+    attributes = {**KERNEL_3, "dilations": [2, 1], **side}
+    check("MaxPool", 12, [IMAGE], attributes)
+    check("AveragePool", 19, [IMAGE], attributes, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [0, 1])

@@ -133,10 +133,10 @@ def embed_layer_normalization(
     if segment_ids is not None and segment_embedding is not None:
         total = total + F.embedding(segment_ids, segment_embedding)
     y = F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
-    return (y, mask_index(input_ids, mask), total)[:output_count]
+    return (y, ones_of(input_ids, mask), total)[:output_count]
 
 
-def mask_index(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+def ones_of(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Return int32 ``[batch]``: how many ones each row of ``mask`` has, 0 without a mask."""
     if mask is None:
         return torch.zeros_like(input_ids[:, 0], dtype=torch.int32)

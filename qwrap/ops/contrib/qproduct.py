@@ -1,8 +1,4 @@
-"""Products of quantized matrices and convolutions, added up exactly and scaled once.
-
-Sums of integers are computed in float64, which holds them exactly and which every device multiplies
-fast; onnxruntime's int32 sums are the same as long as they do not overflow.
-"""
+"""Products of quantized matrices and convolutions, added up exactly and scaled once."""
 
 from __future__ import annotations
 
@@ -13,28 +9,7 @@ from torch import Tensor
 
 from qwrap.numerics import round_to_codes
 from qwrap.ops.contrib.domain import microsoft
-from qwrap.ops.conv import conv
-
-
-def offset(codes: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Return codes less their zero point, exactly, in float64."""
-    return codes.double() if zero_point is None else codes.double() - zero_point.double()
-
-
-def integer_matmul(
-    A: Tensor, B: Tensor, a_zero_point: Tensor | None, b_zero_point: Tensor | None
-) -> Tensor:
-    """Return the integer product of codes in float64; zero points are per tensor or column."""
-    return torch.matmul(offset(A, a_zero_point), offset(B, b_zero_point))
-
-
-def quantize_dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uint8 codes, scale and zero point of the range of ``x``, as DynamicQuantizeLinear."""
-    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
-    scale = torch.where(high == low, 1.0, (high - low) / torch.full_like(high, 255.0))
-    zero_point = (-low / scale).round().clamp(0, 255)
-    codes = round_to_codes(x / scale, zero_point, torch.uint8)
-    return codes, scale, zero_point.to(torch.uint8)
+from qwrap.ops.qlinear import dynamic_quantize_linear, matmul_integer, qlinear_conv
 
 
 @microsoft("MatMulInteger16")
@@ -75,7 +50,7 @@ def matmul_integer_to_float(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return ``(A - a_zero_point) @ (B - b_zero_point)``, scaled, plus ``bias``."""
-    product = integer_matmul(A, B, a_zero_point, b_zero_point).float()
+    product = matmul_integer(A, B, a_zero_point, b_zero_point).float()
     y = product * (a_scale.float() * b_scale.float())
     return (y if bias is None else y + bias).to(a_scale.dtype)
 
@@ -88,9 +63,16 @@ def dynamic_quantize_matmul(
     b_zero_point: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Quantize ``A`` by its own range, multiply with codes, return real values."""
-    codes, scale, zero_point = quantize_dynamically(A)
-    return matmul_integer_to_float(codes, B, scale, b_scale, zero_point, b_zero_point, bias)
+    """Quantize ``A`` by its own range, multiply with codes, return real values.
+
+    Gradients pass through the rounding as if it were not there.
+    """
+    codes, scale, zero_point = dynamic_quantize_linear(A)
+    y = matmul_integer_to_float(codes, B, scale, b_scale, zero_point, b_zero_point, bias)
+    if not (torch.is_grad_enabled() and A.requires_grad):
+        return y
+    weight = B.to(A.dtype) if b_zero_point is None else B.to(A.dtype) - b_zero_point
+    return y + torch.matmul(A - A.detach(), weight * b_scale)
 
 
 @microsoft("QGemm")
@@ -114,7 +96,7 @@ def qgemm(
     ``C`` has the scale of the product before ``alpha``.
     """
     a, b = A.t() if transA else A, B.t() if transB else B
-    total = integer_matmul(a, b, a_zero_point.reshape(()), b_zero_point)
+    total = matmul_integer(a, b, a_zero_point, b_zero_point)
     total = (total if C is None else total + C).float()
     scale = alpha * a_scale.reshape(()) * b_scale
     scale = scale if y_scale is None else scale / y_scale.reshape(())
@@ -124,7 +106,7 @@ def qgemm(
 
 
 @microsoft("QLinearConv", ignored=("kernel_shape",))
-def qlinear_conv(
+def qlinear_conv_of_either_layout(
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor,
@@ -146,19 +128,20 @@ def qlinear_conv(
 
     With ``channels_last`` ``x`` and ``y`` are ``[N, ..., C]``; ``w`` is ``[M, C / group, ...]``.
     """
-    per_channel = (-1, *[1] * (w.ndim - 1))
-    values = offset(x, x_zero_point.reshape(()))
-    total = conv(
-        values.movedim(-1, 1) if channels_last else values,
-        offset(w, w_zero_point.reshape(per_channel)),
-        None if B is None else B.double(),
+    y = qlinear_conv(
+        x.movedim(-1, 1) if channels_last else x,
+        x_scale,
+        x_zero_point,
+        w,
+        w_scale,
+        w_zero_point,
+        y_scale,
+        y_zero_point,
+        B,
         auto_pad=auto_pad,
         dilations=dilations,
         group=group,
         pads=pads,
         strides=strides,
     )
-    scale = (x_scale.reshape(()) * w_scale / y_scale.reshape(())).reshape(per_channel[:-1])
-    zero_point = y_zero_point.reshape(()).float()
-    y = round_to_codes(total.float() * scale, zero_point, y_zero_point.dtype)
     return y.movedim(1, -1) if channels_last else y

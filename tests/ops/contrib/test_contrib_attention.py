@@ -277,3 +277,43 @@ def test_gated_relative_position_bias_equals_its_formula(check) -> None:
     wanted = (gates[..., :1] * (gates[..., 1:] * eco - 1) + 2) * positions
     inputs = [q, q_bias, positions, weight, bias, eco]
     check("GatedRelativePositionBias", inputs, {"num_heads": 2}, expected=[wanted], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_quantized_attention_equals_onnxruntime(check, dtype) -> None:
+    info = np.iinfo(dtype)
+    x = rng.integers(0, 256, (2, 5, 8)).astype(np.uint8)
+    w = rng.integers(info.min, info.max + 1, (8, 24)).astype(dtype)
+    zero = np.array(100, np.uint8)
+    one = [np.array(0.01, np.float32), np.array(0.02, np.float32)]
+    mask = np.array([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]], np.int32)
+    attributes = {"num_heads": 2, "unidirectional": 1}
+    inputs = [x, w, normal(24), *one, mask, zero, np.array(3, dtype)]
+    check("QAttention", inputs, attributes, **CLOSE)
+    inputs[5] = None
+    check("QAttention", inputs, {"num_heads": 2, "scale": 0.2}, **CLOSE)
+    many = [one[0], rng.uniform(0.01, 0.02, 24).astype(np.float32)]
+    zeros = rng.integers(0, 3, 24).astype(dtype)
+    inputs = [x, w, normal(24), *many, None, zero, zeros, normal(2, 2, 2, 3, 4)]
+    check("QAttention", inputs, attributes, outputs=(0, 1), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_quantized_embedding_equals_onnxruntime(check, dtype) -> None:
+    info = np.iinfo(dtype)
+
+    def table(*shape: int) -> np.ndarray:
+        return rng.integers(info.min, info.max + 1, shape).astype(dtype)
+
+    ids = rng.integers(0, 10, (2, 5)).astype(np.int32)
+    segments = rng.integers(0, 2, (2, 5)).astype(np.int32)
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
+    tables = [table(10, 8), table(6, 8), table(2, 8), table(8), table(8)]
+    scales = [np.array(v, np.float32) for v in rng.uniform(0.01, 0.05, 5)]
+    zeros = [table() for _ in range(5)]
+    every = {"outputs": (0, 1), **CLOSE}
+    inputs = [ids, segments, *tables, mask, *scales, *zeros]
+    check("QEmbedLayerNormalization", inputs, {"epsilon": 1e-3}, **every)
+    for index in (1, 4, 7, 10, 15):
+        inputs[index] = None
+    check("QEmbedLayerNormalization", inputs, **every)

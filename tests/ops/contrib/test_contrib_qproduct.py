@@ -1,7 +1,11 @@
 """Quantized products of com.microsoft against onnxruntime: codes are equal bit for bit."""
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
+
+from qwrap import ops
 
 rng = np.random.default_rng(7)
 TYPES = [np.uint8, np.int8]
@@ -96,3 +100,55 @@ def test_convolution_equals_onnxruntime(check, x_type, w_type, channels_last) ->
         check("QLinearConv", [x, scale(), codes(x_type), w, scale(), codes(w_type), *y], attributes)
         channels = [w, scale(8), same, *y, bias]
         check("QLinearConv", [x, scale(), codes(x_type), *channels], attributes)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+def test_quantizing_and_dequantizing_equal_onnxruntime(check, dtype) -> None:
+    x = 20 * floats(2, 3, 8)
+    check("QuantizeLinear", [x, scale(times=10), codes(dtype)])
+    check("QuantizeLinear", [x, scale(3, times=10), codes(dtype, 3)], {"axis": 1})
+    check("DequantizeLinear", [codes(dtype, 2, 3, 8), scale(), codes(dtype)])
+    check("DequantizeLinear", [codes(dtype, 2, 3, 8), scale(8), codes(dtype, 8)], {"axis": -1})
+    check("DequantizeLinear", [codes(dtype, 2, 3, 8), scale()])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4])
+def test_codes_of_4_bits_equal_onnxruntime(check, dtype) -> None:
+    x, zero = 20 * floats(2, 3, 8), np.array(3, dtype)
+    step, low = scale(times=100), -8 if dtype is ml_dtypes.int4 else 0
+    wanted = np.clip(np.rint(x / step) + 3, low, low + 15).astype(dtype)
+    # onnxruntime computes these codes, but cannot hand them out.
+    check("QuantizeLinear", [x, step, zero], constants=(2,), expected=[wanted])
+    values = rng.integers(0, 8, (2, 3, 8)).astype(dtype)
+    check("DequantizeLinear", [values, scale(), zero], constants=(0, 2))
+
+
+def test_gradients_pass_through_dynamic_quantization() -> None:
+    operator = ops.find("com.microsoft", "DynamicQuantizeMatMul", 1)
+    assert operator is not None
+    a = torch.randn(3, 4, requires_grad=True)
+    b, b_scale = torch.randint(-128, 128, (4, 5), dtype=torch.int8), torch.tensor(0.1)
+    operator.function(a, b, b_scale).sum().backward()
+    torch.testing.assert_close(a.grad, (0.1 * b.float()).sum(1).expand(3, 4))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("per_column", [False, True])
+def test_quantized_lstm_equals_onnxruntime(check, direction, per_column) -> None:
+    d = 2 if direction == "bidirectional" else 1
+    shape = (d, 16) if per_column else (d,)
+    weights = [codes(np.int8, d, 3, 16), codes(np.int8, d, 4, 16)]
+    quantization = [
+        scale(*shape),
+        np.zeros(shape, np.int8),
+        scale(*shape),
+        np.zeros(shape, np.int8),
+    ]
+    states = [floats(d, 2, 4), floats(d, 2, 4)]
+    # A hidden state between two codes may go the other way: 1/255 of a gate's weight of up to 6.
+    every = {"outputs": (0, 1, 2), "rtol": 0, "atol": 0.025}
+    attributes = {"direction": direction, "hidden_size": 4}
+    inputs = [floats(5, 2, 3), *weights, None, None, None, None, None, *quantization]
+    check("DynamicQuantizeLSTM", inputs, attributes, **every)
+    inputs[3:8] = [floats(d, 32), np.array([5, 3], np.int32), *states, floats(d, 12)]
+    check("DynamicQuantizeLSTM", inputs, {**attributes, "clip": 0.5}, **every)

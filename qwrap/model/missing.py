@@ -1,0 +1,43 @@
+"""Operators of a message that nothing computes, for a model that cannot even be built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+
+from qwrap.graph.check import opsets_of
+from qwrap.graph.nodes import domain_of, graphs, label
+from qwrap.model.host import HOST_OPERATORS
+from qwrap.model.values import COUNTS, FLOW, explain
+from qwrap.ops import find
+
+BUILT_IN = frozenset((*FLOW, *COUNTS, *HOST_OPERATORS, "Constant", "Shape"))
+
+
+def missing_operators(proto: onnx.ModelProto) -> Iterator[str]:
+    """Yield a line for each node with an operator that nothing computes.
+
+    It does not look into types and attributes, for the model it is asked about is broken.
+    """
+    versions = opsets_of(proto.opset_import)
+    local = {(domain_of(f.domain), f.name) for f in proto.functions}
+    for graph in graphs(proto.graph):
+        for node in graph.node:
+            domain = domain_of(node.domain)
+            built_in = not domain and node.op_type in BUILT_IN
+            version = versions.get(domain, 0)
+            if built_in or version < 1 or (domain, node.op_type) in local:
+                continue
+            if find(domain, node.op_type, version) is None and not _has_body(node, domain, version):
+                yield explain(label(node), domain, node.op_type, version)
+
+
+def _has_body(node: onnx.NodeProto, domain: str, version: int) -> bool:
+    schema: Any  # what onnx declares of it lacks functions
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, domain)
+    except onnx.defs.SchemaError:
+        return False
+    return bool(schema.has_function or schema.has_context_dependent_function)
