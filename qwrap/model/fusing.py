@@ -1,8 +1,8 @@
 """What exporters write in several nodes and torch computes in one call.
 
 A plain float model then reads and writes its activations as often as the network it came from.
-Where anything taps, watches or replaces nodes, every node runs by itself: quantization sees the
-graph as it is. Both ways agree to float rounding.
+Where anything taps or replaces nodes, every node runs by itself: quantization sees the graph as it
+is. So do nodes whose inner values are watched. Both ways agree to float rounding.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Fusion:
     function: Callable[..., Tensor]
     inputs: tuple[ir.Value, ...]
 
+    def hidden(self, layout: Layout) -> set[str]:
+        """Return the values that nothing but these nodes would see."""
+        return {layout.graph.key(v) for node in self.nodes[1:] for v in node.outputs}
+
 
 Item = ir.Node | Region | Fusion
 
@@ -56,14 +60,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def with_fusions(region: Region, layout: Layout, program: Program) -> list[Item]:
     """Return the items of a region, with a ``Fusion`` where its last node was if nothing looks."""
-    if program.taps or program.watchers or program.kernels:
+    if program.taps or program.kernels:
         return list(region.items)
     own = {item for item in region.items if isinstance(item, ir.Node)}
     result: list[Item] = []
     for item in region.items:
         found = _find(item, layout) if isinstance(item, ir.Node) else None
         result.append(item)
-        if found is not None and own.issuperset(found.nodes):
+        watched = found is not None and not program.watchers.keys().isdisjoint(found.hidden(layout))
+        if found is not None and not watched and own.issuperset(found.nodes):
             own.difference_update(found.nodes)
             result[-1] = found
     return [item for item in result if not isinstance(item, ir.Node) or item in own]
