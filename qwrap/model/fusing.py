@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.graph.check import STANDARD
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.model.points import Program
 from qwrap.model.scopes import Region
@@ -119,9 +119,13 @@ def _beside(node: ir.Node | None, number: float, layout: Layout) -> ir.Value | N
 
 
 def _is_number(value: ir.Value | None, number: float, layout: Layout) -> bool:
-    """Whether a value is a constant of rank 0, which nobody trains, near ``number``."""
+    """Whether a value is a constant of rank 0 that is not trained, near ``number``."""
     array = None if value is None else layout.values.small_constant(value)
-    return array is not None and array.ndim == 0 and math.isclose(array, number, rel_tol=1e-6)
+    if value is None or array is None or array.ndim:
+        return False
+    slot = layout.slots.get(layout.graph.key(value))
+    is_trained = slot is not None and slot.trainable
+    return not is_trained and math.isclose(array, number, rel_tol=1e-6)
 
 
 def _silu(last: ir.Node, _: Layout) -> Fusion | None:
