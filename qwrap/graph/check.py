@@ -305,8 +305,6 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
             yield f"leaves out its input {parameter.name!r}"
     given = {attribute.name: attribute for attribute in node.attribute}
     for name, attribute in given.items():
-        if attribute.HasField("sparse_tensor"):
-            yield f"sparse attribute {name!r} is not supported; make it dense first"
         known = schema.attributes.get(name)
         kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
         if known is None:

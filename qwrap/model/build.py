@@ -75,7 +75,9 @@ def load(
         parameters=None if parameters is None else tuple(parameters),
     )
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    pristine = read_model(source, missing_operators, untied=untie)
+    pristine = read_model(
+        source, partial(missing_operators, has_libraries=bool(custom_ops)), untied=untie
+    )
     if wrong := type_problems(pristine):
         where = "the model" if path is None else str(path)
         refuse(where, [*wrong, *missing_operators(without_weights(pristine))])

@@ -138,6 +138,8 @@ def to_value(value: Any, declared: ValueType, device: torch.device) -> Any:
         return [to_value(item, declared, device) for item in value]
     dtype = declared.dtype
     array = np.asarray(value)
+    if not array.flags.writeable:  # torch would share the memory and warns of that
+        array = array.copy()
     if dtype is None:
         dtype = ir.DataType.from_numpy(array.dtype)
     result = from_numpy(array, dtype, None)

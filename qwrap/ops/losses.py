@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import UnsupportedOpError
 from qwrap.ops.registry import op
 
-NEVER = -(2**31)  # an ``ignore_index`` that no class has
+REDUCTIONS = ("none", "mean", "sum")
 
 
 @op("NegativeLogLikelihoodLoss", since=(12, 13, 22))
@@ -24,13 +24,19 @@ def negative_log_likelihood_loss(
 
     The mean is over what is not ignored, and weighted too.
     """
-    return F.nll_loss(
-        input,
-        target.to(torch.int64),
-        weight,
-        ignore_index=NEVER if ignore_index is None else ignore_index,
-        reduction=reduction,
-    )
+    if reduction not in REDUCTIONS:
+        raise UnsupportedOpError(f"loss reduction {reduction!r}: expected one of {REDUCTIONS}")
+    labels = target.to(torch.int64)
+    share = torch.ones_like(labels, dtype=input.dtype)
+    if ignore_index is not None:
+        ignored = labels == ignore_index
+        labels, share = labels.masked_fill(ignored, 0), share.masked_fill(ignored, 0)
+    if weight is not None:  # unlike F.nll_loss, differentiable in the weights
+        share = share * weight[labels]
+    loss = -input.gather(1, labels.unsqueeze(1)).squeeze(1) * share
+    if reduction == "none":
+        return loss
+    return loss.sum() / share.sum() if reduction == "mean" else loss.sum()
 
 
 @op("SoftmaxCrossEntropyLoss", since=(12, 13))

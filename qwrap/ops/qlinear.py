@@ -156,10 +156,9 @@ def _real(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
 @op("DynamicQuantizeLinear", since=(11,))
 def dynamic_quantize_linear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes spread over the range of ``x`` and 0, their scale and zero point."""
-    x = x.detach()
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
     scale = (high - low) / torch.full_like(high, UINT8.qmax)
     scale = torch.where(high == low, torch.ones_like(scale), scale)
-    zero_point = (-low / scale).clamp(UINT8.qmin, UINT8.qmax).round()
-    qparams = QParams(scale.reshape(1), zero_point.reshape(1).to(torch.int32))
-    return quantize(x, qparams, UINT8), scale, zero_point.to(torch.uint8)
+    zero_point = (-low / scale).detach().clamp(UINT8.qmin, UINT8.qmax).round()
+    qparams = QParams(scale.detach().reshape(1), zero_point.reshape(1).to(torch.int32))
+    return quantize(x.detach(), qparams, UINT8), scale, zero_point.to(torch.uint8)

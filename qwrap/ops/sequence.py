@@ -79,7 +79,7 @@ def concat_from_sequence(input_sequence: list[Tensor], *, axis: int, new_axis: i
     return join(input_sequence, axis)
 
 
-@op("Optional", since=(15,), ignored=("type",))
+@op("Optional", since=(15, 28), ignored=("type",))
 def optional(x: Any = None) -> Any:
     """Return the value, or None without one."""
     return x

@@ -120,10 +120,11 @@ def tile(input: Tensor, repeats: Sequence[int]) -> Tensor:
 
 
 @op("Tile", since=(1,), host=(1, 2))
-def tile_one_axis(input: Tensor, tiles: int | Sequence[int], axis: int | Sequence[int]) -> Tensor:
-    """Repeat ``input`` along one axis."""
-    (count,) = tiles if isinstance(tiles, Sequence) else (tiles,)
-    (dim,) = axis if isinstance(axis, Sequence) else (axis,)
+def tile_one_axis(
+    input: Tensor, tiles: float | Sequence[float], axis: float | Sequence[float]
+) -> Tensor:
+    """Repeat ``input`` along one axis; both numbers have the type of ``input``."""
+    count, dim = (int(n[0] if isinstance(n, Sequence) else n) for n in (tiles, axis))
     return input.repeat([count if i == dim % input.ndim else 1 for i in range(input.ndim)])
 
 
@@ -187,14 +188,15 @@ def split_attribute(
 @op("Split", since=(1,), host=(1,))
 def split_1(
     input: Tensor,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[float] | None = None,
     *,
     axis: int = 0,
     split: Sequence[int] | None = None,
     output_count: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Cut into parts of sizes that an input or an attribute gives, or equal ones."""
-    return split_13(input, split or sizes, axis=axis, output_count=output_count)
+    """Cut into parts of sizes that an input (of the type of ``input``) or an attribute gives."""
+    parts = split or [int(size) for size in sizes or ()]
+    return split_13(input, parts, axis=axis, output_count=output_count)
 
 
 @op("DepthToSpace", since=(11, 13, 28))

@@ -65,7 +65,8 @@ def adam(
 
     Source: Kingma and Ba, arXiv:1412.6980; the bias is corrected from the second update on.
     """
-    corrected = R * (1 - beta**T).sqrt() / (1 - alpha**T)
+    updates = T.clamp(min=1)  # not 0: 0 / 0 has no gradient, even where it is not used
+    corrected = R * (1 - beta**updates).sqrt() / (1 - alpha**updates)
     rate = torch.where(T > 0, corrected, R)
     rows = []
     for x, gradient, mean, squares in _lists(inputs, 4):

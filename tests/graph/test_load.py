@@ -234,13 +234,3 @@ def test_text_that_is_not_utf8_is_refused(build: Build) -> None:
     data = build([RELU]).SerializeToString().replace(b"relu", b"re\xff\xfe")
     with pytest.raises(ModelError, match="not UTF-8"):
         read_model(onnx.ModelProto.FromString(data))
-
-
-def test_a_sparse_constant_is_refused(build: Build) -> None:
-    values = numpy_helper.from_array(np.ones(1, np.float32), "v")
-    indices = numpy_helper.from_array(np.zeros(1, np.int64), "i")
-    sparse = helper.make_sparse_tensor(values, indices, [3])
-    constant = helper.make_node("Constant", [], ["c"], "n", sparse_value=sparse)
-    proto = build([constant, helper.make_node("Add", ["x", "c"], ["y"])], {"x": [3]})
-    with pytest.raises(ModelError, match=r"node 'n' \(Constant\): sparse attribute"):
-        read_model(proto)

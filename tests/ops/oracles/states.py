@@ -49,7 +49,7 @@ def instance_normalization(_: int) -> Iterator[Variant]:
 
 @variants("LayerNormalization")
 def layer_normalization(_: int) -> Iterator[Variant]:
-    yield Variant(lambda n: [draw(2, n, 6), draw(6), draw(6)], outputs=3, **SUMS)
+    yield Variant(lambda n: [draw(2, n, 6), draw(6), draw(6)], {}, outputs=3, **SUMS)
     yield Variant(lambda n: [draw(2, n, 6), draw(6)], {"epsilon": 0.1}, **SUMS)
     yield Variant(lambda n: [draw(n, 4, 6), draw(4, 6), draw(4, 6)], {"axis": 1}, 3, **SUMS)
     yield Variant(lambda n: [draw(n, 4, 6), draw(4, 6), draw(4, 6)], {"axis": -2}, **SUMS)

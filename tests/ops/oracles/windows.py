@@ -132,8 +132,8 @@ def global_lp_pool(revision: int) -> Iterator[Variant]:
 @variants("MaxUnpool")
 def max_unpool(_: int) -> Iterator[Variant]:
     def pooled(n: int) -> list:
-        places = np.stack([draw.distinct(16 * n).astype(np.int64) + 8 * n for _ in range(2)])
-        return [draw(1, 2, 4, n), places[:, : 4 * n].reshape(1, 2, 4, n)]
+        places = draw.distinct(32 * n).astype(np.int64) + 16 * n
+        return [draw(1, 2, 4, n), places[: 8 * n].reshape(1, 2, 4, n)]
 
     attributes = {"kernel_shape": [2, 2], "strides": [2, 2]}
     yield Variant(pooled, attributes)
