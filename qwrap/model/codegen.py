@@ -18,6 +18,7 @@ from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
+from qwrap.model.tensors import converted
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
@@ -242,7 +243,7 @@ class _BlockWriter(Writer):
         if name in ("to", "dtype", "output_dtype") and value == ir.DataType.FLOAT:
             return DATA_TYPES[dtype]
         is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-        return value.to(dtype) if is_float else value
+        return converted(value, dtype) if is_float else value
 
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]
