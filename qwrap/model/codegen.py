@@ -18,6 +18,7 @@ from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
+from qwrap.model.tensors import converted
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
@@ -243,7 +244,7 @@ class _BlockWriter(Writer):
             code = DATA_TYPES[dtype]
             return code if value != "FLOAT" else ir.DataType(code).name  # Cast-1 names types
         is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-        return value.to(dtype) if is_float else value
+        return converted(value, dtype) if is_float else value
 
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]

@@ -41,7 +41,8 @@ class Layout:
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
     parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
-    constants in the bodies of functions, of which the file has one for all calls.
+    constants in the bodies of functions, of which the file has one for all calls, and single
+    numbers without a dotted name that multiply or divide: exporters write 1 / sqrt(d) so.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
     With ``parameters`` among the settings the rule is another: a float tensor whose initialiser's
@@ -136,6 +137,7 @@ class Layout:
             in_function = producer is not None and FUNCTION in producer.metadata_props
             statistic = role in RUNNING_STATISTICS
             trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
+            trainable = trainable and not _is_scale(value, tensor.size, path[-1] if path else "")
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -156,6 +158,12 @@ class Layout:
         parts = key.split(".")
         inside_tensor = any(".".join(parts[:n]) in self._taken for n in range(1, len(parts)))
         return key not in self._taken and key not in self._prefixes and not inside_tensor
+
+
+def _is_scale(value: ir.Value, size: int, op_type: str) -> bool:
+    """Whether a tensor is one number in a Mul or Div, of which no name says that it is learnt."""
+    is_named = DOTTED.fullmatch(value.name or "") and "." in (value.name or "")
+    return size == 1 and op_type in ("Mul", "Div") and not is_named
 
 
 def fits(name: str, pattern: str) -> bool:
