@@ -78,6 +78,14 @@ def test_a_pickle_computes_the_same(name: str, samples: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CAPTURABLE)
+def test_a_forward_waits_for_no_device(name: str, samples: Any) -> None:
+    # Tensors on "meta" have no data: reading a number back from the device raises.
+    model = load(samples.model_path(name)).eval().to("meta")
+    feed = {key: tensor.to("meta") for key, tensor in inputs(name, samples).items()}
+    assert all(tensor.is_meta for tensor in run(model, feed))
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
 def test_it_compiles_into_one_graph(name: str, samples: Any) -> None:
     torch._dynamo.reset()
     model, feed = load(samples.model_path(name)).eval(), inputs(name, samples)
