@@ -128,16 +128,7 @@ class Layout:
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
         if key in self.slots:
             return
-        tensor = self.values.stored[key]
-        trainable = ValueType(tensor.dtype).is_float
-        if self.settings.parameters is not None:
-            trainable = trainable and self._is_chosen(key)
-        else:
-            producer = value.producer()
-            in_function = producer is not None and FUNCTION in producer.metadata_props
-            statistic = role in RUNNING_STATISTICS
-            trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
-            trainable = trainable and not _is_scale(value, tensor.size, path[-1] if path else "")
+        trainable = self._is_trainable(value, path[-1] if path else "", role)
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -153,6 +144,19 @@ class Layout:
         self.slots[key] = slot
         self._taken.add(slot.key)
         self._prefixes.update(".".join(slot.path[:n]) for n in range(1, len(slot.path) + 1))
+
+    def _is_trainable(self, value: ir.Value, op_type: str, role: str) -> bool:
+        """Whether a stored tensor is a parameter, by the rule of the class."""
+        key, tensor = self.graph.key(value), self.values.stored[self.graph.key(value)]
+        if not ValueType(tensor.dtype).is_float:
+            return False
+        if self.settings.parameters is not None:
+            return self._is_chosen(key)
+        producer = value.producer()
+        if producer is not None and FUNCTION in producer.metadata_props:
+            return False
+        is_single = len(tensor.shape) == 0 or _is_scale(value, tensor.size, op_type)
+        return not is_single and role not in RUNNING_STATISTICS
 
     def _free(self, key: str) -> bool:
         parts = key.split(".")
