@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnx.backend.base import Backend, BackendRep, Device, DeviceType
 
 import qwrap
+from qwrap.errors import UnsupportedOpError
+from qwrap.graph.index import walk_nodes
 from qwrap.model.tensors import to_array, to_value
 
 
@@ -33,8 +37,12 @@ class QwrapBackendRep(BackendRep):
 
         Returns:
             One array, list or None for each graph output, in order.
+
+        Raises:
+            UnsupportedOpError: with these inputs, onnxruntime and ONNX do not agree.
         """
         graph = self.model.graph
+        _refuse_differences(self.model, dict(zip(self.model.input_names, inputs, strict=False)))
         values = [
             to_value(value, graph.type_of(declared), self._device)
             for value, declared in zip(inputs, graph.inputs, strict=False)
@@ -61,9 +69,12 @@ class QwrapBackend(Backend):
 
         Raises:
             ModelError: see ``qwrap.load``.
-            UnsupportedOpError: see ``qwrap.load``.
+            UnsupportedOpError: see ``qwrap.load``; also for what onnxruntime, and with it
+                ``qwrap.load``, computes in another way than ONNX says.
         """
-        return QwrapBackendRep(qwrap.load(model), _torch_device(device))
+        loaded = qwrap.load(model)
+        _refuse_differences(loaded, {})
+        return QwrapBackendRep(loaded, _torch_device(device))
 
     @classmethod
     def run_model(
@@ -84,6 +95,42 @@ def _torch_device(device: str) -> torch.device:
     if parsed.type == DeviceType.CPU:
         return torch.device("cpu")
     return torch.device("cuda", parsed.device_id)
+
+
+# --- where onnxruntime does not do what ONNX says ------------------------------------------------
+
+DIFFERENCES = {
+    "MaxUnpool": "onnxruntime counts indices in output_shape, ONNX in the shape without it",
+    "Resize": "onnxruntime aligns corners by the whole length that a fractional one is cut to",
+}
+"""Where ``qwrap.load`` follows onnxruntime; a backend has to follow ONNX, and refuses."""
+
+
+def _refuse_differences(model: qwrap.WrappedModel, inputs: dict[str, Any]) -> None:
+    """Raise if a node means one thing to ONNX and another to onnxruntime, given ``inputs``."""
+    differences = [
+        f"node {model.graph.node_key(node)!r} ({node.op_type}): {DIFFERENCES[node.op_type]}"
+        for node in walk_nodes(model.graph.model.graph)
+        if (node.op_type == "MaxUnpool" and len(node.inputs) > 2 and node.inputs[2] is not None)
+        or (node.op_type == "Resize" and _cuts_a_length(node, model, inputs))
+    ]
+    if differences:
+        raise UnsupportedOpError("; ".join(differences))
+
+
+def _cuts_a_length(node: ir.Node, model: qwrap.WrappedModel, inputs: dict[str, Any]) -> bool:
+    """Whether a Resize that aligns corners is known to scale to a length that is not whole."""
+    mode = node.attributes.get("coordinate_transformation_mode")
+    x, scales = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    if mode is None or mode.as_string() != "align_corners" or x is None or scales is None:
+        return False
+    factors = inputs.get(scales.name or "", model.layout.values.small_constant(scales))
+    sizes = model.graph.type_of(x).shape or ()
+    if factors is None or len(factors) != len(sizes):  # not known; or only some axes
+        return False
+    known = [isinstance(n, int) for n in sizes]
+    lengths = np.asarray(factors, np.float64)[known] * [n for n in sizes if isinstance(n, int)]
+    return bool((lengths != np.floor(lengths)).any())
 
 
 prepare = QwrapBackend.prepare

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export"},
-    "backend": {"", "model"},
+    "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},
     "__main__": {"cli"},

@@ -18,6 +18,7 @@ from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
+from qwrap.model.tensors import converted
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
@@ -217,7 +218,7 @@ class _BlockWriter(Writer):
         if operator.wants_dtype:
             parts.append(f"dtype={self.dtype(node.outputs[0])}")
         if operator.wants_element_type:
-            known = self.layout.graph.type_of(node.outputs[0]).dtype
+            known = self._computed("to", self.layout.graph.type_of(node.outputs[0]).dtype)
             parts.append(f"element_type={literal(known)}")
         if operator.prepare is not None:
             prepared = self.layout.values.prepared[self.layout.graph.node_key(node)]
@@ -239,10 +240,11 @@ class _BlockWriter(Writer):
         dtype = self.layout.settings.dtype
         if dtype is None:
             return value
-        if name in ("to", "dtype", "output_dtype") and value == ir.DataType.FLOAT:
-            return DATA_TYPES[dtype]
+        if name in ("to", "dtype", "output_dtype") and value in (ir.DataType.FLOAT, "FLOAT"):
+            code = DATA_TYPES[dtype]
+            return code if value != "FLOAT" else ir.DataType(code).name  # Cast-1 names types
         is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-        return value.to(dtype) if is_float else value
+        return converted(value, dtype) if is_float else value
 
     def _argument(self, node: ir.Node, index: int) -> str:
         value = node.inputs[index]

@@ -126,9 +126,13 @@ def _beside(node: ir.Node | None, number: float, layout: Layout) -> ir.Value | N
 
 
 def _is_number(value: ir.Value | None, number: float, layout: Layout) -> bool:
-    """Whether a value is a constant of rank 0, which nobody trains, near ``number``."""
+    """Whether a value is a constant of rank 0 that is not trained, near ``number``."""
     array = None if value is None else layout.values.small_constant(value)
-    return array is not None and array.ndim == 0 and math.isclose(array, number, rel_tol=1e-6)
+    if value is None or array is None or array.ndim:
+        return False
+    slot = layout.slots.get(layout.graph.key(value))
+    is_trained = slot is not None and slot.trainable
+    return not is_trained and math.isclose(array, number, rel_tol=1e-6)
 
 
 def _silu(last: ir.Node, _: Layout) -> Fusion | None:

@@ -51,8 +51,8 @@ def inline(
 
 
 def _literal(text: str) -> Any:
-    """Return the constant that ``text`` is, None if it is a local."""
-    return None if text.isidentifier() else ast.literal_eval(text)
+    """Return the constant that ``text`` is, None if it is a local or an entry of one."""
+    return None if text[0].isidentifier() else ast.literal_eval(text)
 
 
 def _binary(symbol: str) -> Callable[..., str]:

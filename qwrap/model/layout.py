@@ -43,7 +43,8 @@ class Layout:
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
     parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
-    constants in the bodies of functions, of which the file has one for all calls.
+    constants in the bodies of functions, of which the file has one for all calls, and single
+    numbers without a dotted name that multiply or divide: exporters write 1 / sqrt(d) so.
     Constants that only steer shapes or bounds are written into the code as numbers.
 
     With ``parameters`` among the settings the rule is another: a float tensor whose initialiser's
@@ -132,15 +133,7 @@ class Layout:
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
         if key in self.slots:
             return
-        tensor = self.values.stored[key]
-        trainable = ValueType(tensor.dtype).is_float
-        if self.settings.parameters is not None:
-            trainable = trainable and self._is_chosen(key)
-        else:
-            producer = value.producer()
-            in_function = producer is not None and FUNCTION in producer.metadata_props
-            statistic = role in RUNNING_STATISTICS
-            trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
+        trainable = self._is_trainable(value, path[-1] if path else "", role)
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -157,6 +150,19 @@ class Layout:
         self._taken.add(slot.key)
         self._prefixes.update(".".join(slot.path[:n]) for n in range(1, len(slot.path) + 1))
 
+    def _is_trainable(self, value: ir.Value, op_type: str, role: str) -> bool:
+        """Whether a stored tensor is a parameter, by the rule of the class."""
+        key, tensor = self.graph.key(value), self.values.stored[self.graph.key(value)]
+        if not ValueType(tensor.dtype).is_float:
+            return False
+        if self.settings.parameters is not None:
+            return self._is_chosen(key)
+        producer = value.producer()
+        if producer is not None and FUNCTION in producer.metadata_props:
+            return False
+        is_single = len(tensor.shape) == 0 or _is_scale(value, tensor.size, op_type)
+        return not is_single and role not in RUNNING_STATISTICS
+
     def _free(self, key: str) -> bool:
         parts = key.split(".")
         inside_tensor = any(".".join(parts[:n]) in self._taken for n in range(1, len(parts)))
@@ -166,6 +172,12 @@ class Layout:
 def wild(patterns: Iterable[str]) -> list[str]:
     """Return those of ``patterns`` that may fit another name than their own; see ``fnmatch``."""
     return [pattern for pattern in patterns if WILD.search(pattern)]
+
+
+def _is_scale(value: ir.Value, size: int, op_type: str) -> bool:
+    """Whether a tensor is one number in a Mul or Div, of which no name says that it is learnt."""
+    is_named = DOTTED.fullmatch(value.name or "") and "." in (value.name or "")
+    return size == 1 and op_type in ("Mul", "Div") and not is_named
 
 
 def _paths(region: Region) -> Iterator[Path]:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from qwrap.graph.external import FileTensor, written_to
 from qwrap.graph.index import OnnxGraph, ValueType
-from qwrap.model.tensors import WIDENED, to_array
+from qwrap.model.tensors import WIDENED, converted, to_array, to_torch
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.element_types import TORCH_DTYPES
 
@@ -36,8 +37,8 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
     """Return the parameters and buffers that differ from the graph's tensors, by value key.
 
     They share the memory of the module where they can; those of another float type than the graph
-    declares (after ``model.half()``) are converted. What was mapped from a file and never written
-    to is not read.
+    declares (``load(dtype=…)``, ``model.half()``) are converted if they were changed. What was
+    mapped from a file and never written to is not read.
     """
     changed: dict[str, ir.TensorProtocol] = {}
     for key in model.layout.slots:
@@ -45,15 +46,15 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
         assert tensor is not None
         if _is_untouched(tensor, original):
             continue
-        array = to_array(_in_type_of(original, tensor), ValueType(original.dtype))
+        dtype = TORCH_DTYPES.get(original.dtype, tensor.dtype)
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            if torch.equal(converted(to_torch(original), tensor.dtype), tensor.cpu()):
+                continue  # what the file says, as precisely as the module can hold it
+            tensor = tensor.to(dtype)
+        array = to_array(tensor, ValueType(original.dtype))
         if not _is_equal(array, original):
             changed[key] = ir.tensor(array, dtype=original.dtype, name=original.name)
     return changed
-
-
-def _in_type_of(original: ir.TensorProtocol, tensor: Tensor) -> Tensor:
-    dtype = TORCH_DTYPES.get(original.dtype, tensor.dtype)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _is_untouched(tensor: Tensor, original: ir.TensorProtocol) -> bool:

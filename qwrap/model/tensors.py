@@ -120,6 +120,18 @@ def _text(item: Any) -> str:
     return item.decode() if isinstance(item, bytes) else str(item)
 
 
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in another float type in which what is finite stays finite.
+
+    Exporters write masks as ``(1 - mask) * smallest float32``; with that as infinity in a narrower
+    type, what is not masked would be ``0 * inf``.
+    """
+    result = tensor.to(dtype)
+    limit = torch.finfo(dtype).max
+    overflown = result.isinf() & ~tensor.isinf()
+    return torch.where(overflown, result.clamp(-limit, limit), result)
+
+
 def to_numpy(tensor: Tensor) -> Array:
     """Return a tensor as an array, in ml_dtypes where numpy has no such type."""
     tensor = tensor.detach().cpu()

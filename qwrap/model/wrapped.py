@@ -19,7 +19,7 @@ from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.settings import LoadSettings
-from qwrap.model.tensors import WeightReader
+from qwrap.model.tensors import WeightReader, converted
 from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
 
@@ -116,7 +116,9 @@ class WrappedModel(Block):
     def _computed(self, tensor: Tensor) -> Tensor:
         """Return a float32 tensor in the type that the model computes in."""
         dtype = self.layout.settings.dtype
-        return tensor if dtype is None or tensor.dtype != torch.float32 else tensor.to(dtype)
+        if dtype is None or tensor.dtype != torch.float32:
+            return tensor
+        return converted(tensor, dtype)
 
     def _add_blocks(self, region: Region) -> None:
         for item in region.items:

@@ -29,7 +29,13 @@ def as_tensor(value: Any, dtype: torch.dtype | None, device: torch.device) -> to
     if dtype is None:
         first = value[:1] if isinstance(value, list) else [value]
         dtype = torch.bool if first and isinstance(first[0], bool) else torch.int64
-    return torch.tensor(value, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return torch.tensor(value, dtype=dtype, device=device)
+    # Filled where they are, for a copy from the host would wait for the device.
+    if not isinstance(value, list):
+        return torch.full((), value, dtype=dtype, device=device)
+    numbers = [torch.full((1,), n, dtype=dtype, device=device) for n in value]
+    return torch.cat(numbers) if numbers else torch.empty(0, dtype=dtype, device=device)
 
 
 @dataclass(slots=True)

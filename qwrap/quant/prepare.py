@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from qwrap.config import QConfig
@@ -43,8 +44,14 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
         ``model.plan``.
 
     Raises:
-        ConfigError: a selector of ``config`` fits no node.
+        ConfigError: a selector of ``config`` fits no node, or the model was loaded to compute in
+            another type than float32.
     """
+    if model.layout.settings.dtype not in (None, torch.float32):
+        raise ConfigError(
+            f"the model was loaded with dtype={model.layout.settings.dtype}, but scales and codes "
+            "are those of float32; load it without dtype (torch.autocast may be used)"
+        )
     config = copy.deepcopy(config) if config else QConfig()
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}

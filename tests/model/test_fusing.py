@@ -105,6 +105,12 @@ def test_an_inner_value_that_is_an_output_stays() -> None:
     assert torch.equal(y, X * s)
 
 
+def test_a_number_that_is_trained_by_request_stays_an_operand() -> None:
+    model = load(proto(GELU, ROOT), parameters=["half"])
+    model(X).sum().backward()
+    assert model.stored("half").grad is not None
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_copies_and_half_precision(name: str) -> None:
     model = load(proto(*CASES[name]))

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from qwrap.model import host, load
+from qwrap.model.writer import as_tensor
 
 Build = Callable[..., onnx.ModelProto]
 Run = Callable[..., list[np.ndarray]]
@@ -192,3 +193,14 @@ def test_attributes_that_do_not_concern_integers_are_no_obstacle(build: Build) -
     # onnxruntime refuses this flag on integers, ONNX does not
     proto = chain(build, 19, node("Cast", "s", "y", to=TensorProto.INT32, saturate=0))
     assert load(proto)(torch.zeros(2, 3, 4)).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [3, True, 2.5, [1, 2], [True], []])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_number_becomes_the_same_tensor_on_any_device(value: Any, dtype: Any) -> None:
+    if value == 2.5 and dtype is None:
+        dtype = torch.float64
+    there = as_tensor(value, dtype, torch.device("meta"))
+    here = as_tensor(value, dtype, torch.device("cpu"))
+    assert (there.shape, there.dtype) == (here.shape, here.dtype)
+    assert here.tolist() == value

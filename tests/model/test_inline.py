@@ -56,6 +56,10 @@ def test_division_by_anything_else_is_left_to_the_function(divisor: Any) -> None
     assert inline("Div", ["v0", repr(divisor)], [SCALAR, kind], {}) is None
 
 
+def test_division_by_a_list_that_is_not_known_is_left_to_the_function() -> None:
+    assert inline("Div", ["v0", "v1"], [SCALAR, HostType(2)], {}) is None
+
+
 @given(a=operand, b=operand, c=operand, local=local)
 def test_where(a: Any, b: Any, c: Any, local: list[bool]) -> None:
     condition = [x > 0 for x in a] if isinstance(a, list) else a > 0

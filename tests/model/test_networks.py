@@ -59,7 +59,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]
             native = network.make(small=True)
             first, second = network.small_sizes
             # Batches unlike any other size: compilers take equal sizes to be the same one.
-            inputs = [network.sample(native, 3, first, 1), network.sample(native, 5, second, 2)]
+            inputs = [network.sample(native, 7, first, 1), network.sample(native, 5, second, 2)]
             path = tmp_path_factory.mktemp("networks") / f"{name}_{exporter}.onnx"
             export(network, native, inputs[0], path, exporter)
             made[name, exporter] = Case(network, native, path, inputs)
@@ -145,7 +145,7 @@ def test_a_training_step_is_that_of_the_network(name: str, exporter: str, case: 
         assert theirs.grad is not None
         gradient = mine.grad.t() if is_transposed else mine.grad
         assert float((gradient - theirs.grad).abs().max()) <= GRADIENT_TOLERANCE * largest
-    # What the network has as constants, such as 1 / sqrt(d), may be parameters of the model.
+    # The frequencies of rotary positions are parameters of the model: the file does not tell.
     torch.optim.SGD([mine for mine, _, _ in same], lr=0.1).step()
     torch.optim.SGD(native.parameters(), lr=0.1).step()
     with torch.no_grad():
@@ -162,6 +162,9 @@ def test_one_compiled_graph_serves_all_sizes(name: str, exporter: str, case: Cas
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
         for inputs in this.inputs:
+            for key, tensor in inputs.items():
+                fixed = set(range(tensor.dim())) - set(this.network.axes(key))
+                torch._dynamo.mark_static(tensor, sorted(fixed))
             for a, b in zip(outputs(compiled(**inputs)), outputs(model(**inputs)), strict=True):
                 assert torch.equal(a, b)
     assert counter.frame_count == 1
@@ -195,6 +198,20 @@ def test_a_copy_and_a_pickle_compute_the_same(name: str, exporter: str, case: Ca
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
             for a, b in zip(outputs(other(**this.inputs[0])), expected, strict=True):
                 assert torch.equal(a, b)
+
+
+@every_case
+@pytest.mark.parametrize("how", ["load", "autocast"])
+def test_bfloat16_is_close(name: str, exporter: str, how: str, case: Case_) -> None:
+    this = case(name, exporter)
+    model = load(this.path, dtype=torch.bfloat16 if how == "load" else None).eval()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            mine = outputs(model(**this.inputs[0]))
+        theirs = outputs(this.native(*this.inputs[0].values()))
+    for a, b in zip(mine, theirs, strict=True):
+        # Eight bits: half a percent a layer. The network itself in bfloat16 is off by 0.015.
+        assert_close(a.float(), b, 0.03)
 
 
 BLOCKS = {
@@ -256,8 +273,6 @@ def test_layers_can_be_sharded_one_by_one(
     name: str, exporter: str, case: Case_, mesh: DeviceMesh
 ) -> None:
     this = case(name, exporter)
-    if exporter == "dynamo" and this.network.is_transformer:
-        pytest.xfail("a constant that layers share lies sharded in the first of them")
     model, sharded = this.load(), this.load()
     for layer in layers(sharded, name).children():
         fully_shard(layer, mesh=mesh)

@@ -1,13 +1,15 @@
 """What ``load`` may be asked for: expansion of functions, and another type to compute in."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+import qwrap
 from qwrap.errors import ConfigError, UnsupportedOpError
 from qwrap.model import load
 
@@ -121,3 +123,24 @@ def test_autocast_computes_matrix_products_in_its_type(mixed: onnx.ModelProto) -
         y, _ = model(x)
     assert seen["m"] == torch.bfloat16
     torch.testing.assert_close(y.float(), model(x)[0], rtol=3e-2, atol=3e-2)  # 8 bits
+
+
+def test_what_was_not_trained_is_written_back_as_it_was(
+    mixed: onnx.ModelProto, tmp_path: Path
+) -> None:
+    model = load(mixed, dtype=torch.bfloat16)
+    qwrap.export(model, tmp_path / "same.onnx")
+    assert onnx.load(tmp_path / "same.onnx") == mixed
+    with torch.no_grad():
+        model.stored("w").mul_(2)
+    qwrap.export(model, tmp_path / "trained.onnx")
+    (w, zero) = onnx.load(tmp_path / "trained.onnx").graph.initializer
+    assert w.data_type == TensorProto.FLOAT
+    expected = 2 * torch.tensor(numpy_helper.to_array(mixed.graph.initializer[0])).bfloat16()
+    np.testing.assert_array_equal(numpy_helper.to_array(w), expected.float())
+    assert zero == mixed.graph.initializer[1]
+
+
+def test_quantization_asks_for_float32(mixed: onnx.ModelProto) -> None:
+    with pytest.raises(ConfigError, match=r"loaded with dtype=torch\.bfloat16"):
+        qwrap.prepare(load(mixed, dtype=torch.bfloat16))

@@ -183,6 +183,24 @@ def test_constants_are_parameters_and_scalars_are_buffers(build: Build) -> None:
     assert model(torch.zeros(2)).tolist() == [1, 7]
 
 
+@pytest.mark.parametrize(
+    ("name", "op_type", "learnt"),
+    [
+        ("val_82", "Mul", False),
+        ("/attn/Constant_28_output_0", "Div", False),
+        ("blocks.0.gamma", "Mul", True),
+        ("onnx::Add_12", "Add", True),
+    ],
+)
+def test_a_single_number_that_scales_is_learnt_if_it_has_a_name(
+    name: str, op_type: str, learnt: bool, build: Build
+) -> None:
+    nodes = [helper.make_node(op_type, ["x", name], ["y"])]
+    model = load(build(nodes, {"x": [2]}, initializers={name: np.ones(1, np.float32)}))
+    assert len(list(model.parameters())) == learnt
+    assert list(model.tensor_names.values()) == [name]
+
+
 def test_names_of_the_module_itself_are_never_taken(mlp: onnx.ModelProto) -> None:
     model = load(mlp)
     taken = set(dir(model)) - {"fc1", "head", "act"}

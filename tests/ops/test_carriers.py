@@ -77,7 +77,14 @@ def test_moving_values_equals_onnxruntime(check_model, move, constant, dtype) ->
     check_model([move], feed, {"y": types_of(dtype)}, 20)
 
 
-@pytest.mark.parametrize(("move", "constant"), MOVES)
+def takes_8_bit_floats(op_type: str) -> bool:
+    schema = onnx.defs.get_schema(op_type, 21)
+    return any("tensor(float8e4m3fn)" in t.allowed_type_strs for t in schema.type_constraints)
+
+
+@pytest.mark.parametrize(
+    ("move", "constant"), [case for case in MOVES if takes_8_bit_floats(case[0].op_type)]
+)
 def test_8_bit_floats_move_as_their_bits_do(move, constant) -> None:
     bits = rng.integers(0, 256, (2, 1, 4)).astype(np.uint8)
     results = []
@@ -119,7 +126,8 @@ def test_reductions_and_ranks_equal_the_oracle(check_model, dtype: type) -> None
     x = {"x": numbers(dtype, 5, 6)}
     own, index = types_of(dtype), TensorProto.INT64
     sums = ("ReduceSum", "ReduceProd", "ReduceSumSquare")  # in numpy, the oracle, always uint64
-    for op_type in ("ReduceMax", "ReduceMin", *(sums if dtype is np.uint64 else ())):
+    extremes = () if dtype is np.uint16 else ("ReduceMax", "ReduceMin")  # which ONNX leaves out
+    for op_type in (*extremes, *(sums if dtype is np.uint64 else ())):
         reduction = node(op_type, "x", "c", keepdims=0)
         check_model([reduction], x | {"c": const("c", 1)}, {"y": own}, 20)
     for last in (0, 1):

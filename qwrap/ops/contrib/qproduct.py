@@ -67,7 +67,7 @@ def dynamic_quantize_matmul(
 
     Gradients pass through the rounding as if it were not there.
     """
-    codes, scale, zero_point = dynamic_quantize_linear(A)
+    codes, scale, zero_point = dynamic_quantize_linear(A.detach())
     y = matmul_integer_to_float(codes, B, scale, b_scale, zero_point, b_zero_point, bias)
     if not (torch.is_grad_enabled() and A.requires_grad):
         return y

@@ -32,57 +32,58 @@ class NotSmoothError(Exception):
     """Central differences of two widths disagree: a kink, or a function rounded to float32."""
 
 
-def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that has float64 wherever ``model`` has a float type."""
+def with_floats(model: onnx.ModelProto, to: int) -> onnx.ModelProto:
+    """A copy that has the element type ``to`` wherever ``model`` has a float type."""
     model = onnx.ModelProto.FromString(model.SerializeToString())
     for function in model.functions:
         for node in function.node:
-            node_in_double(node)
-    graph_in_double(model.graph)
+            convert_node(node, to)
+    convert_graph(model.graph, to)
     return model
 
 
-def graph_in_double(graph: onnx.GraphProto) -> None:
-    """Make the types of a graph float64, in place."""
+def convert_graph(graph: onnx.GraphProto, to: int) -> None:
+    """Change the float types of a graph, in place."""
     for tensor in graph.initializer:
-        tensor_in_double(tensor)
+        convert_tensor(tensor, to)
     for value in (*graph.input, *graph.output, *graph.value_info):
-        type_in_double(value.type)
+        convert_type(value.type, to)
     for node in graph.node:
-        node_in_double(node)
+        convert_node(node, to)
 
 
-def type_in_double(declared: onnx.TypeProto) -> None:
-    """Make a declared type float64, in place."""
+def convert_type(declared: onnx.TypeProto, to: int) -> None:
+    """Change a declared type if it is of floats, in place."""
     kind = declared.WhichOneof("value")
     if kind == "sequence_type":
-        type_in_double(declared.sequence_type.elem_type)
+        convert_type(declared.sequence_type.elem_type, to)
     elif kind == "optional_type":
-        type_in_double(declared.optional_type.elem_type)
+        convert_type(declared.optional_type.elem_type, to)
     elif kind == "tensor_type" and declared.tensor_type.elem_type in FLOATS:
-        declared.tensor_type.elem_type = TensorProto.DOUBLE
+        declared.tensor_type.elem_type = to
 
 
-def tensor_in_double(tensor: onnx.TensorProto) -> None:
-    """Make a stored tensor float64, in place."""
+def convert_tensor(tensor: onnx.TensorProto, to: int) -> None:
+    """Change a stored tensor if it is of floats, in place."""
     if tensor.data_type in FLOATS:
-        array = numpy_helper.to_array(tensor).astype(np.float64)
+        array = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(to))
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
-def node_in_double(node: onnx.NodeProto) -> None:
-    """Make the constants and the wanted types of a node float64, in place."""
+def convert_node(node: onnx.NodeProto, to: int) -> None:
+    """Change the float constants and wanted types of a node, in place."""
     for attribute in node.attribute:
         if attribute.HasField("t"):
-            tensor_in_double(attribute.t)
-        graph_in_double(attribute.g)
+            convert_tensor(attribute.t, to)
+        convert_graph(attribute.g, to)
         if attribute.name in TYPES and attribute.i in FLOATS:
-            attribute.i = TensorProto.DOUBLE
-        if attribute.name == "to" and attribute.s in (b"FLOAT", b"FLOAT16"):  # Cast-1
-            attribute.s = b"DOUBLE"
+            attribute.i = to
+        if attribute.name == "to" and attribute.s in (b"FLOAT", b"FLOAT16", b"DOUBLE"):  # Cast-1
+            attribute.s = TensorProto.DataType.Name(to).encode()
     floats = [a for a in node.attribute if a.name in ("value_float", "value_floats")]
     for attribute in floats:
         values = np.array(attribute.f if attribute.name == "value_float" else attribute.floats)
+        values = values.astype(helper.tensor_dtype_to_np_dtype(to))
         node.attribute.remove(attribute)
         node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(values)))
 
@@ -199,10 +200,10 @@ def weighed(outputs: Sequence[Any], weights: Sequence[np.ndarray | None]) -> flo
 
 
 class Loaded:
-    """A model loaded by qwrap: values and derivatives."""
+    """A model loaded by qwrap to compute in float64: values and derivatives."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = qwrap.load(model).eval()
+        self._model = qwrap.load(with_floats(model, TensorProto.FLOAT), dtype=torch.float64).eval()
         self._graph = self._model.graph
 
     def _tensors(self, inputs: Sequence[Any]) -> list[Any]:
@@ -260,7 +261,7 @@ def check(
     Not at them: examples like to sit on kinks, and have ties.
 
     Args:
-        model: in float64.
+        model: with floats of any type.
         function: what to differentiate by differences; without one, the loaded model itself.
         still: indices of the inputs that do not move.
 
