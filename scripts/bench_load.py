@@ -3,6 +3,7 @@
 python scripts/bench_load.py model.onnx …
 python scripts/bench_load.py --size 2048       # a made model of that many MiB outside its file
 python scripts/bench_load.py --nodes 20000     # a made chain of that many nodes
+python scripts/bench_load.py --growth 5000 20000    # made graphs of all kinds, of so many nodes
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+from made_graphs import GRAPHS
 from onnx import TensorProto, helper, numpy_helper
 
 MIB = 2**20
@@ -27,10 +30,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--size", type=int, help="MiB of weights outside the file")
     parser.add_argument("--nodes", type=int, help="length of a chain of nodes in nested scopes")
+    parser.add_argument("--growth", nargs="+", type=int, help="numbers of nodes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         measure(options.models[0])
+        return
+    if options.growth:
+        growth(options.growth)
         return
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
@@ -41,6 +48,24 @@ def main() -> None:
         print(f"{'model':32} {'s':>7} {'MiB':>8} {'MiB peak':>9}", flush=True)
         for path in options.models:
             subprocess.run([sys.executable, __file__, "--one", path], check=True)
+
+
+def growth(sizes: list[int]) -> None:
+    """Print the seconds that graphs of each kind take at each size, the best of three."""
+    import qwrap
+
+    qwrap.load(tiny())
+    print(f"{'graph':16}", *(f"{size:>8}" for size in sizes), flush=True)
+    for make in GRAPHS:
+        seconds = [min(timed(qwrap.load, make(size)) for _ in range(3)) for size in sizes]
+        print(f"{make.__name__:16}", *(f"{s:8.2f}" for s in seconds), flush=True)
+
+
+def timed(run: Callable[[onnx.ModelProto], object], model: onnx.ModelProto) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    run(model)
+    return time.perf_counter() - start
 
 
 def measure(path: Path) -> None:

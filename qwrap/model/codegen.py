@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from qwrap.model.fusing import Fusion, Item, with_fusions
 from qwrap.model.host import HOST_OPERATORS
 from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
-from qwrap.model.points import Point, Program, UsePoint
+from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.tensors import converted
 from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
@@ -31,15 +31,24 @@ class Code:
 
     Attributes:
         buffers: attribute name -> constant tensor, not part of the ``state_dict``.
+        needs_device: whether it takes the device as an argument.
+        depends: what it was written for, see ``_Parts``.
     """
 
     path: Path
     source: str
     namespace: dict[str, Any]
     buffers: dict[str, torch.Tensor]
+    needs_device: bool
+    depends: Sequence[Dependency]
 
 
-def generate(layout: Layout, program: Program, attached: Mapping[Point, str]) -> list[Code]:
+def generate(
+    layout: Layout,
+    program: Program,
+    attached: Mapping[Point, str],
+    known: Mapping[Path, Code] | None = None,
+) -> list[Code]:
     """Return the code of all Blocks for ``program``, the root last.
 
     Args:
@@ -47,10 +56,74 @@ def generate(layout: Layout, program: Program, attached: Mapping[Point, str]) ->
         program: what sits on its points. A tap that is in ``attached`` is called as the submodule
             of that name under ``taps`` of the Block it belongs to.
         attached: point -> name of the attached module there.
+        known: code for another program of the same layout; returned as it is where nothing in the
+            Block differs.
     """
-    done: list[Code] = []
-    _BlockWriter(layout, Borders(layout), program, attached, layout.region, done).write()
-    return done
+    parts = _Parts(layout, program, attached, known or {})
+    parts.write(layout.region)
+    return parts.done
+
+
+Dependency = tuple[tuple[object, ...], object]
+"""A name of something that code was written for, and the thing itself."""
+
+
+class _Parts:
+    """The code of all Blocks, that of inner ones first.
+
+    That of one Block depends on whether fusions may be used, on what sits on the points and nodes
+    in it, and on which of the Blocks it calls need the device.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        program: Program,
+        attached: Mapping[Point, str],
+        known: Mapping[Path, Code],
+    ) -> None:
+        self._layout, self._program, self._attached = layout, program, attached
+        self._borders, self._known = Borders(layout), known
+        self._sitting = _sitting(layout, program, attached)
+        self.done: list[Code] = []
+
+    def write(self, region: Region) -> Code:
+        """Return the code of ``region``, after that of the regions inside it."""
+        inner = [self.write(item) for item in region.items if isinstance(item, Region)]
+        devices = {code.path: code.needs_device for code in inner}
+        fused = not (self._program.taps or self._program.kernels)
+        depends = [((fused, *devices.values()), None), *self._sitting.get(region.path, ())]
+        code = self._known.get(region.path)
+        if code is None or not _are_same(code.depends, depends):
+            code = _BlockWriter(
+                self._layout, self._borders, self._program, self._attached, region, devices
+            ).write(depends)
+        self.done.append(code)
+        return code
+
+
+def _are_same(some: Sequence[Dependency], others: Sequence[Dependency]) -> bool:
+    if len(some) != len(others):
+        return False  # things are compared by identity: what ``==`` means to them is their own
+    return all(a[0] == b[0] and a[1] is b[1] for a, b in zip(some, others, strict=True))
+
+
+def _sitting(
+    layout: Layout, program: Program, attached: Mapping[Point, str]
+) -> dict[Path, list[Dependency]]:
+    """Return path -> what sits in the Block there."""
+    found: dict[Path, list[Dependency]] = {}
+    watchers = {ValuePoint(key): watcher for key, watcher in program.watchers.items()}
+    for kind, things in (("tap", program.taps), ("watcher", watchers)):
+        for point, thing in things.items():
+            path = layout.points.get(point)  # None: nothing ever passes there
+            if path is not None:
+                found.setdefault(path, []).append(((kind, point, attached.get(point)), thing))
+    for key, kernel in program.kernels.items():
+        node = layout.graph.nodes.get(key)
+        if node is not None and node in layout.homes:
+            found.setdefault(layout.homes[node], []).append((("kernel", key), kernel))
+    return found
 
 
 INSPECTIONS = {
@@ -72,15 +145,15 @@ class _BlockWriter(Writer):
         program: Program,
         attached: Mapping[Point, str],
         region: Region,
-        done: list[Code],
+        devices: Mapping[Path, bool],
     ) -> None:
         super().__init__(layout, program, attached, region)
-        self.borders, self.done = borders, done
+        self.borders, self.devices = borders, devices
 
     # --- regions and bodies ----------------------------------------------------------------------
 
-    def write(self) -> bool:
-        """Write this region and those inside it; return whether its Block wants a device."""
+    def write(self, depends: Sequence[Dependency]) -> Code:
+        """Return the code of this region, which calls those inside it."""
         border = self.borders[self.region]
         root = not self.region.path
         graph = self.layout.graph
@@ -107,8 +180,9 @@ class _BlockWriter(Writer):
         device = ["device"] if self.needs_device or root else []
         header = f"def run({', '.join(['self', *names, *device])}):\n"
         source = header + "\n".join(self.lines) + "\n"
-        self.done.append(Code(self.region.path, source, self.namespace, self.buffers))
-        return self.needs_device
+        return Code(
+            self.region.path, source, self.namespace, self.buffers, self.needs_device, depends
+        )
 
     def _touched(self, item: Item) -> Iterable[str]:
         """Return the values that ``item`` reads from outside itself and those it makes."""
@@ -125,17 +199,13 @@ class _BlockWriter(Writer):
         self.line(f"{target} = {self.function(fusion.function)}({arguments}){notes}")
 
     def _call(self, region: Region) -> None:
-        inner = _BlockWriter(
-            self.layout, self.borders, self.program, self.attached, region, self.done
-        )
-        wants_device = inner.write()
         border = self.borders[region]
         values = self.layout.graph.values
         arguments = [
             self.local(key) if key in self.layout.values.hosts else self.tensor(values[key])
             for key in border.inputs
         ]
-        if wants_device:
+        if self.devices[region.path]:
             self.needs_device = True
             arguments.append("device=device")
         module = access("self", region.path[len(self.region.path) :])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import onnx
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.graph.nodes import STANDARD
+from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
@@ -90,6 +92,25 @@ class Layout:
     def placed(self) -> Iterator[tuple[ir.Node, Path]]:
         """Yield every node that runs with the path of the Block whose code runs it."""
         yield from self.homes.items()
+
+    @cached_property
+    def points(self) -> dict[Point, Path]:
+        """Every point that a tensor passes -> the path of the Block whose code passes it."""
+        graph, values = self.graph, self.values
+        points: dict[Point, Path] = {ValuePoint(graph.key(v)): () for v in graph.inputs}
+        for node, path in self.homes.items():
+            made = [*node.outputs]
+            for body in values.branches(node) if is_flow(node) else ():
+                made.extend(body.inputs)
+            for value in made:
+                if value.name and graph.key(value) not in values.hosts:
+                    points[ValuePoint(graph.key(value))] = path
+            if graph.node_key(node) not in values.operators:
+                continue  # shape arithmetic and control flow see no tensors
+            for index, used in enumerate(node.inputs):
+                if used is not None and not self.is_number(node, index):
+                    points[UsePoint(graph.node_key(node), index)] = path
+        return points
 
     def is_host_use(self, node: ir.Node, index: int) -> bool:
         """Whether input ``index`` reaches its operator as Python numbers."""

@@ -182,7 +182,7 @@ RESERVED = frozenset((
         "_device",
         "_generate",
         "_get",
-        "_homes",
+        "_written",
     ),
     *("_module_at", "_program", "_signature"),
 ))

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from qwrap.errors import InputError, ModelError
 from qwrap.graph.index import OnnxGraph, ValueType
 from qwrap.model.block import Block
-from qwrap.model.codegen import generate
+from qwrap.model.codegen import Code, generate
 from qwrap.model.layout import Layout, Slot
-from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.points import Point, Program, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import WeightReader, converted
-from qwrap.model.values import is_flow
 from qwrap.ops.element_types import TORCH_DTYPES
 
 
@@ -50,6 +49,7 @@ class WrappedModel(Block):
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
+        self._written: dict[Path, Code] = {}  # what the Blocks run now
         self.layout = Layout(graph, settings or LoadSettings())
         self._build({})
 
@@ -86,7 +86,7 @@ class WrappedModel(Block):
         for name in [*self._modules, *self._parameters, *self._buffers]:
             delattr(self, name)
         self.graph, self.layout = graph, layout
-        self.attached, self._program, self.programs = {}, None, {}
+        self.attached, self._program, self.programs, self._written = {}, None, {}, {}
         self.plan = self.config = self.before_loading = None
         self._build(kept)
 
@@ -143,7 +143,7 @@ class WrappedModel(Block):
 
         Each becomes a submodule under ``taps`` of the Block that runs it.
         """
-        homes = self._homes()
+        homes = self.layout.points
         for point in taps:
             if point not in homes:
                 raise ModelError(f"{point}: the graph has no such place")
@@ -168,25 +168,6 @@ class WrappedModel(Block):
         """Return the module attached to ``point``."""
         path, name = self.attached[point]
         return self.get_submodule(".".join((*path, "taps", name)))
-
-    def _homes(self) -> dict[Point, Path]:
-        """Return for every point the path of the Block whose code passes it."""
-        values = self.layout.values
-        homes: dict[Point, Path] = {ValuePoint(self.graph.key(v)): () for v in self.graph.inputs}
-        for node, path in self.layout.placed():
-            for value in node.outputs:
-                if value.name and self.graph.key(value) not in values.hosts:
-                    homes[ValuePoint(self.graph.key(value))] = path
-            for body in values.branches(node) if is_flow(node) else ():
-                for value in body.inputs:
-                    if value.name and self.graph.key(value) not in values.hosts:
-                        homes[ValuePoint(self.graph.key(value))] = path
-            if self.graph.node_key(node) not in values.operators:
-                continue  # shape arithmetic and control flow see no tensors
-            for index, used in enumerate(node.inputs):
-                if used is not None and not self.layout.is_number(node, index):
-                    homes[UsePoint(self.graph.node_key(node), index)] = path
-        return homes
 
     @contextmanager
     def running(self, program: str | Program) -> Iterator[None]:
@@ -222,13 +203,19 @@ class WrappedModel(Block):
 
     def _generate(self) -> None:
         names = {point: name for point, (_, name) in self.attached.items()}
-        for code in generate(self.layout, self.program, names):
+        for code in generate(self.layout, self.program, names, self._written):
+            if self._written.get(code.path) is code:
+                continue
             block = self._module_at(code.path)
             assert isinstance(block, Block)
             for name, tensor in code.buffers.items():
                 if name not in block._buffers:
                     block.register_buffer(name, tensor.to(self._device()), persistent=False)
             block.set_code(code.source, code.namespace)
+            self._written[code.path] = code
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_written": {}}  # the Blocks keep what a copy needs
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
