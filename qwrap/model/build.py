@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import ConfigError, GradientWarning, QwrapWarning
+from qwrap.errors import ConfigError, GradientWarning, QwrapWarning, UnsupportedOpError
 from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
@@ -21,6 +21,7 @@ from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
 from qwrap.model.layout import fits
 from qwrap.model.missing import missing_operators
+from qwrap.model.refusals import refused_nodes
 from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
@@ -61,7 +62,8 @@ def load(
         ModelError: not a model, cut off, malformed, with operators that are given types they do
             not take, or its external data is missing or outside its folder. All that is wrong is
             listed, operators without an implementation included.
-        UnsupportedOpError: nothing is wrong but operators without an implementation.
+        UnsupportedOpError: nothing is wrong but operators without an implementation, or with
+            attributes that they cannot follow.
         ConfigError: no float tensor has a name in ``parameters``.
 
     Warns:
@@ -78,15 +80,24 @@ def load(
     pristine = read_model(
         source, partial(missing_operators, has_libraries=bool(custom_ops)), untied=untie
     )
-    if wrong := type_problems(pristine):
-        where = "the model" if path is None else str(path)
-        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
+    _check_nodes(pristine, "the model" if path is None else str(path))
     expanded = expand_functions(pristine, partial(_is_expanded, pristine, expand))
     model = WrappedModel(OnnxGraph(expanded, path, pristine), settings)
     _check_patterns(model, parameters or ())
     for category, text in _warnings(model, untied=untie):
         warnings.warn(text, category, stacklevel=2)
     return model
+
+
+def _check_nodes(model: ir.Model, where: str) -> None:
+    """Refuse a model with nodes that no operator can follow, all of them in one error."""
+    refused = refused_nodes(model)
+    wrong = type_problems(model, refused)
+    if wrong or refused:
+        texts = [*refused.values(), *missing_operators(without_weights(model))]
+        if not wrong:
+            raise UnsupportedOpError(f"{where}: {'; '.join(texts)}")
+        refuse(where, [*wrong, *texts])
 
 
 def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:
