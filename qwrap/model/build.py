@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import ConfigError, GradientWarning, QwrapWarning
+from qwrap.errors import ConfigError, GradientWarning, QwrapWarning, UnsupportedOpError
 from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
@@ -24,6 +24,7 @@ from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
 from qwrap.model.layout import wild
 from qwrap.model.missing import missing_operators
+from qwrap.model.refusals import refused_nodes
 from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
@@ -99,9 +100,7 @@ def _read(source: Source, settings: LoadSettings, *, untie: bool) -> OnnxGraph:
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     also = partial(missing_operators, has_libraries=bool(settings.libraries))
     pristine = read_model(source, also, untied=untie)
-    if wrong := type_problems(pristine):
-        where = "the model" if path is None else str(path)
-        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
+    _check_nodes(pristine, "the model" if path is None else str(path))
     expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))
     return OnnxGraph(expanded, path, pristine)
 
@@ -119,6 +118,17 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _check_nodes(model: ir.Model, where: str) -> None:
+    """Refuse a model with nodes that no operator can follow, all of them in one error."""
+    refused = refused_nodes(model)
+    wrong = type_problems(model, refused)
+    if wrong or refused:
+        texts = [*refused.values(), *missing_operators(without_weights(model))]
+        if not wrong:
+            raise UnsupportedOpError(f"{where}: {'; '.join(texts)}")
+        refuse(where, [*wrong, *texts])
 
 
 def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from qwrap.model.attributes import attributes_of, tensors_to_torch
 from qwrap.model.border import Border, Borders, dying, makes
 from qwrap.model.expressions import access, comment, keyword_names, literal
 from qwrap.model.flow import write_flow
@@ -19,7 +20,7 @@ from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.tensors import converted
-from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
+from qwrap.model.values import is_flow
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
 from qwrap.ops.element_types import DATA_TYPES
