@@ -1,7 +1,7 @@
 """Count the operators that qwrap computes, out of all that onnx and onnxruntime declare.
 
 python scripts/operator_coverage.py           # one row a domain
-python scripts/operator_coverage.py --list    # and by name what is no torch function
+python scripts/operator_coverage.py --list    # and what is not as usual, by name
 python scripts/operator_coverage.py --suite   # and run the cases of onnx's backend suite
 python scripts/operator_coverage.py --suite --update-readme
 """
@@ -125,7 +125,7 @@ def names(found: list[Revision]) -> Iterator[str]:
 
 
 def bodies_line() -> str:
-    """Say how many operators have a function body in their schema, and what becomes of it."""
+    """Say how many operators have a function body in their schema, and a function of torch."""
     with_body = {
         (schema.domain, schema.name)
         for schema in onnx.defs.get_all_schemas()
@@ -133,25 +133,28 @@ def bodies_line() -> str:
     }
     own = len(with_body & {(domain, op_type) for domain, op_type, _ in operators()})
     return (
-        f"{len(with_body)} operators have a function body in their schema; {own} of them have a "
-        'torch function too, which is used unless `expand="always"`.'
+        f"{len(with_body)} operators have a function body in their schema, {own} of them a torch "
+        "function too."
     )
 
 
 def suite_line(verdicts: Verdicts) -> str:
-    """Say how many cases pass, and name the others."""
-    parts = [f"{len(verdicts.passed)} of {verdicts.count} cases of onnx's backend suite pass"]
-    if verdicts.refused:
-        parts.append(f"refused at load: {', '.join(sorted(verdicts.refused))}")
-    if verdicts.differing:
-        parts.append(f"other values than the suite's: {', '.join(sorted(verdicts.differing))}")
-    return "; ".join(parts) + "."
+    """Say how many cases pass, and what becomes of the others."""
+    return (
+        f"{len(verdicts.passed)} of {verdicts.count} cases of onnx's backend suite pass; "
+        f"{len(verdicts.refused)} are refused when they are loaded, {len(verdicts.differing)} "
+        "give other values."
+    )
 
 
 def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="name what is no torch function")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="also name operators without a torch function, and cases that do not pass",
+    )
     parser.add_argument("--suite", action="store_true", help="run onnx's backend suite too")
     parser.add_argument("--update-readme", action="store_true", help="write the table there")
     options = parser.parse_args()
@@ -163,11 +166,15 @@ def main() -> None:
         f"onnxruntime {onnxruntime.__version__}:\n\n{table(found)}"
     )
     text += f"\n\n{bodies_line()}"
-    if options.suite:
-        text += f"\n\n{suite_line(run_suite())}"
+    verdicts = run_suite() if options.suite else None
+    if verdicts is not None:
+        text += f"\n{suite_line(verdicts)}"
     print(text)
     if options.list:
         print("", *names(found), sep="\n")
+    if options.list and verdicts is not None:
+        print(f"refused when they are loaded: {', '.join(sorted(verdicts.refused))}")
+        print(f"other values: {', '.join(sorted(verdicts.differing))}")
     if options.update_readme:
         update_section(README, "coverage", text)
 

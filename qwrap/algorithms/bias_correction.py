@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qwrap.algorithms.held_out import HeldOut, float_model
 from qwrap.errors import InputError
+from qwrap.model.attributes import attributes_of, tensors_to_torch
 from qwrap.model.batches import iterate
 from qwrap.model.points import Program
-from qwrap.model.values import attributes_of, tensors_to_torch
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of
 

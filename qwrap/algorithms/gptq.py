@@ -15,9 +15,9 @@ from torch import Tensor
 from qwrap.algorithms.held_out import HeldOut
 from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
 from qwrap.errors import ConfigError
+from qwrap.model.attributes import attributes_of
 from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
-from qwrap.model.values import attributes_of
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize
 from qwrap.ops.traits import WEIGHTED

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.model.values import attributes_of
+from qwrap.model.attributes import attributes_of
 from qwrap.ops.window import torch_pads, window
 
 MATRIX_OPERATORS = ("Conv", "Gemm", "MatMul")

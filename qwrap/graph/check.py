@@ -328,6 +328,9 @@ def _schema_problems(node: onnx.NodeProto, schema: onnx.defs.OpSchema) -> Iterat
     for name, known in schema.attributes.items():
         if known.required and name not in given:
             yield f"lacks its attribute {name!r}"
+    parts = given.get("num_outputs")
+    if node.op_type == "Split" and parts is not None and parts.i != len(node.output):
+        yield f"num_outputs={parts.i}, but it has {len(node.output)} outputs"
     yield from _body_problems(node)
     if node.op_type == "Constant" and domain_of(node.domain) == "" and len(given) != 1:
         yield f"has {len(given)} attributes, expected exactly one"

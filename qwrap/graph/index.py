@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qwrap.errors import ModelError
 from qwrap.graph.external import FileTensor
 from qwrap.graph.load import external_tensors, original_proto, to_model, without_weights
-from qwrap.graph.nodes import graphs
+from qwrap.graph.nodes import graphs, label
 from qwrap.graph.stand_ins import put_stand_ins
 
 
@@ -224,26 +224,65 @@ def walk_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
             yield from walk_nodes(body)
 
 
-def infer_types(model: ir.Model, *, declared: bool = True) -> dict[ir.Value, ValueType]:
-    """Run ONNX shape inference on a copy without weights; return what it knows of each value.
+Types = dict[ir.Value, ValueType]
+FAILURES = (onnx.shape_inference.InferenceError, RuntimeError, ValueError)
+
+
+def infer_types(model: ir.Model) -> Types:
+    """Run ONNX shape inference on a copy without weights; return what it knows of each value."""
+    proto = without_weights(model)
+    put_stand_ins(proto)
+    # Where inference fails, what the file itself declares remains.
+    with contextlib.suppress(*FAILURES):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    types: Types = {}
+    _collect_types(proto.graph, model.graph, types)
+    return types
+
+
+def infer_strictly(model: ir.Model, unknown: Container[ir.Node] = ()) -> tuple[Types, str]:
+    """Infer types and shapes from graph inputs and initialisers alone.
+
+    What a file declares of the values between may be out of date.
 
     Args:
         model: not modified.
-        declared: whether to go by what the file says of values that are no graph inputs.
+        unknown: nodes behind which nothing is to be inferred.
+
+    Returns:
+        What is known of each value; and a text on nodes that inference cannot follow, each by its
+        name or ``label``.
     """
-    proto = without_weights(model)
-    if not declared:
-        for graph in graphs(proto.graph):
-            graph.ClearField("value_info")
-            for value in graph.output:
-                value.ClearField("type")
+    proto, complaints = without_weights(model), ""
+    for graph in graphs(proto.graph):
+        graph.ClearField("value_info")
+        for value in graph.output:
+            value.ClearField("type")
+        for node in graph.node:
+            node.name = label(node)
+    if unknown:
+        _hide(proto.graph, model.graph, unknown)
     put_stand_ins(proto)
-    # Where inference fails, what the file itself declares remains.
-    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    types: dict[ir.Value, ValueType] = {}
+    try:
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True, strict_mode=True)
+    except FAILURES as error:
+        complaints = str(error)
+        with contextlib.suppress(*FAILURES):
+            proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    types: Types = {}
     _collect_types(proto.graph, model.graph, types)
-    return types
+    return types, complaints
+
+
+def _hide(proto: onnx.GraphProto, graph: ir.Graph, hidden: Container[ir.Node]) -> None:
+    """Make ``hidden`` nodes, in place of the proto, operators that inference does not know."""
+    for message, node in zip(proto.node, graph, strict=True):
+        if node in hidden:
+            message.domain = "qwrap.hidden"
+        inner = {attribute.name: attribute.g for attribute in message.attribute}
+        for name, body in bodies(node):
+            if name in inner:  # else one of a list, which no operator of ONNX has
+                _hide(inner[name], body, hidden)
 
 
 def _collect_types(

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
+from types import MappingProxyType
 
 import onnx
 import onnx_ir as ir
 
-from qwrap.graph.index import ValueType, infer_types, opset_of, walk_nodes
-from qwrap.graph.nodes import domain_of
+from qwrap.graph.index import ValueType, infer_strictly, opset_of, walk_nodes
+from qwrap.graph.nodes import STANDARD, domain_of
 
 Parameter = onnx.defs.OpSchema.FormalParameter
 VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
 
 
-def type_problems(model: ir.Model) -> list[str]:
-    """Return a line for each node that is given a type its operator does not take.
+def type_problems(model: ir.Model, refused: Container[ir.Node] = ()) -> list[str]:
+    """Return a line for each node that its operator's schema cannot follow.
 
-    Types follow from those of graph inputs and initialisers alone: what a file declares of the
-    values between may be out of date. Where a type is not known, nothing is wrong.
+    Such is one that is given a type its operator does not take, and one whose attributes do not
+    fit the shapes: an axis out of range, a list of the wrong length. Where a type or shape is not
+    known, nothing is wrong. onnxruntime refuses the same nodes, for it asks the same schemas.
 
-    Source: the type constraints of ONNX's operator schemas.
+    Args:
+        model: not modified.
+        refused: nodes that are known to be wrong, about which the schema is not asked: shape
+            inference crashes over some attributes.
+
+    Source: the type constraints and the shape inference of ONNX's operator schemas.
     """
-    types = infer_types(model, declared=False)
+    types, complaints = infer_strictly(model, refused)
     local = model.functions
     problems = []
     for node in walk_nodes(model.graph):
@@ -33,7 +41,59 @@ def type_problems(model: ir.Model) -> list[str]:
                 f"node {name!r} ({node.op_type}): {problem}"
                 for problem in _node_problems(node, schema, types)
             ]
-    return problems
+            problems += [f"node {name!r} ({node.op_type}): {p}" for p in _restated(node, types)]
+    return problems or [*_complaints(model, complaints)]
+
+
+RESTATED: Mapping[str, tuple[str, int, int]] = MappingProxyType({
+    **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger"), ("kernel_shape", 1, 2)),
+    "DeformConv": ("kernel_shape", 1, 2),
+    "QLinearConv": ("kernel_shape", 3, 2),
+    **dict.fromkeys(("RNN", "GRU", "LSTM"), ("hidden_size", 2, 2)),
+})
+"""Operator to an attribute that repeats the end of a shape, of which input, and from which axis."""
+
+
+def _restated(node: ir.Node, types: Mapping[ir.Value, ValueType]) -> Iterator[str]:
+    """Say where an attribute that repeats what a shape says anyway says something else."""
+    if node.op_type not in RESTATED:
+        return
+    name, index, start = RESTATED[node.op_type]
+    attribute, inputs = node.attributes.get(name), node.inputs
+    value = inputs[index] if index < len(inputs) else None
+    shape = None if value is None else types.get(value, ValueType()).shape
+    if attribute is None or attribute.is_ref() or value is None or shape is None:
+        return
+    is_list = attribute.type == ir.AttributeType.INTS
+    said = list(attribute.as_ints()) if is_list else [attribute.as_int()]
+    there = shape[start:]
+    differs = any(isinstance(n, int) and m != n for m, n in zip(said, there, strict=False))
+    if len(said) != len(there) or differs:
+        yield f"{name}={said if is_list else said[0]}, but {value.name!r} has shape {[*shape]}"
+
+
+PLACE = re.compile(r"\(op_type:(\w+)(?:, node name: ([^\n]*?))?\): ")
+
+
+def _complaints(model: ir.Model, text: str) -> Iterator[str]:
+    """Yield a line for each node of ``model`` that onnx complains about.
+
+    Nodes inside of functions are left out, those of schemas too: onnx does not pass them all that
+    it knows of the call, and finds mistakes where there are none.
+    """
+    nodes = {
+        (node.op_type, node.name or f"{node.op_type}:{node.outputs[0].name}")
+        for node in walk_nodes(model.graph)
+        if node.domain in STANDARD and node.outputs
+    }
+    for line in text.split("\n"):
+        places = [*PLACE.finditer(line)]
+        if not places or any(place[1] not in ("If", "Loop", "Scan") for place in places[:-1]):
+            continue
+        inner = places[-1]
+        if (inner[1], inner[2]) in nodes:
+            said = line[inner.end() :].replace("[ShapeInferenceError]", "").strip()
+            yield f"node {inner[2]!r} ({inner[1]}): {said}"
 
 
 def _schema(node: ir.Node, model: ir.Model) -> onnx.defs.OpSchema | None:

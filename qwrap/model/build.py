@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from qwrap.errors import ConfigError, GradientWarning, QwrapWarning
+from qwrap.errors import ConfigError, GradientWarning, QwrapWarning, UnsupportedOpError
 from qwrap.graph.check import refuse
 from qwrap.graph.expand import expand_functions
 from qwrap.graph.index import OnnxGraph, opset_of
@@ -24,6 +24,7 @@ from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
 from qwrap.model.layout import wild
 from qwrap.model.missing import missing_operators
+from qwrap.model.refusals import refused_nodes
 from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops import find
@@ -40,36 +41,45 @@ def load(
 ) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
 
+    It computes what the model's own opset says; ``train()`` and ``eval()`` do not change that.
+
     Args:
-        source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified.
+        source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified. External
+            data is mapped, and read when used; a ``ModelProto`` has to hold its data itself.
         expand: which operators with a function body in their schema run as that body: those
             without an implementation of their own, none, or all. Functions of the model itself
             are always expanded.
-        dtype: compute in this type what is float32 in the graph: parameters, constants, inputs,
-            what Cast makes. The graph itself stays what it is. None: as the graph says.
+        dtype: float16, bfloat16, float32 or float64: compute in this type what is float32 in the
+            graph: parameters, constants, inputs, what Cast makes. The graph itself stays what it
+            is, and ``export`` writes its types. None: as the graph says.
         custom_ops: shared libraries with operators for onnxruntime, as its
             ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
         parameters: names of the initialisers that are to be trained, or patterns of them
-            (``"encoder.*"``); all others become buffers. By default every float tensor of rank 1
-            or more is a parameter but running statistics; see ``Layout``.
+            (``"encoder.*"``, see ``fnmatch``); all others become buffers. By default every float
+            tensor of rank 1 or more is a parameter, but running statistics, constants in functions
+            and single numbers that scale; see ``Layout``.
         untie: give each node its own copy of the float initialisers that several nodes share; the
             copies are called ``<initialiser>_<node>``, in what is exported too.
 
     Returns:
-        A module in float, in training mode as every new module, called with tensors in
-        graph-input order or by graph-input name. What no torch function computes runs in an
-        onnxruntime session of its own, if that has a kernel; a ``GradientWarning`` says so.
+        A module in float on the CPU, called with graph inputs in order or by name, see
+        ``WrappedModel.forward``. What no torch function computes runs in an onnxruntime session of
+        its own, if that has a kernel; a ``GradientWarning`` says so.
 
     Raises:
         ModelError: not a model, cut off, malformed, with operators that are given types they do
             not take, or its external data is missing or outside its folder. All that is wrong is
             listed, operators without an implementation included.
-        UnsupportedOpError: nothing is wrong but operators without an implementation.
-        ConfigError: no float tensor has a name in ``parameters``.
+        UnsupportedOpError: nothing is wrong but operators or values of their attributes without an
+            implementation; all of them are listed.
+        ConfigError: no float tensor has a name in ``parameters``, or ``expand`` or ``dtype`` is
+            none of the above.
 
     Warns:
         QwrapWarning: weights of several normalisations are one initialiser, and not untied.
         GradientWarning: onnxruntime computes some nodes, and gradients stop there.
+
+    Source: ONNX IR and operator specifications; where onnxruntime differs, onnxruntime.
     """
     settings = LoadSettings(
         expand=expand,
@@ -90,9 +100,7 @@ def _read(source: Source, settings: LoadSettings, *, untie: bool) -> OnnxGraph:
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     also = partial(missing_operators, has_libraries=bool(settings.libraries))
     pristine = read_model(source, also, untied=untie)
-    if wrong := type_problems(pristine):
-        where = "the model" if path is None else str(path)
-        refuse(where, [*wrong, *missing_operators(without_weights(pristine))])
+    _check_nodes(pristine, "the model" if path is None else str(path))
     expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))
     return OnnxGraph(expanded, path, pristine)
 
@@ -110,6 +118,17 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _check_nodes(model: ir.Model, where: str) -> None:
+    """Refuse a model with nodes that no operator can follow, all of them in one error."""
+    refused = refused_nodes(model)
+    wrong = type_problems(model, refused)
+    if wrong or refused:
+        texts = [*refused.values(), *missing_operators(without_weights(model))]
+        if not wrong:
+            raise UnsupportedOpError(f"{where}: {'; '.join(texts)}")
+        refuse(where, [*wrong, *texts])
 
 
 def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:

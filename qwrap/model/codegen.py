@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from qwrap.model.attributes import attributes_of, tensors_to_torch
 from qwrap.model.border import Border, Borders, dying, makes
 from qwrap.model.expressions import access, comment, keyword_names, literal
 from qwrap.model.flow import write_flow
@@ -19,7 +20,7 @@ from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.tensors import converted
-from qwrap.model.values import attributes_of, is_flow, tensors_to_torch
+from qwrap.model.values import is_flow
 from qwrap.model.writer import Writer
 from qwrap.ops import Operator
 from qwrap.ops.element_types import DATA_TYPES
@@ -194,9 +195,10 @@ class _BlockWriter(Writer):
     def _fusion(self, fusion: Fusion) -> None:
         graph = self.layout.graph
         arguments = ", ".join(map(self.tensor, fusion.inputs))
-        target = self.local(graph.key(fusion.nodes[0].outputs[0]))
+        key = graph.key(fusion.nodes[0].outputs[0])
         notes = "".join(comment(graph.node_key(node)) for node in fusion.nodes)
-        self.line(f"{target} = {self.function(fusion.function)}({arguments}){notes}")
+        self.line(f"{self.local(key)} = {self.function(fusion.function)}({arguments}){notes}")
+        self.finish_value(key)
 
     def _call(self, region: Region) -> None:
         border = self.borders[region]

@@ -13,13 +13,12 @@ import torch
 from qwrap.errors import ModelError, UnsupportedOpError
 from qwrap.graph.index import OnnxGraph, bodies, opset_of
 from qwrap.graph.nodes import STANDARD
-from qwrap.model.expressions import keyword_names
+from qwrap.model.attributes import attributes_of, complaints_of, tensors_to_torch
 from qwrap.model.fallback import RuntimeNode
 from qwrap.model.host import HOST_OPERATORS, SCALAR, HostType
 from qwrap.model.settings import LoadSettings
 from qwrap.model.tensors import to_torch
 from qwrap.ops import Operator, find, registered, revision, suited
-from qwrap.ops.choices import refusals
 
 Array = npt.NDArray[Any]
 
@@ -188,23 +187,13 @@ class Values:
         if operator is None:
             self._fall_back(node, domain, version)
             return
+        if complaints := complaints_of(node, operator):
+            key = self.graph.node_key(node)
+            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in complaints]
+            return
         if not domain:
             types = [self.graph.type_of(v).dtype for v in node.inputs if v is not None]
             operator = suited(operator, node.op_type, types)
-        unknown = set(operator.keywords(node.attributes)) - keyword_names(
-            operator.prepare or operator.function
-        )
-        if unknown:
-            self._unsupported.append(
-                f"node {self.graph.node_key(node)!r} ({node.op_type}): attributes "
-                f"{sorted(unknown)} are not implemented"
-            )
-            return
-        refused = refusals(node.op_type, attributes_of(node))
-        if refused:
-            key = self.graph.node_key(node)
-            self._unsupported += [f"node {key!r} ({node.op_type}): {text}" for text in refused]
-            return
         self.operators[self.graph.node_key(node)] = operator
         if operator.prepare is not None and not self._prepare(node, operator):
             return
@@ -296,20 +285,3 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol:
         return attribute.as_tensor()
     kind = np.float32 if "float" in name else np.int64 if "int" in name else np.str_
     return ir.tensor(np.array(attribute.value, kind), name=node.outputs[0].name)
-
-
-def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """Return the attributes of a node as Python values; tensors stay onnx_ir tensors."""
-    return {
-        name: attribute.value
-        for name, attribute in node.attributes.items()
-        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    }
-
-
-def tensors_to_torch(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes with tensors as torch tensors."""
-    return {
-        name: to_torch(value) if isinstance(value, ir.TensorProtocol) else value
-        for name, value in attributes.items()
-    }

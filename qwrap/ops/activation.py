@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 
 op("Relu", since=(1, 6, 13, 14))(torch.relu)
@@ -60,7 +61,7 @@ def hard_swish(x: Tensor) -> Tensor:
     return x * (x * (1 / 6) + 0.5).clamp(0.0, 1.0)
 
 
-@op("Gelu", since=(20,))
+@op("Gelu", since=(20,), allowed={"approximate": one_of("none", "tanh")})
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Return ``x`` times the normal distribution function, or its ``"tanh"`` approximation."""
     return F.gelu(x, approximate=approximate)

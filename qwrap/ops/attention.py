@@ -11,13 +11,25 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.element_types import TORCH_DTYPES
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
 SCORES, CAPPED, BIASED, PROBABILITIES = range(4)  # values of ``qk_matmul_output_mode``
 
 
-@op("Attention", since=(23, 24, 25))
+@op(
+    "Attention",
+    since=(23, 24, 25),
+    allowed={
+        "kv_num_heads": at_least(1),
+        "q_num_heads": at_least(1),
+        "qk_matmul_output_mode": one_of(0, 1, 2, 3),
+        "softmax_precision": one_of(
+            TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16
+        ),
+    },
+)
 def attention(
     Q: Tensor,
     K: Tensor,

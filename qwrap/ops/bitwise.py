@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 
 op("BitwiseAnd", since=(18,))(torch.bitwise_and)
@@ -14,14 +14,12 @@ op("BitwiseXor", since=(18,))(torch.bitwise_xor)
 op("BitwiseNot", since=(18,))(torch.bitwise_not)
 
 
-@op("BitShift", since=(11, 28))
+@op("BitShift", since=(11, 28), allowed={"direction": one_of("LEFT", "RIGHT")})
 def bit_shift(X: Tensor, Y: Tensor, *, direction: str) -> Tensor:
     """Shift ``X`` by ``Y`` bits; beyond the width of the type only copies of the sign are left.
 
     Torch leaves shifts by a negative or too large number open, ONNX counts both as too large.
     """
-    if direction not in ("LEFT", "RIGHT"):
-        raise UnsupportedOpError(f"BitShift direction {direction!r}; expected LEFT or RIGHT")
     width = X.itemsize * 8
     inside = (Y >= 0) & torch.lt(Y, width)
     by = torch.where(inside, Y, 0)

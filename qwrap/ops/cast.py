@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.element_types import DATA_TYPES, TORCH_DTYPES
+from qwrap.ops.limits import one_of
 from qwrap.ops.minifloat import FLOAT8, GRIDS, to_e8m0, to_float8
 from qwrap.ops.registry import op
 from qwrap.ops.text import Text, from_text, to_text
@@ -74,20 +75,30 @@ def wrap(x: Tensor, bits: int, signed: bool) -> Tensor:
     return lowest - half
 
 
-@op("Cast", since=(6, 9, 13, 19, 21, 23, 24, 25, 28))
+TARGETS = one_of(
+    *TORCH_DTYPES, *FLOAT8, *GRIDS, *SUB_BYTE, TensorProto.FLOAT8E8M0, TensorProto.STRING
+)
+ROUND_MODES = one_of("up", "down", "nearest")
+
+
+@op(
+    "Cast",
+    since=(6, 9, 13, 19, 21, 23, 24, 25, 28),
+    allowed={"to": TARGETS, "round_mode": ROUND_MODES},
+)
 def cast(input: Value, *, to: int, saturate: int = 1, round_mode: str = "up") -> Value:
     """Convert to the ``onnx.TensorProto`` data type ``to``."""
     result: Value = convert(input, to, bool(saturate), round_mode)
     return result
 
 
-@op("Cast", since=(1,))
+@op("Cast", since=(1,), allowed={"to": one_of(*TensorProto.DataType.keys())})
 def cast_to_name(input: Value, *, to: str) -> Value:
     """Convert to the ``onnx.TensorProto`` data type named ``to``."""
     return cast(input, to=TensorProto.DataType.Value(to))
 
 
-@op("CastLike", since=(15, 19, 21, 23, 24, 25))
+@op("CastLike", since=(15, 19, 21, 23, 24, 25), allowed={"round_mode": ROUND_MODES})
 def cast_like(
     input: Value,
     target_type: Value,
@@ -117,7 +128,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the lower three bits of a FLOAT4E2M1 stand for; the highest is the sign."""
 
 
-@op("BitCast", since=(26,))
+@op("BitCast", since=(26,), allowed={"to": one_of(*BITS)})
 def bit_cast(input: Tensor, *, to: int) -> Tensor:
     """Reinterpret the bits as the ``onnx.TensorProto`` data type ``to``, which is as wide.
 

@@ -9,14 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
 MODES = {"linear": "bilinear", "nearest": "nearest", "cubic": "bicubic"}
-PADDINGS = ("zeros", "border", "reflection")
+PADDINGS = one_of("zeros", "border", "reflection")
+NAMES_16 = {"bilinear": "linear", "bicubic": "cubic", "nearest": "nearest"}
 
 
-@op("GridSample", since=(20, 22))
+@op(
+    "GridSample",
+    since=(20, 22),
+    allowed={"mode": one_of(*MODES), "padding_mode": PADDINGS},
+)
 def grid_sample(
     X: Tensor,
     grid: Tensor,
@@ -30,11 +36,6 @@ def grid_sample(
     ``X`` is ``[N, C, ...]``; the last axis of ``grid`` holds the coordinates, that along the last
     axis of ``X`` first.
     """
-    if mode not in MODES or padding_mode not in PADDINGS:
-        raise UnsupportedOpError(
-            f"GridSample with mode {mode!r} and padding_mode {padding_mode!r}; one of "
-            f"{[*MODES]} and one of {[*PADDINGS]} expected"
-        )
     rank = X.ndim - 2
     if not 1 <= rank <= 3 or (rank == 3 and mode == "cubic"):
         raise UnsupportedOpError(
@@ -50,7 +51,7 @@ def grid_sample(
     return y.squeeze(2) if rank == 1 else y
 
 
-@op("GridSample", since=(16,))
+@op("GridSample", since=(16,), allowed={"mode": one_of(*NAMES_16), "padding_mode": PADDINGS})
 def grid_sample_16(
     X: Tensor,
     grid: Tensor,
@@ -60,11 +61,8 @@ def grid_sample_16(
     padding_mode: str = "zeros",
 ) -> Tensor:
     """Interpolate images; the modes have the names of two dimensions."""
-    names = {"bilinear": "linear", "bicubic": "cubic", "nearest": "nearest"}
-    if mode not in names:
-        raise UnsupportedOpError(f"GridSample with mode {mode!r}; one of {[*names]} expected")
     return grid_sample(
-        X, grid, align_corners=align_corners, mode=names[mode], padding_mode=padding_mode
+        X, grid, align_corners=align_corners, mode=NAMES_16[mode], padding_mode=padding_mode
     )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import InputError, UnsupportedOpError
+from qwrap.errors import InputError
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
@@ -35,17 +36,13 @@ def center_crop_pad(
 PIXELS = {"RGB": "RGB", "BGR": "RGB", "Grayscale": "L"}  # pixel_format -> mode of Pillow
 
 
-@op("ImageDecoder", since=(20,))
+@op("ImageDecoder", since=(20,), allowed={"pixel_format": one_of(*PIXELS)})
 def image_decoder(encoded_stream: Tensor, *, pixel_format: str = "RGB") -> Tensor:
     """Decode a file (BMP, JPEG, JPEG 2000, TIFF, PNG, WebP, PNM) to ``uint8[height, width, C]``.
 
     Raises:
         InputError: Pillow is not installed, or knows no such file.
     """
-    if pixel_format not in PIXELS:
-        raise UnsupportedOpError(
-            f"ImageDecoder with pixel_format {pixel_format!r}; one of {[*PIXELS]} expected"
-        )
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:

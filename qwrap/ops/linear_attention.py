@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
@@ -20,7 +21,16 @@ UPDATE_RULES = {  # name -> (whether the state decays, whether it is corrected)
 }
 
 
-@op("LinearAttention", since=(27,), ignored=("chunk_size",))
+@op(
+    "LinearAttention",
+    since=(27,),
+    ignored=("chunk_size",),  # how many positions a kernel takes at once
+    allowed={
+        "kv_num_heads": at_least(1),
+        "q_num_heads": at_least(1),
+        "update_rule": one_of(*UPDATE_RULES),
+    },
+)
 def linear_attention(
     query: Tensor,
     key: Tensor,
@@ -65,10 +75,6 @@ def linear_attention(
 
 
 def _check(update_rule: str, decay: Tensor | None, beta: Tensor | None) -> None:
-    if update_rule not in UPDATE_RULES:
-        raise UnsupportedOpError(
-            f"LinearAttention with update_rule {update_rule!r}; one of {[*UPDATE_RULES]} expected"
-        )
     if UPDATE_RULES[update_rule] != (decay is not None, beta is not None):
         raise UnsupportedOpError(
             f"LinearAttention with update_rule {update_rule!r} takes decay if gated, and beta if "
@@ -101,7 +107,11 @@ def _recurrence(
     return torch.stack(reads, 1), state
 
 
-@op("CausalConvWithState", since=(27,))
+@op(
+    "CausalConvWithState",
+    since=(27,),
+    allowed={"activation": one_of("none", "silu", "swish")},
+)
 def causal_conv_with_state(
     input: Tensor,
     weight: Tensor,
@@ -115,8 +125,6 @@ def causal_conv_with_state(
     ``input`` is ``[N, C, length]``, ``weight`` ``[C, 1, k]``, ``past_state`` the ``k - 1``
     elements before the input, zeros without.
     """
-    if activation not in ("none", "silu", "swish"):
-        raise UnsupportedOpError(f"CausalConvWithState with activation {activation!r}")
     before = weight.shape[2] - 1
     past = input.new_zeros(*input.shape[:2], before) if past_state is None else past_state
     padded = torch.cat((past, input), 2)

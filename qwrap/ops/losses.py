@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = one_of("none", "mean", "sum")
 
 
-@op("NegativeLogLikelihoodLoss", since=(12, 13, 22))
+@op("NegativeLogLikelihoodLoss", since=(12, 13, 22), allowed={"reduction": REDUCTIONS})
 def negative_log_likelihood_loss(
     input: Tensor,
     target: Tensor,
@@ -24,8 +24,6 @@ def negative_log_likelihood_loss(
 
     The mean is over what is not ignored, and weighted too.
     """
-    if reduction not in REDUCTIONS:
-        raise UnsupportedOpError(f"loss reduction {reduction!r}: expected one of {REDUCTIONS}")
     labels = target.to(torch.int64)
     share = torch.ones_like(labels, dtype=input.dtype)
     if ignore_index is not None:
@@ -39,7 +37,7 @@ def negative_log_likelihood_loss(
     return loss.sum() / share.sum() if reduction == "mean" else loss.sum()
 
 
-@op("SoftmaxCrossEntropyLoss", since=(12, 13))
+@op("SoftmaxCrossEntropyLoss", since=(12, 13), allowed={"reduction": REDUCTIONS})
 def softmax_cross_entropy_loss(
     scores: Tensor,
     labels: Tensor,

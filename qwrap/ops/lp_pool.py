@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.ops.limits import at_least
 from qwrap.ops.pool import overhang
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 from qwrap.ops.window import Window, torch_pads, window
 
 
-@op("LpPool", since=(1, 2, 11, 18, 22))
+@op("LpPool", since=(1, 2, 11, 18, 22), allowed={"p": at_least(1)})
 def lp_pool(
     X: Tensor,
     *,
@@ -48,7 +49,7 @@ def _norm(x: Tensor, p: float, axes: int, keepdim: bool = False) -> Tensor:
     return norm.to(x.dtype)
 
 
-@op("GlobalLpPool", since=(1, 2, 22))
+@op("GlobalLpPool", since=(1, 2, 22), allowed={"p": at_least(1)})
 def global_lp_pool(X: Tensor, *, p: float = 2) -> Tensor:
     """Return the ``p``-norm over all spatial axes."""
     return _norm(X, p, X.ndim - 2, keepdim=True)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from onnx import TensorProto
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.element_types import TORCH_DTYPES
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
@@ -38,15 +38,15 @@ STASH_TYPES: Mapping[int, torch.dtype] = MappingProxyType({
     )
 })
 
+STASH = one_of(*STASH_TYPES)
+
 
 def _widened(x: Tensor, stash_type: int) -> Tensor:
     """Return ``x`` in the type that ``stash_type`` asks for, or a wider one."""
-    if stash_type not in STASH_TYPES:
-        raise UnsupportedOpError(f"stash_type {stash_type}; one of {sorted(STASH_TYPES)} expected")
     return x.to(torch.promote_types(accumulator(x), STASH_TYPES[stash_type]))
 
 
-@op("LayerNormalization", since=(17,))
+@op("LayerNormalization", since=(17,), allowed={"stash_type": STASH})
 def layer_normalization(
     X: Tensor,
     Scale: Tensor,
@@ -76,7 +76,7 @@ def layer_normalization(
     return (y, mean.to(stash), torch.rsqrt(var + epsilon).to(stash))[:output_count]
 
 
-@op("RMSNormalization", since=(23,))
+@op("RMSNormalization", since=(23,), allowed={"stash_type": STASH})
 def rms_normalization(
     X: Tensor,
     scale: Tensor,
@@ -91,7 +91,7 @@ def rms_normalization(
     return normalized.to(X.dtype) * scale
 
 
-@op("GroupNormalization", since=(21,))
+@op("GroupNormalization", since=(21,), allowed={"num_groups": at_least(1), "stash_type": STASH})
 def group_normalization(
     X: Tensor,
     scale: Tensor,
@@ -112,7 +112,7 @@ def group_normalization(
     return y.to(X.dtype) * scale.reshape(shape) + bias.reshape(shape)
 
 
-@op("GroupNormalization", since=(18,))
+@op("GroupNormalization", since=(18,), allowed={"num_groups": at_least(1)})
 def group_normalization_18(
     X: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5, num_groups: int
 ) -> Tensor:
@@ -122,11 +122,9 @@ def group_normalization_18(
     return group_normalization(X, scale, bias, epsilon=epsilon, num_groups=num_groups)
 
 
-@op("LpNormalization", since=(1, 22))
+@op("LpNormalization", since=(1, 22), allowed={"p": one_of(1, 2)})
 def lp_normalization(input: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     """Divide by the ``p``-norm along ``axis``; where that is zero, so is the result."""
-    if p not in (1, 2):
-        raise UnsupportedOpError(f"LpNormalization with p={p}; ONNX has 1 and 2")
     wide = input.to(accumulator(input))
     norm = torch.linalg.vector_norm(wide, p, axis, keepdim=True)
     y: Tensor = wide / torch.where(norm == 0, 1.0, norm)
@@ -149,7 +147,7 @@ def mean_variance_normalization(X: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -
     return y.to(X.dtype)
 
 
-@op("LRN", since=(1, 13))
+@op("LRN", since=(1, 13), allowed={"size": at_least(1)})
 def local_response_normalization(
     X: Tensor, *, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, size: int
 ) -> Tensor:

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
 TORCH_MODES = {"reflect": "reflect", "edge": "replicate"}
 
 
-@op("Pad", since=(11, 13, 18, 19, 21, 23, 24, 25), host=(1, 2, 3))
+MODES = one_of("constant", "reflect", "edge", "wrap")
+
+
+@op("Pad", since=(11, 13, 18, 19, 21, 23, 24, 25), host=(1, 2, 3), allowed={"mode": MODES})
 def pad(
     data: Tensor,
     pads: Sequence[int],
@@ -74,7 +78,7 @@ def _pad_axis(data: Tensor, axis: int, before: int, after: int, mode: str) -> Te
     return data.index_select(axis, index)
 
 
-@op("Pad", since=(2,))
+@op("Pad", since=(2,), allowed={"mode": one_of("constant", "reflect", "edge")})
 def pad_attributes(
     data: Tensor, *, pads: Sequence[int], mode: str = "constant", value: float = 0.0
 ) -> Tensor:
@@ -82,7 +86,7 @@ def pad_attributes(
     return pad(data, pads, value, mode=mode)
 
 
-@op("Pad", since=(1,))
+@op("Pad", since=(1,), allowed={"mode": one_of("constant", "reflect", "edge")})
 def pad_paddings(
     data: Tensor, *, paddings: Sequence[int], mode: str = "constant", value: float = 0.0
 ) -> Tensor:

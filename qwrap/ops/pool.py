@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import FLAG
 from qwrap.ops.registry import op
 from qwrap.ops.window import Window, torch_pads, window
 
@@ -81,7 +82,7 @@ def _torch_can_pad(place: Window) -> bool:
     )
 
 
-@op("MaxPool", since=(8, 10, 11, 12, 22))
+@op("MaxPool", since=(8, 10, 11, 12, 22), allowed={"storage_order": FLAG})
 def max_pool_with_indices(
     X: Tensor,
     *,

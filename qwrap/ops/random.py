@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import UnsupportedOpError
 from qwrap.ops.element_types import torch_dtype
 from qwrap.ops.registry import op
 
@@ -128,7 +129,14 @@ def multinomial(
     return torch.searchsorted(limits, draws, right=True).to(torch_dtype(dtype))
 
 
-@op("Dropout", since=(1, 6, 7), ignored=("is_test", "ratio"))
+def _check_test(*, is_test: int = 0, ratio: float = 0.5) -> None:
+    del ratio
+    if not is_test:
+        raise UnsupportedOpError("is_test=0 drops at random; set is_test=1, or import opset 12")
+
+
+@op("Dropout", since=(1, 6), ignored=("ratio", "is_test"), check=_check_test)
+@op("Dropout", since=(7,), ignored=("ratio",))
 def dropout_without_mask_type(data: Tensor, *, output_count: int = 1) -> tuple[Tensor, ...]:
     """Return ``data``; these revisions drop nothing in inference. The mask has its type."""
     return (data, torch.ones_like(data))[:output_count]

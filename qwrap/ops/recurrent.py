@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qwrap.errors import ModelError, UnsupportedOpError
+from qwrap.errors import ModelError
 from qwrap.ops import recurrent_fused as fused
+from qwrap.ops.limits import FLAG, POSITIVE, one_of
 from qwrap.ops.recurrent_activations import activation_functions, for_directions
 from qwrap.ops.recurrent_cells import Clip, GruCell, LstmCell, RnnCell, unroll
 from qwrap.ops.registry import op
@@ -16,9 +18,36 @@ from qwrap.ops.registry import op
 BACKWARDS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
 # Opset 1 and 3 say with ``output_sequence`` whether ``Y`` is wanted; who reads it says it too.
 IGNORED = ("hidden_size", "output_sequence")
+SINCE = (1, 7, 14, 22)
+ALLOWED = {"clip": POSITIVE, "direction": one_of(*BACKWARDS), "layout": FLAG}
 
 
-@op("RNN", since=(1, 7, 14, 22), ignored=IGNORED)
+def check(
+    *,
+    count: int,
+    activation_alpha: Sequence[float] | None = None,
+    activation_beta: Sequence[float] | None = None,
+    activations: Sequence[str] | None = None,
+    direction: str = "forward",
+    **others: object,
+) -> None:
+    """Check the activations of a layer that applies ``count`` of them in each direction.
+
+    Raises:
+        ModelError: they are too few.
+        UnsupportedOpError: ONNX knows no such activation.
+    """
+    del others
+    wanted = count * len(BACKWARDS[direction])
+    if activations and len(activations) < wanted:
+        raise ModelError(
+            f"activations={list(activations)} are {len(activations)}; expected {wanted}"
+        )
+    names = [name.lower() for name in activations or ()][:wanted]
+    activation_functions(names, activation_alpha, activation_beta)
+
+
+@op("RNN", since=SINCE, ignored=IGNORED, allowed=ALLOWED, check=partial(check, count=1))
 def rnn(
     X: Tensor,
     W: Tensor,
@@ -58,11 +87,11 @@ def rnn(
     (activation,) = for_directions(
         activation_functions(names, activation_alpha, activation_beta), 1
     )
-    cell = RnnCell(R.mT, activation, _clip(clip))
+    cell = RnnCell(R.mT, activation, Clip(clip))
     return _outputs(layout, *unroll(cell, sequence, W, _sum(B), states, backwards, sequence_lens))
 
 
-@op("GRU", since=(1, 3, 7, 14, 22), ignored=IGNORED)
+@op("GRU", since=(3, *SINCE), ignored=IGNORED, allowed=ALLOWED, check=partial(check, count=2))
 def gru(
     X: Tensor,
     W: Tensor,
@@ -108,12 +137,12 @@ def gru(
         bias, hidden_bias = torch.cat((gates + of_gates, content), -1), of_content[:, None]
     functions = activation_functions(names, activation_alpha, activation_beta)
     cell = GruCell(
-        R.mT, hidden_bias, for_directions(functions, 2), _clip(clip), bool(linear_before_reset)
+        R.mT, hidden_bias, for_directions(functions, 2), Clip(clip), bool(linear_before_reset)
     )
     return _outputs(layout, *unroll(cell, sequence, W, bias, states, backwards, sequence_lens))
 
 
-@op("LSTM", since=(1, 7, 14, 22), ignored=IGNORED)
+@op("LSTM", since=SINCE, ignored=IGNORED, allowed=ALLOWED, check=partial(check, count=3))
 def lstm(
     X: Tensor,
     W: Tensor,
@@ -162,15 +191,11 @@ def lstm(
         return _outputs(layout, *fused.run_packed(*run, sequence_lens))
     functions = activation_functions(names, activation_alpha, activation_beta)
     peephole = None if P is None else P[:, None]
-    cell = LstmCell(R.mT, peephole, for_directions(functions, 3), _clip(clip), bool(input_forget))
+    cell = LstmCell(R.mT, peephole, for_directions(functions, 3), Clip(clip), bool(input_forget))
     return _outputs(layout, *unroll(cell, sequence, W, _sum(B), states, backwards, sequence_lens))
 
 
 def _backwards(direction: str, W: Tensor) -> tuple[bool, ...]:
-    if direction not in BACKWARDS:
-        raise UnsupportedOpError(
-            f"recurrent layer: direction {direction!r} is none of {sorted(BACKWARDS)}"
-        )
     backwards = BACKWARDS[direction]
     if W.shape[0] != len(backwards):
         raise ModelError(
@@ -186,15 +211,7 @@ def _names(
     if not given:
         return default * directions
     wanted = len(default) * directions
-    if len(given) < wanted:
-        raise ModelError(f"recurrent layer: activations={list(given)} are {len(given)} of {wanted}")
     return tuple(name.lower() for name in given[:wanted])
-
-
-def _clip(limit: float | None) -> Clip:
-    if limit is not None and not limit > 0:
-        raise UnsupportedOpError(f"recurrent layer: clip={limit} is not positive")
-    return Clip(limit)
 
 
 def _sum(B: Tensor | None) -> Tensor | None:

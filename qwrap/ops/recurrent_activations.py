@@ -83,7 +83,7 @@ def activation_functions(
             continue
         if name not in NUMBERED:
             known = sorted((*PLAIN, *NUMBERED))
-            raise UnsupportedOpError(f"recurrent layer: activation {name!r} is none of {known}")
+            raise UnsupportedOpError(f"activation {name!r} is none of {known}")
         function, alpha, beta = NUMBERED[name]
         a = 0.0 if alpha is None else next(next_alpha, alpha)
         b = 0.0 if beta is None else next(next_beta, beta)

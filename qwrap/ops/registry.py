@@ -7,12 +7,13 @@ Softmax has the revisions 1, 11 and 13, so a model of opset 17 uses Softmax-13.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import onnx
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
+from qwrap.ops.limits import COMMON, Limit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,6 +39,10 @@ class Operator:
         wants_element_type: the function has a keyword ``element_type``: the ``onnx.TensorProto``
             data type of its first output, None where inference did not find it, because a torch
             type may carry several (see ``element_types``).
+        allowed: attribute -> what it may hold, beside ``limits.COMMON``.
+        absent: indices of the inputs that must be left out -> their names.
+        check: is called with the attributes, once for each node, and raises what is wrong with
+            them together.
         prepare: makes of the attributes, once for each node, what the function takes as its
             keyword ``prepared``; raises what is wrong with them. None: it takes them as they are.
     """
@@ -51,6 +56,9 @@ class Operator:
     wants_device: bool = False
     wants_dtype: bool = False
     wants_element_type: bool = False
+    allowed: Mapping[str, Limit] = field(default_factory=dict)
+    absent: Mapping[int, str] = field(default_factory=dict)
+    check: Callable[..., None] | None = None
     prepare: Callable[..., Any] | None = None
 
     def wants_host(self, index: int) -> bool:
@@ -66,7 +74,32 @@ class Operator:
         given = self.keywords(attributes)
         return given if self.prepare is None else {"prepared": self.prepare(**given)}
 
+    def refusals(self, attributes: Mapping[str, Any], inputs: Sequence[object]) -> list[str]:
+        """Return a complaint for each thing that a node says and the function cannot follow.
 
+        Args:
+            attributes: of the node.
+            inputs: of the node, None where one is left out.
+        """
+        complaints = [
+            f"{name}={[*value] if isinstance(value, tuple) else value!r}; expected {limit.expected}"
+            for name, value in attributes.items()
+            if (limit := self.allowed.get(name)) is not None and not limit.allows(value)
+        ]
+        complaints += [
+            f"has an input {name!r}, which is not supported"
+            for index, name in self.absent.items()
+            if index < len(inputs) and inputs[index] is not None
+        ]
+        if self.check is not None and not complaints:
+            try:
+                self.check(**attributes)
+            except ModelError as error:
+                complaints.append(str(error))
+        return complaints
+
+
+ONNX_DOMAINS = ("", "com.microsoft")
 Key = tuple[str, str, int]  # domain, operator type, revision
 _OPERATORS: dict[Key, Operator] = {}
 _KEYS: dict[object, Key] = {}
@@ -80,6 +113,9 @@ def op(
     host: tuple[int, ...] = (),
     literal: tuple[int, ...] = (),
     ignored: tuple[str, ...] = (),
+    allowed: Mapping[str, Limit] | None = None,
+    absent: Mapping[int, str] | None = None,
+    check: Callable[..., None] | None = None,
     prepare: Callable[..., Any] | None = None,
     replace: bool = False,
 ) -> Callable[[Function], Function]:
@@ -103,6 +139,9 @@ def op(
             wants_device="device" in names,
             wants_dtype="torch.dtype" in str(types.get("dtype", "")),  # ints are attributes
             wants_element_type="element_type" in names,
+            allowed={**(COMMON if domain in ONNX_DOMAINS else {}), **(allowed or {})},
+            absent=absent or {},
+            check=check,
             prepare=prepare,
         )
         for version in since:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.registry import op
 
 
@@ -64,12 +64,11 @@ def _coordinates(axis: Axis, how: str, device: torch.device) -> Tensor:
         adjustment = torch.full_like(size, axis.after) / (size * scale)
         offset = size / 2 * (1 - adjustment)
         return (offset.double() + (x.double() + 0.5) / scale - 0.5).float()
-    if how == "tf_crop_and_resize":
-        low, high = axis.roi
-        if axis.after > 1:
-            return low * (n - 1) + x * (high - low) * (n - 1) / (axis.after - 1)
-        return x + 0.5 * (low + high) * (n - 1)
-    raise UnsupportedOpError(f"Resize with coordinate_transformation_mode {how!r}")
+    assert how == "tf_crop_and_resize"
+    low, high = axis.roi
+    if axis.after > 1:
+        return low * (n - 1) + x * (high - low) * (n - 1) / (axis.after - 1)
+    return x + 0.5 * (low + high) * (n - 1)
 
 
 ROUNDINGS: dict[str, Callable[[Tensor, bool], Tensor]] = {
@@ -209,7 +208,24 @@ def _fitted(
     return [math.floor(scale * n + 0.5) for n in before], [scale] * len(scales)
 
 
-@op("Resize", since=(18, 19), host=(1, 2, 3))
+COORDINATES = (
+    *("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "tf_crop_and_resize"),
+    *("tf_half_pixel_for_nn", "half_pixel_symmetric"),
+)
+SAMPLING = {
+    "coordinate_transformation_mode": one_of(*COORDINATES),
+    "mode": one_of("nearest", *KERNELS),
+    "nearest_mode": one_of("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
+}
+POLICIES = one_of("stretch", "not_larger", "not_smaller")
+
+
+@op(
+    "Resize",
+    since=(18, 19),
+    host=(1, 2, 3),
+    allowed={**SAMPLING, "keep_aspect_ratio_policy": POLICIES},
+)
 def resize(
     X: Tensor,
     roi: Sequence[float] | None = None,
@@ -227,12 +243,6 @@ def resize(
     nearest_mode: str = "round_prefer_floor",
 ) -> Tensor:
     """Resize ``axes`` (default all) by ``scales`` or to ``sizes``."""
-    if (mode != "nearest" and mode not in KERNELS) or nearest_mode not in ROUNDINGS:
-        raise UnsupportedOpError(f"Resize with mode {mode!r} and nearest_mode {nearest_mode!r}")
-    if keep_aspect_ratio_policy not in ("stretch", "not_larger", "not_smaller"):
-        raise UnsupportedOpError(
-            f"Resize with keep_aspect_ratio_policy {keep_aspect_ratio_policy!r}"
-        )
     axes = [axis % X.ndim for axis in (range(X.ndim) if axes is None else axes)]
     before = [X.shape[axis] for axis in axes]
     if sizes:
@@ -255,7 +265,7 @@ def resize(
     return _resize(X, [Axis(*a) for a in zip(axes, before, after, scales, rois, strict=True)], how)
 
 
-@op("Resize", since=(11, 13), host=(1, 2, 3))
+@op("Resize", since=(11, 13), host=(1, 2, 3), allowed=SAMPLING)
 def resize_all_axes(
     X: Tensor,
     roi: Sequence[float] | None = None,
@@ -284,8 +294,11 @@ def resize_all_axes(
     )
 
 
-@op("Resize", since=(10,), host=(1,))
-@op("Upsample", since=(9, 10), host=(1,))
+MODES_10 = {"mode": one_of("nearest", "linear", "bilinear")}
+
+
+@op("Resize", since=(10,), host=(1,), allowed=MODES_10)
+@op("Upsample", since=(9, 10), host=(1,), allowed=MODES_10)
 def upsample(X: Tensor, scales: Sequence[float], *, mode: str = "nearest") -> Tensor:
     """Resize all axes by ``scales``, the first elements aligned."""
     return resize(
@@ -298,13 +311,17 @@ def upsample(X: Tensor, scales: Sequence[float], *, mode: str = "nearest") -> Te
     )
 
 
-@op("Upsample", since=(7,))
+@op("Upsample", since=(7,), allowed={**MODES_10, "scales": at_least(1)})
 def upsample_attribute(X: Tensor, *, scales: Sequence[float], mode: str = "nearest") -> Tensor:
     """Enlarge all axes by ``scales``, the first elements aligned."""
     return upsample(X, scales, mode=mode)
 
 
-@op("Upsample", since=(1,))
+@op(
+    "Upsample",
+    since=(1,),
+    allowed={**MODES_10, "height_scale": at_least(1), "width_scale": at_least(1)},
+)
 def upsample_image(
     X: Tensor, *, height_scale: float, width_scale: float, mode: str = "nearest"
 ) -> Tensor:

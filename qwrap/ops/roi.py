@@ -8,12 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
+MODE = one_of("avg", "max")
 
-@op("RoiAlign", since=(16, 22))
+
+@op(
+    "RoiAlign",
+    since=(16, 22),
+    allowed={
+        "mode": MODE,
+        "coordinate_transformation_mode": one_of("half_pixel", "output_half_pixel"),
+        "output_height": at_least(1),
+        "output_width": at_least(1),
+        "sampling_ratio": at_least(0),
+    },
+)
 def roi_align(
     X: Tensor,
     rois: Tensor,
@@ -32,12 +44,6 @@ def roi_align(
     in the reference implementation and onnxruntime. Without ``sampling_ratio`` a bin of ``n``
     pixels has ``ceil(n)`` samples along an axis, so their number depends on the data.
     """
-    if mode not in ("avg", "max"):
-        raise UnsupportedOpError(f"RoiAlign with mode {mode!r}; 'avg' or 'max' expected")
-    if coordinate_transformation_mode not in ("half_pixel", "output_half_pixel"):
-        raise UnsupportedOpError(
-            f"RoiAlign with coordinate_transformation_mode {coordinate_transformation_mode!r}"
-        )
     wide = accumulator(X)
     half_pixel = coordinate_transformation_mode == "half_pixel"
     corners = rois.to(wide) * spatial_scale - (0.5 if half_pixel else 0.0)

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.ops.limits import at_least
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
 
-@op("RotaryEmbedding", since=(23,))
+@op(
+    "RotaryEmbedding",
+    since=(23,),
+    allowed={"num_heads": at_least(0), "rotary_embedding_dim": at_least(0)},
+)
 def rotary_embedding(
     X: Tensor,
     cos_cache: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 from qwrap.ops.select import non_negative
 
@@ -24,7 +25,10 @@ def _scatter(data: Tensor, axis: int, indices: Tensor, updates: Tensor, reductio
     return data.scatter_reduce(axis, indices, updates, TORCH_REDUCTIONS[reduction])
 
 
-@op("ScatterElements", since=(16, 18))
+REDUCTION = one_of("none", "add", "mul", "max", "min")
+
+
+@op("ScatterElements", since=(16, 18), allowed={"reduction": REDUCTION})
 def scatter_elements(
     data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
 ) -> Tensor:
@@ -40,7 +44,7 @@ def scatter_elements_11(data: Tensor, indices: Tensor, updates: Tensor, *, axis:
     return scatter_elements(data, indices, updates, axis=axis)
 
 
-@op("ScatterND", since=(16, 18))
+@op("ScatterND", since=(16, 18), allowed={"reduction": REDUCTION})
 def scatter_nd(
     data: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none"
 ) -> Tensor:
@@ -75,7 +79,7 @@ def scatter_nd_11(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     return scatter_nd(data, indices, updates)
 
 
-@op("TensorScatter", since=(24,))
+@op("TensorScatter", since=(24,), allowed={"mode": one_of("linear", "circular")})
 def tensor_scatter(
     past_cache: Tensor,
     update: Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwrap.ops.limits import at_least
 from qwrap.ops.registry import op
 
 
@@ -39,7 +40,7 @@ def gather_nd_11(data: Tensor, indices: Tensor) -> Tensor:
     return data[tuple(indices.to(torch.int64).unbind(-1))]
 
 
-@op("GatherND", since=(12, 13))
+@op("GatherND", since=(12, 13), allowed={"batch_dims": at_least(0)})
 def gather_nd(data: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     """Take the slices that the last axis of ``indices`` addresses, after shared batch axes."""
     address = indices.to(torch.int64).unbind(-1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwrap.errors import InputError
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.registry import op
 
 SINCE_13 = (13, 21, 23, 24, 25)
@@ -159,7 +160,7 @@ def split_13(
     return torch.split(input, [size] * output_count, axis)
 
 
-@op("Split", since=(18,), host=(1,))
+@op("Split", since=(18,), host=(1,), allowed={"num_outputs": at_least(1)})
 def split_18(
     input: Tensor,
     split: Sequence[int] | None = None,
@@ -199,7 +200,10 @@ def split_1(
     return split_13(input, parts, axis=axis, output_count=output_count)
 
 
-@op("DepthToSpace", since=(11, 13, 28))
+ORDERS = one_of("DCR", "CRD")
+
+
+@op("DepthToSpace", since=(11, 13, 28), allowed={"blocksize": at_least(1), "mode": ORDERS})
 def depth_to_space(input: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     """Spread channels over blocks of pixels; in CRD the original channel varies slowest."""
     if mode == "CRD":
@@ -210,13 +214,13 @@ def depth_to_space(input: Tensor, *, blocksize: int, mode: str = "DCR") -> Tenso
     return blocks.reshape(n, c // blocksize**2, h * blocksize, w * blocksize)
 
 
-@op("DepthToSpace", since=(1,))
+@op("DepthToSpace", since=(1,), allowed={"blocksize": at_least(1)})
 def depth_to_space_1(input: Tensor, *, blocksize: int) -> Tensor:
     """Spread channels over blocks of pixels."""
     return depth_to_space(input, blocksize=blocksize)
 
 
-@op("SpaceToDepth", since=(28,))
+@op("SpaceToDepth", since=(28,), allowed={"blocksize": at_least(1), "mode": ORDERS})
 def space_to_depth(input: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
     """Gather blocks of pixels into channels; in CRD the original channel varies slowest."""
     if mode == "CRD":
@@ -227,7 +231,7 @@ def space_to_depth(input: Tensor, *, blocksize: int, mode: str = "DCR") -> Tenso
     return blocks.reshape(n, c * blocksize**2, h // blocksize, w // blocksize)
 
 
-@op("SpaceToDepth", since=(1, 13))
+@op("SpaceToDepth", since=(1, 13), allowed={"blocksize": at_least(1)})
 def space_to_depth_1(input: Tensor, *, blocksize: int) -> Tensor:
     """Gather blocks of pixels into channels."""
     return space_to_depth(input, blocksize=blocksize)

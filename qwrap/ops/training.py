@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 
 DOMAIN = "ai.onnx.preview.training"
@@ -78,7 +79,12 @@ def adam(
     return _flat(rows)
 
 
-@op("Momentum", since=(1,), domain=DOMAIN)
+@op(
+    "Momentum",
+    since=(1,),
+    domain=DOMAIN,
+    allowed={"mode": one_of("standard", "nesterov")},
+)
 def momentum(
     R: Tensor,
     T: Tensor,

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 
 from qwrap.graph.index import ValueType
-from qwrap.model.values import attributes_of
+from qwrap.model.attributes import attributes_of
 from qwrap.quant.cost import (
     Shape,
     dequantize_cost,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from qwrap.graph.nodes import STANDARD
+from qwrap.model.attributes import attributes_of
 from qwrap.model.layout import Layout
-from qwrap.model.values import attributes_of
 from qwrap.ops.traits import PASS_THROUGH, WEIGHTED
 from qwrap.quant.bounds import bounds_of
 from qwrap.quant.target import Target

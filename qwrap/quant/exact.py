@@ -10,8 +10,8 @@ import onnx_ir as ir
 from torch import Tensor
 
 from qwrap.errors import ConfigError
+from qwrap.model.attributes import attributes_of
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
-from qwrap.model.values import attributes_of
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.quant import kernels as k

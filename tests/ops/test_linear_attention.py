@@ -77,9 +77,3 @@ def test_causal_convolution_equals_the_reference(check, check_compiles, inputs, 
 def test_gradients_of_causal_convolution_equal_finite_differences(check_random_gradients) -> None:
     shapes = [(2, 3, 4), (3, 1, 3), (3,), (2, 3, 2)]
     check_random_gradients("CausalConvWithState", 27, shapes, [], {"activation": "silu"})
-
-
-def test_an_unknown_activation_is_refused() -> None:
-    convolve = ops.find("", "CausalConvWithState", 27).function
-    with pytest.raises(UnsupportedOpError, match="activation 'relu'"):
-        convolve(torch.ones(1, 1, 3), torch.ones(1, 1, 2), activation="relu")

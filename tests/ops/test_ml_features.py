@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwrap import ops
-from qwrap.errors import InputError, ModelError, UnsupportedOpError
+from qwrap.errors import InputError, ModelError
 
 DOMAIN = "ai.onnx.ml"
 rng = np.random.default_rng(3)
@@ -184,13 +184,6 @@ def test_tables_that_do_not_fit_are_refused(op_type, attributes, error, message)
     assert operator is not None
     with pytest.raises(error, match=message):
         operator.bind(attributes)
-
-
-def test_an_unknown_norm_is_refused() -> None:
-    operator = ops.find(DOMAIN, "Normalizer", 1)
-    assert operator is not None
-    with pytest.raises(UnsupportedOpError, match="'L3' is none of"):
-        operator.function(torch.ones(1, 2), norm="L3")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
-
-from qwrap import ops
-from qwrap.errors import UnsupportedOpError
 
 rng = np.random.default_rng(3)
 IMAGE = rng.uniform(-1, 1, (1, 2, 5, 7)).astype(np.float32)
@@ -134,13 +130,3 @@ def test_an_axis_of_scale_one_is_not_cropped(check, mode) -> None:
         "extrapolation_value": 7.0,
     }
     check("Resize", 13, [IMAGE, roi, floats(1, 1, 1, 1.5)], attributes, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("mode", "area"), ("nearest_mode", "away"), ("keep_aspect_ratio_policy", "crop")],
-)
-def test_unknown_attribute_values_are_refused(name, value) -> None:
-    resize = ops.find("", "Resize", 19).function
-    with pytest.raises(UnsupportedOpError, match=value):
-        resize(torch.from_numpy(IMAGE), None, [1.0, 1.0, 2.0, 2.0], **{name: value})

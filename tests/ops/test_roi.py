@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from qwrap import ops
-from qwrap.errors import UnsupportedOpError
 
 rng = np.random.default_rng(11)
 IMAGE = rng.uniform(-1, 1, (2, 3, 9, 8)).astype(np.float32)
@@ -51,15 +50,6 @@ def test_no_regions_give_no_output() -> None:
     for mode in ("avg", "max"):
         y = ops.find("", "RoiAlign", 16).function(torch.from_numpy(IMAGE), *none, **SIZE, mode=mode)
         assert y.shape == (0, 3, 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("mode", "min"), ("coordinate_transformation_mode", "pixel")]
-)
-def test_unknown_attribute_values_are_refused(name, value) -> None:
-    inputs = [torch.from_numpy(a) for a in (IMAGE, REGIONS, BATCH)]
-    with pytest.raises(UnsupportedOpError, match=value):
-        ops.find("", "RoiAlign", 16).function(*inputs, **{name: value})
 
 
 @pytest.mark.parametrize("ratio", [1, 2])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import one_of
 
 # Name -> function of (x, alpha, beta, gamma) and the defaults of the three.
 ACTIVATIONS: dict[
@@ -32,6 +32,9 @@ ACTIVATIONS: dict[
     ),
 }
 
+FUSED = one_of("", *ACTIVATIONS)
+"""What the attribute ``activation`` of a fused operator may name."""
+
 
 def activate(
     x: Tensor,
@@ -40,17 +43,9 @@ def activate(
     beta: float | None = None,
     gamma: float | None = None,
 ) -> Tensor:
-    """Apply the activation that a fused operator names; None and "" mean none.
-
-    Raises:
-        UnsupportedOpError: no such activation.
-    """
+    """Apply the activation that a fused operator names, see ``FUSED``; None and "" mean none."""
     if not name:
         return x
-    if name not in ACTIVATIONS:
-        raise UnsupportedOpError(
-            f"fused activation {name!r}; known are {', '.join(sorted(ACTIVATIONS))}"
-        )
     function, defaults = ACTIVATIONS[name]
     given = (alpha, beta, gamma)
     a, b, c = (d if v is None else v for v, d in zip(given, defaults, strict=True))

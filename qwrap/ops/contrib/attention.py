@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import at_least, one_of
 
 MASK_FILTER = -10000.0
 
@@ -122,7 +122,10 @@ def length_of(past_sequence_length: int | Sequence[int] | None) -> int | None:
     return past_sequence_length
 
 
-@microsoft("Attention", host=(6,), ignored=("rotary_embedding_dim",))
+NO_ROTARY = {"do_rotary": one_of(0), "num_heads": at_least(1)}  # no CPU kernel has do_rotary
+
+
+@microsoft("Attention", host=(6,), ignored=("rotary_embedding_dim",), allowed=NO_ROTARY)
 def attention(
     input: Tensor,
     weights: Tensor,
@@ -154,12 +157,8 @@ def attention(
 
     Returns:
         ``[B, S, N * Hv]`` and, if wanted, keys and values for the next call.
-
-    Raises:
-        UnsupportedOpError: ``do_rotary`` is set, which no CPU kernel has.
     """
-    if do_rotary:
-        raise UnsupportedOpError("Attention with do_rotary=1; only do_rotary=0 is supported")
+    del do_rotary
     packed = torch.matmul(input, weights)
     packed = packed if bias is None else packed + bias
     sizes = list(qkv_hidden_sizes) if qkv_hidden_sizes else [weights.shape[1] // 3] * 3
@@ -173,7 +172,12 @@ def attention(
     return (y,) if output_count == 1 else (y, torch.stack((next_k, next_v)))
 
 
-@microsoft("MultiHeadAttention", host=(8,))
+@microsoft(
+    "MultiHeadAttention",
+    host=(8,),
+    allowed={"num_heads": at_least(1)},
+    absent={9: "cache_indirection"},
+)
 def multi_head_attention(
     query: Tensor,
     key: Tensor | None = None,
@@ -208,12 +212,8 @@ def multi_head_attention(
 
     Returns:
         ``[B, S, N * Hv]``; if wanted keys and values for the next call and the scores.
-
-    Raises:
-        UnsupportedOpError: there is a ``cache_indirection``.
     """
-    if cache_indirection is not None:
-        raise UnsupportedOpError("MultiHeadAttention with cache_indirection")
+    del cache_indirection
     q, k, v = projected(query, key, value, bias, num_heads)
     length = length_of(past_sequence_length)
     k, next_k = with_past(past_key, k, length)

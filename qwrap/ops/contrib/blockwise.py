@@ -8,18 +8,14 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import at_least, one_of
 
+BITS = one_of(2, 4, 8)
 INT8_STEPS = 127.0  # largest magnitude of the codes of ``accuracy_level=4``
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """Return the numbers that bytes hold along the last axis, the lowest bits first.
-
-    Raises:
-        UnsupportedOpError: ``bits`` is not 2, 4 or 8.
-    """
-    if bits not in (2, 4, 8):
-        raise UnsupportedOpError(f"weights of {bits} bits; 2, 4 and 8 are supported")
+    """Return the numbers of 2, 4 or 8 bits that bytes hold along the last axis, lowest first."""
     if bits == 8:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
@@ -49,7 +45,16 @@ def _as_int8_blocks(A: Tensor, block_size: int) -> Tensor:
     return A + change
 
 
-@microsoft("MatMulNBits")
+@microsoft(
+    "MatMulNBits",
+    allowed={
+        "K": at_least(1),
+        "N": at_least(1),
+        "bits": BITS,
+        "block_size": at_least(1),
+        "weight_prepacked": one_of(0),  # the layout of others is a device's own
+    },
+)
 def matmul_n_bits(
     A: Tensor,
     B: Tensor,
@@ -81,12 +86,8 @@ def matmul_n_bits(
             levels allow a kernel to compute in fewer bits than float32, which this does not.
         bits: 2, 4 or 8.
         weight_prepacked: must be 0: the codes lie as described.
-
-    Raises:
-        UnsupportedOpError: another number of bits, or prepacked weights.
     """
-    if weight_prepacked:
-        raise UnsupportedOpError("MatMulNBits with prepacked weights: the layout is a device's own")
+    del weight_prepacked
     scales = scales.reshape(N, -1)
     codes = unpacked(B.reshape(N, scales.shape[1], -1), bits).to(scales.dtype)
     zero = _zero_points(zero_points, scales, bits)
@@ -152,7 +153,7 @@ def matmul_bnb_4(
     return F.linear(A, weight) if transB else torch.matmul(A, weight)
 
 
-@microsoft("GatherBlockQuantized")
+@microsoft("GatherBlockQuantized", allowed={"bits": BITS})
 def gather_block_quantized(
     data: Tensor,
     indices: Tensor,

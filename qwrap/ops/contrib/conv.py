@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qwrap.ops.contrib.activation import activate
+from qwrap.ops.contrib.activation import FUSED, activate
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.conv import conv, conv_transpose
 from qwrap.ops.pool import max_pool
 
 
-@microsoft("FusedConv", ignored=("kernel_shape",))
+@microsoft("FusedConv", ignored=("kernel_shape",), allowed={"activation": FUSED})
 def fused_conv(
     X: Tensor,
     W: Tensor,
@@ -66,7 +66,7 @@ def nhwc_conv(
     )
 
 
-@microsoft("NhwcFusedConv", ignored=("kernel_shape",))
+@microsoft("NhwcFusedConv", ignored=("kernel_shape",), allowed={"activation": FUSED})
 def nhwc_fused_conv(
     X: Tensor,
     W: Tensor,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.attention import (
     MASK_FILTER,
+    NO_ROTARY,
     attend,
     attention,
     length_of,
@@ -19,6 +19,7 @@ from qwrap.ops.contrib.attention import (
     with_past,
 )
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import at_least
 
 
 def _of_beams(past: Tensor, cache_indirection: Tensor | None, length: int | None) -> Tensor:
@@ -39,7 +40,12 @@ def _of_beams(past: Tensor, cache_indirection: Tensor | None, length: int | None
     return torch.cat((chosen, past[:, :, origin.shape[1] :]), 2)
 
 
-@microsoft("DecoderMaskedMultiHeadAttention", host=(7,), ignored=("output_qk",))
+@microsoft(
+    "DecoderMaskedMultiHeadAttention",
+    host=(7,),
+    ignored=("output_qk",),
+    allowed={"num_heads": at_least(1)},
+)
 def decoder_masked_multi_head_attention(
     query: Tensor,
     key: Tensor | None = None,
@@ -95,7 +101,12 @@ def decoder_masked_multi_head_attention(
     return y, next_k, next_v, scores(q, k, added, scale)
 
 
-@microsoft("DecoderMaskedSelfAttention", host=(6,))
+@microsoft(
+    "DecoderMaskedSelfAttention",
+    host=(6,),
+    allowed=NO_ROTARY,
+    absent={8: "cache_indirection"},
+)
 def decoder_masked_self_attention(
     input: Tensor,
     weights: Tensor,
@@ -114,14 +125,8 @@ def decoder_masked_self_attention(
     scale: float = 0.0,
     output_count: int = 2,
 ) -> tuple[Tensor, ...]:
-    """Apply Attention to one token; inputs and outputs as there, beams as one operator up.
-
-    Raises:
-        UnsupportedOpError: ``do_rotary`` is set.
-    """
-    del beam_width
-    if cache_indirection is not None:
-        raise UnsupportedOpError("DecoderMaskedSelfAttention with cache_indirection")
+    """Apply Attention to one token; inputs and outputs as there, beams as one operator up."""
+    del beam_width, cache_indirection
     return attention(
         input,
         weights,

@@ -8,13 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.attention import heads, joined, length_of
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.contrib.rotary import rotate
+from qwrap.ops.limits import at_least, one_of
 
 
-@microsoft("GroupQueryAttention", host=(6,), ignored=("kv_cache_bit_width",))
+@microsoft(
+    "GroupQueryAttention",
+    host=(6,),
+    ignored=("kv_cache_bit_width",),  # of a quantized cache, which is refused
+    allowed={
+        "k_quant_type": one_of("NONE"),
+        "kv_num_heads": at_least(1),
+        "num_heads": at_least(1),
+        "qk_output": one_of(0, 1, 2),
+        "sliding_window_cache": one_of(0),
+        "v_quant_type": one_of("NONE"),
+    },
+    absent={12: "k_scale", 13: "v_scale"},
+)
 def group_query_attention(
     query: Tensor,
     key: Tensor | None,
@@ -74,15 +87,8 @@ def group_query_attention(
     Returns:
         ``[B, S, N * H]``, buffers of keys and of values, and scores (before the softmax with
         ``qk_output=1``, after it with 2).
-
-    Raises:
-        UnsupportedOpError: buffers are quantized or slide (``sliding_window_cache``).
     """
-    if sliding_window_cache or {k_quant_type, v_quant_type} != {"NONE"} or k_scale is not None:
-        raise UnsupportedOpError(
-            "GroupQueryAttention with sliding_window_cache=1 or a quantized cache"
-        )
-    del v_scale
+    del sliding_window_cache, k_quant_type, v_quant_type, k_scale, v_scale
     q, k, v = _projected(query, key, value, num_heads, kv_num_heads)
     if q_norm_weight is not None and k_norm_weight is not None:
         q = _normalized(q, q_norm_weight, qk_norm_epsilon)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import one_of
 
 
 @microsoft("Inverse")
@@ -33,46 +34,43 @@ def complex_mul_conj(A: Tensor, B: Tensor) -> Tensor:
     return torch.stack((a * c + b * d, b * c - a * d), -1)
 
 
-def _check_fft(normalized: int, onesided: int) -> None:
-    if normalized or not onesided:
-        raise UnsupportedOpError("Rfft or Irfft with normalized=1 or onesided=0")
+FFT = {"normalized": one_of(0), "onesided": one_of(1), "signal_ndim": one_of(1, 2, 3)}
 
 
-@microsoft("Rfft")
+@microsoft("Rfft", allowed=FFT)
 def rfft(X: Tensor, *, normalized: int = 0, onesided: int = 1, signal_ndim: int = 1) -> Tensor:
     """Transform the last ``signal_ndim`` axes; complex numbers are pairs along a new last axis."""
-    _check_fft(normalized, onesided)
+    del normalized, onesided
     return torch.view_as_real(torch.fft.rfftn(X, dim=list(range(-signal_ndim, 0))))
 
 
-@microsoft("Irfft")
+@microsoft("Irfft", allowed=FFT)
 def irfft(X: Tensor, *, signal_ndim: int, normalized: int = 0, onesided: int = 1) -> Tensor:
     """Undo Rfft of a signal with an even number of elements."""
-    _check_fft(normalized, onesided)
+    del normalized, onesided
     axes = list(range(-signal_ndim, 0))
     signal: Tensor = torch.fft.irfftn(torch.view_as_complex(X.contiguous()), dim=axes)
     return signal
 
 
-@microsoft("CDist")
-def cdist(A: Tensor, B: Tensor, *, metric: str = "sqeuclidean") -> Tensor:
-    """Return the distances of each row of ``A`` to each row of ``B``.
+METRICS = one_of("euclidean", "sqeuclidean")  # the others are not in onnxruntime either
 
-    Raises:
-        UnsupportedOpError: ``metric`` is neither ``"euclidean"`` nor ``"sqeuclidean"``, the ones
-            that onnxruntime computes.
-    """
-    if metric not in ("euclidean", "sqeuclidean"):
-        raise UnsupportedOpError(f"CDist with metric {metric!r}")
+
+@microsoft("CDist", allowed={"metric": METRICS})
+def cdist(A: Tensor, B: Tensor, *, metric: str = "sqeuclidean") -> Tensor:
+    """Return the distances of each row of ``A`` to each row of ``B``."""
     squares = (A.unsqueeze(1) - B.unsqueeze(0)).square().sum(-1)
     return squares.sqrt() if metric == "euclidean" else squares
 
 
-@microsoft("IsAllFinite")
+def _check_finite(*, isinf_only: int = 0, isnan_only: int = 0) -> None:
+    if isinf_only and isnan_only:
+        raise UnsupportedOpError("both isinf_only and isnan_only are set")
+
+
+@microsoft("IsAllFinite", check=_check_finite)
 def is_all_finite(*input: Tensor, isinf_only: int = 0, isnan_only: int = 0) -> Tensor:
     """Say whether no element of any input is infinite or NaN (or just one of both)."""
-    if isinf_only and isnan_only:
-        raise UnsupportedOpError("IsAllFinite with both isinf_only and isnan_only")
     bad = torch.isinf if isinf_only else torch.isnan if isnan_only else None
     good = [torch.isfinite(x) if bad is None else ~bad(x) for x in input]
     return torch.stack([g.all() for g in good]).all()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.ops.contrib.activation import activate
+from qwrap.ops.contrib.activation import FUSED, activate
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.matmul import gemm
 
@@ -48,7 +48,7 @@ def transpose_matmul(
     return fused_matmul(A, B, alpha=alpha, transA=transA, transB=transB)
 
 
-@microsoft("FusedMatMulActivation", ignored=("activation_axis",))
+@microsoft("FusedMatMulActivation", ignored=("activation_axis",), allowed={"activation": FUSED})
 def fused_matmul_activation(
     A: Tensor,
     B: Tensor,
@@ -76,7 +76,7 @@ def fused_matmul_activation(
     return activate(y, activation, activation_alpha, activation_beta, activation_gamma)
 
 
-@microsoft("FusedGemm")
+@microsoft("FusedGemm", allowed={"activation": FUSED})
 def fused_gemm(
     A: Tensor,
     B: Tensor,

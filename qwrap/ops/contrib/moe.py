@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import at_least, one_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -20,7 +21,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@microsoft("MoE")
+@microsoft(
+    "MoE",
+    allowed={
+        "activation_type": one_of(*ACTIVATIONS, "swiglu"),
+        "k": at_least(1),
+        "swiglu_fusion": one_of(0, 1, 2),
+        "use_sparse_mixer": one_of(0),
+    },
+)
 def mixture_of_experts(
     input: Tensor,
     router_probs: Tensor,
@@ -61,12 +70,8 @@ def mixture_of_experts(
         swiglu_fusion: gate and linear part alternate along the rows (1) or follow one another (2).
         swiglu_limit: see ``_swiglu``.
         use_sparse_mixer: must be 0.
-
-    Raises:
-        UnsupportedOpError: ``use_sparse_mixer`` is set, or there is no such activation.
     """
-    if use_sparse_mixer:
-        raise UnsupportedOpError("MoE with use_sparse_mixer=1")
+    del use_sparse_mixer
     shares = _shares(router_probs, k, normalize_routing_weights)
     x = input.reshape(1, -1, input.shape[-1])
     inner = _layer(x, fc1_experts_weights, fc1_experts_bias)
@@ -76,12 +81,9 @@ def mixture_of_experts(
     if activation_type == "swiglu":
         gate, linear = _parts(inner, other, swiglu_fusion)
         inner = _swiglu(gate, linear, activation_alpha, activation_beta, swiglu_limit)
-    elif activation_type in ACTIVATIONS:
+    else:
         inner = ACTIVATIONS[activation_type](inner)
         inner = inner if other is None else inner * other
-    else:
-        known = ", ".join([*sorted(ACTIVATIONS), "swiglu"])
-        raise UnsupportedOpError(f"MoE with activation {activation_type!r}; known are {known}")
     y = _layer(inner, fc2_experts_weights, fc2_experts_bias)
     return torch.einsum("te,eth->th", shares, y).reshape(input.shape)
 

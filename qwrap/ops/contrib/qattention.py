@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.attention import (
     MASK_FILTER,
+    NO_ROTARY,
     attend,
     heads,
     total_bias,
@@ -18,9 +18,13 @@ from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.contrib.norm import EPSILON, ones_of
 from qwrap.ops.contrib.qlinear import dequantized
 from qwrap.ops.contrib.qproduct import matmul_integer_to_float
+from qwrap.ops.limits import one_of
 
 
-@microsoft("QAttention", ignored=("past_present_share_buffer",))
+@microsoft(
+    "QAttention",
+    allowed={**NO_ROTARY, "past_present_share_buffer": one_of(0)},
+)
 def qattention(
     input: Tensor,
     weight: Tensor,
@@ -35,6 +39,7 @@ def qattention(
     num_heads: int,
     do_rotary: int = 0,
     mask_filter_value: float = MASK_FILTER,
+    past_present_share_buffer: int = 0,
     scale: float = 0.0,
     unidirectional: int = 0,
     output_count: int = 1,
@@ -54,12 +59,8 @@ def qattention(
 
     Returns:
         ``[B, S, N * H]`` and, if wanted, all keys and values.
-
-    Raises:
-        UnsupportedOpError: ``do_rotary`` is set, which no CPU kernel has.
     """
-    if do_rotary:
-        raise UnsupportedOpError("QAttention with do_rotary=1; only do_rotary=0 is supported")
+    del do_rotary, past_present_share_buffer
     zeros = (input_zero_point, weight_zero_point)
     packed = matmul_integer_to_float(input, weight, input_scale, weight_scale, *zeros, bias)
     q, k, v = (heads(part, num_heads) for part in packed.chunk(3, -1))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.contrib.qlinear import dequantized
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.qlinear import dynamic_quantize_linear
-from qwrap.ops.recurrent import BACKWARDS
+from qwrap.ops.recurrent import BACKWARDS, check
 from qwrap.ops.recurrent_activations import activation_functions, for_directions
 from qwrap.ops.recurrent_cells import Clip, LstmCell, unroll
 
@@ -39,7 +40,12 @@ class _Quantizing:
         return self.cell(gates, torch.stack([_rounded(part) for part in h]), c)
 
 
-@microsoft("DynamicQuantizeLSTM", ignored=("hidden_size",))
+@microsoft(
+    "DynamicQuantizeLSTM",
+    ignored=("hidden_size",),
+    allowed={"clip": at_least(0), "direction": one_of(*BACKWARDS)},
+    check=partial(check, count=3),
+)
 def dynamic_quantize_lstm(
     X: Tensor,
     W: Tensor,
@@ -78,14 +84,7 @@ def dynamic_quantize_lstm(
         W_zero_point: see ``W_scale``.
         R_scale: see ``W_scale``.
         R_zero_point: see ``W_scale``.
-
-    Raises:
-        UnsupportedOpError: there is no such ``direction``.
     """
-    if direction not in BACKWARDS:
-        raise UnsupportedOpError(
-            f"DynamicQuantizeLSTM: direction {direction!r} is none of {sorted(BACKWARDS)}"
-        )
     backwards = BACKWARDS[direction]
     names = [name.lower() for name in activations or ["sigmoid", "tanh", "tanh"] * len(backwards)]
     functions = activation_functions(names, activation_alpha, activation_beta)

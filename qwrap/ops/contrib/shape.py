@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.pad import pad
 
 
@@ -50,7 +50,7 @@ def unique(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values[order], rank[where], counts[order]
 
 
-@microsoft("Pad", host=(1, 2))
+@microsoft("Pad", host=(1, 2), allowed={"mode": one_of("constant", "reflect", "edge", "wrap")})
 def padded(
     data: Tensor,
     pads: Sequence[int] | Sequence[Sequence[int]],
@@ -73,13 +73,19 @@ def range_of(start: Tensor, limit: Tensor, delta: Tensor | None = None) -> Tenso
     return start.reshape(()) + steps * step
 
 
-@microsoft("UnfoldTensor")
+@microsoft("UnfoldTensor", allowed={"size": at_least(1), "step": at_least(1)})
 def unfold_tensor(input: Tensor, *, size: int, dim: int = -1, step: int = 1) -> Tensor:
     """Return all windows of ``size`` along ``dim``, one every ``step``, as a new last axis."""
     return input.unfold(dim, size, step).contiguous()
 
 
-@microsoft("GridSample")
+@microsoft(
+    "GridSample",
+    allowed={
+        "mode": one_of("bilinear", "nearest", "bicubic"),
+        "padding_mode": one_of("zeros", "border", "reflection"),
+    },
+)
 def grid_sample(
     X: Tensor,
     Grid: Tensor,
@@ -92,7 +98,7 @@ def grid_sample(
     return F.grid_sample(X, Grid, mode, padding_mode, bool(align_corners))
 
 
-@microsoft("CropAndResize", host=(3,))
+@microsoft("CropAndResize", host=(3,), allowed={"mode": one_of("bilinear", "nearest")})
 def crop_and_resize(
     X: Tensor,
     rois: Tensor,
@@ -112,8 +118,6 @@ def crop_and_resize(
         extrapolation_value: what lies outside of the image.
         mode: ``"bilinear"`` or ``"nearest"``.
     """
-    if mode not in ("bilinear", "nearest"):
-        raise UnsupportedOpError(f"CropAndResize with mode {mode!r}")
     y, x = (
         _sample_positions(rois[:, i], rois[:, i + 2], X.shape[2 + i], crop_size[i]) for i in (0, 1)
     )

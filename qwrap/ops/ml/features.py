@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import InputError, ModelError, UnsupportedOpError
+from qwrap.errors import InputError, ModelError
+from qwrap.ops.limits import one_of
 from qwrap.ops.ml.domain import DOMAIN, Text
 from qwrap.ops.ml.lookup import Keys, keys_of
 from qwrap.ops.registry import op
@@ -65,7 +66,7 @@ def imputer(
     return torch.where(replaced, values.to(X.dtype), X)
 
 
-@op("Normalizer", since=(1,), domain=DOMAIN)
+@op("Normalizer", since=(1,), domain=DOMAIN, allowed={"norm": one_of("MAX", "L1", "L2")})
 def normalizer(X: Tensor, *, norm: str = "MAX") -> Tensor:
     """Divide each row by its largest element, or by its norm; by nothing where that is zero."""
     x = X.float()
@@ -73,11 +74,9 @@ def normalizer(X: Tensor, *, norm: str = "MAX") -> Tensor:
         size = x.amax(-1, keepdim=True)
     elif norm == "L1":
         size = x.abs().sum(-1, keepdim=True)
-    elif norm == "L2":
+    else:
         squares = x.square().sum(-1, keepdim=True)
         return x / torch.where(squares == 0, 1.0, squares).sqrt()
-    else:
-        raise UnsupportedOpError(f"Normalizer: norm={norm!r} is none of MAX, L1, L2")
     return x / torch.where(size == 0, 1.0, size)
 
 
