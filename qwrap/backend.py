@@ -57,7 +57,10 @@ class QwrapBackendRep(BackendRep):
 
 
 class QwrapBackend(Backend):
-    """Loads models with ``qwrap.load``."""
+    """Loads models with ``qwrap.load``.
+
+    Source: onnx, ``onnx.backend.base``; its suite is ``onnx.backend.test.BackendTest``.
+    """
 
     @classmethod
     def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **_: Any) -> QwrapBackendRep:

@@ -21,8 +21,9 @@ import numpy as np
 import onnxruntime
 import results
 from measurements import latency, operators_left, session
+from readme_section import update_section
 from results import FileResult, ModelResult
-from results_table import markdown, update_readme
+from results_table import markdown
 from shared_models import SharedModels, default_folder
 
 _README = Path(__file__).resolve().parents[1] / "README.md"
@@ -177,7 +178,7 @@ def main() -> None:
     table = markdown(models)
     print(table)
     if arguments.update_readme:
-        update_readme(_README, table)
+        update_section(_README, "results", table)
 
 
 def _versions(settings: Settings) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""The benchmark's results as a Markdown table, and its place in the README."""
+"""The benchmark's results as a Markdown table."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from results import FileResult, ModelResult
 
 _NONE = "\N{EN DASH}"
-_SECTION = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 _HEADER = (
     "model (metric)",
     "float",
@@ -34,19 +31,6 @@ def markdown(models: Sequence[ModelResult]) -> str:
     """
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_row, models)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def update_readme(path: Path, table: str) -> None:
-    """Replace what stands between the two ``results`` comments of ``path``.
-
-    Raises:
-        SystemExit: the comments are missing.
-    """
-    text = path.read_text(encoding="utf8")
-    if not _SECTION.search(text):
-        raise SystemExit(f"{path}: found no <!-- results --> … <!-- /results --> to write between")
-    new = _SECTION.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
-    path.write_text(new, encoding="utf8")
 
 
 def _row(model: ModelResult) -> tuple[str, ...]:

@@ -191,6 +191,57 @@ def test_inspect_says_why_a_model_cannot_be_quantized(tmp_path: Path) -> None:
     assert re.search(r"cannot be quantized: .*Convolve", done.stdout)
 
 
+def inspected(text: str, path: Path) -> tuple[dict, str]:
+    """What inspect says of a model in ONNX's text form, as facts and as text."""
+    onnx.save(onnx.parser.parse_model(text), path)
+    done, facts = run("inspect", path), run("inspect", path, "--json")
+    assert done.exit_code == facts.exit_code == 0, done.output
+    return json.loads(facts.stdout), done.stdout
+
+
+def test_inspect_lists_functions_and_counts_what_they_hold(tmp_path: Path) -> None:
+    facts, text = inspected(
+        """<ir_version: 8, opset_import: ["": 17, "local": 1]> g (float[2] x) => (float[2] y)
+        { a = local.twice(x) y = local.twice(a) }
+        <domain: "local", opset_import: ["": 17]> twice (x) => (y) { y = Add(x, x) }""",
+        tmp_path / "m.onnx",
+    )
+    assert facts["functions"] == ["local::twice"]
+    assert facts["operators"] == {"local::twice": 2, "Add": 1}
+    assert sum(node["op_type"] == "Add" for node in facts["plan"]["nodes"].values()) == 2
+    assert "functions   local::twice" in text
+
+
+def test_inspect_tells_sequences_from_tensors(tmp_path: Path) -> None:
+    facts, text = inspected(
+        """<ir_version: 8, opset_import: ["": 15]> g (seq(float[N]) x) => (float[M] y)
+        { y = ConcatFromSequence<axis: int = 0>(x) }""",
+        tmp_path / "m.onnx",
+    )
+    assert facts["inputs"] == [{"name": "x", "type": "sequence of float", "shape": ["N"]}]
+    assert "x sequence of float[N]" in text
+
+
+def test_inspect_notes_what_onnxruntime_computes(tmp_path: Path) -> None:
+    facts, text = inspected(
+        """<ir_version: 8, opset_import: ["": 15, "com.microsoft": 1]>
+        g (string[N] x) => (string[N,M] y) { y = com.microsoft.Tokenizer<
+        mark: int = 0, pad_value = "#", separators = [" "], mincharnum: int = 1>(x) }""",
+        tmp_path / "m.onnx",
+    )
+    assert ["gradients stop there" in note for note in facts["notes"]] == [True]
+    assert "note        nodes ['Tokenizer:y'] are computed by onnxruntime" in text
+
+
+def test_inspect_says_what_is_quantized_already(quantized_file: Path) -> None:
+    nodes = onnx.load(quantized_file).graph.node
+    count = sum(node.op_type == "QuantizeLinear" for node in nodes)
+    done = run("inspect", quantized_file)
+    assert done.exit_code == 0, done.output
+    assert re.search(rf"note +quantized already: .*\bQuantizeLinear {count}\b", done.stdout)
+    assert "Conv: its weight is quantized already" in done.stdout
+
+
 def test_demo_leaves_its_files(tmp_path: Path) -> None:
     done = run("demo", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output

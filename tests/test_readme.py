@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+import torch
 
 import qwrap
 from qwrap.data import read_preprocessing
-from qwrap.demo import batches, model_path
+from qwrap.demo import batches, digits, model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,10 +21,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copyfile(model_path(), tmp_path / "model.onnx")
     monkeypatch.chdir(tmp_path)
-    names = {"qwrap": qwrap, "batches": batches("calibration", 16)[:2]}
+    loader = [[torch.from_numpy(array[:16]) for array in digits("train")]]
+    names = {"qwrap": qwrap, "batches": batches("calibration", 16)[:2], "loader": loader}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "model.int8.onnx").exists()
+    float_file, tuned = (onnx.load(tmp_path / f) for f in ("model.onnx", "model.tuned.onnx"))
+    pairs = zip(float_file.graph.initializer, tuned.graph.initializer, strict=True)
+    assert [old.name for old, new in pairs if old != new] == ["head.weight", "head.bias"]
 
 
 def test_the_preprocessing_file_is_one(tmp_path: Path) -> None:

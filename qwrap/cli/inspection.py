@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -14,14 +15,16 @@ from rich.console import Console
 import qwrap
 from qwrap.cli.plan import print_plan
 from qwrap.data.inputs import read_structure, shape_text
-from qwrap.errors import QwrapError
+from qwrap.errors import QwrapError, QwrapWarning
+from qwrap.ops.traits import QUANTIZED
 
 
 def inspect_model(path: Path) -> tuple[dict[str, Any], qwrap.QuantPlan | None]:
     """Return the facts about the model at ``path`` as JSON-able values, and its plan.
 
     The plan, also among the facts, says what would be quantized; where qwrap cannot take the model
-    it is None, and the fact ``problem`` says why.
+    it is None, and the fact ``problem`` says why. The fact ``notes`` lists what qwrap warns of, and
+    what of the model is quantized already.
 
     Raises:
         ModelError: there is no such file, or it is no ONNX model.
@@ -30,7 +33,10 @@ def inspect_model(path: Path) -> tuple[dict[str, Any], qwrap.QuantPlan | None]:
     graph = model.graph
     initialised = {tensor.name for tensor in graph.initializer}
     nodes = [*_nodes(graph.node), *_nodes(n for f in model.functions for n in f.node)]
-    plan, problem = _plan(path)
+    plan, problem, notes = _plan(path)
+    if codes := Counter(n.op_type for n in nodes if QUANTIZED.fullmatch(n.op_type)):
+        counts = ", ".join(f"{name} {count}" for name, count in codes.most_common())
+        notes.insert(0, f"quantized already: {counts}; computed as it stands")
     facts = {
         "path": str(path),
         "bytes": file_size(path),
@@ -39,10 +45,12 @@ def inspect_model(path: Path) -> tuple[dict[str, Any], qwrap.QuantPlan | None]:
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "parameters": sum(prod(tensor.dims) for tensor in _tensors(graph)),
         "operators": dict(Counter(map(_operator, nodes)).most_common()),
+        "functions": [_operator(function) for function in model.functions],
         "inputs": [_value(value) for value in graph.input if value.name not in initialised],
         "outputs": [_value(value) for value in graph.output],
         "plan": None if plan is None else plan.to_dict(),
         "problem": problem,
+        "notes": notes,
     }
     return facts, plan
 
@@ -60,6 +68,8 @@ def print_inspection(facts: dict[str, Any], plan: qwrap.QuantPlan | None, consol
         f"  inputs      {_values(facts['inputs'])}",
         f"  outputs     {_values(facts['outputs'])}",
         f"  operators   {operators}",
+        *([f"  functions   {', '.join(facts['functions'])}"] if facts["functions"] else []),
+        *(f"  note        {note}" for note in facts["notes"]),
         "",
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
@@ -83,11 +93,15 @@ def file_size(path: Path) -> int:
     return sum(int(file.stat().st_size) for file in present)
 
 
-def _plan(path: Path) -> tuple[qwrap.QuantPlan | None, str | None]:
-    try:
-        return qwrap.prepare(qwrap.load(path)), None
-    except QwrapError as error:
-        return None, str(error)
+def _plan(path: Path) -> tuple[qwrap.QuantPlan | None, str | None, list[str]]:
+    """Return the plan, or why there is none, and what qwrap warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", QwrapWarning)
+        try:
+            plan, problem = qwrap.prepare(qwrap.load(path)), None
+        except QwrapError as error:
+            plan, problem = None, str(error)
+    return plan, problem, [str(w.message) for w in caught if issubclass(w.category, QwrapWarning)]
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -110,19 +124,30 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def _operator(node: onnx.NodeProto) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+def _operator(node: onnx.NodeProto | onnx.FunctionProto) -> str:
+    name = node.op_type if isinstance(node, onnx.NodeProto) else node.name
+    return f"{node.domain}::{name}" if node.domain else name
 
 
 def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type"):
-        return {"name": value.name, "type": value.type.WhichOneof("value"), "shape": None}
+    kind, shape = _type(value.type)
+    return {"name": value.name, "type": kind, "shape": shape}
+
+
+def _type(type_: onnx.TypeProto) -> tuple[str, list[int | str | None] | None]:
+    """Return what a value is, as in ``sequence of float``, and the shape of its tensors."""
+    kind = type_.WhichOneof("value")
+    if kind in ("sequence_type", "optional_type"):
+        inner, shape = _type(getattr(type_, kind).elem_type)
+        return f"{kind.removesuffix('_type')} of {inner}", shape
+    if kind != "tensor_type":
+        return (kind or "unknown").removesuffix("_type"), None
+    tensor = type_.tensor_type
     dims = [
         d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
     ]
     name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    return {"name": value.name, "type": name, "shape": dims if tensor.HasField("shape") else None}
+    return name, dims if tensor.HasField("shape") else None
 
 
 def _values(values: list[dict[str, Any]]) -> str:

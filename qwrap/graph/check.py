@@ -125,10 +125,21 @@ def _attribute_problems(
 
 
 def _type_problems(graph: onnx.GraphProto) -> Iterator[str]:
-    for value in graph.input:
-        kind = value.type.WhichOneof("value")
-        if kind in ("sparse_tensor_type", "map_type", "opaque_type"):
-            yield f"graph input {value.name!r} is a {kind.removesuffix('_type')}; pass a tensor"
+    for role, values in (("input", graph.input), ("output", graph.output)):
+        for value in values:
+            if kind := _refused_kind(value.type):
+                yield (
+                    f"graph {role} {value.name!r} holds a {kind}; tensors can cross there, and "
+                    "sequences and optionals of them"
+                )
+
+
+def _refused_kind(type_: onnx.TypeProto) -> str | None:
+    kind = type_.WhichOneof("value")
+    if kind in ("sequence_type", "optional_type"):
+        return _refused_kind(getattr(type_, kind).elem_type)
+    refused = ("sparse_tensor_type", "map_type", "opaque_type")
+    return kind.removesuffix("_type").replace("_", " ") if kind in refused else None
 
 
 def _tensor_problem(tensor: onnx.TensorProto, folder: Path | None) -> str | None:

@@ -76,32 +76,33 @@ class OnnxGraph:
         self.values: dict[str, ir.Value] = {}
         self._node_keys: dict[ir.Node, str] = {}
         self._value_keys: dict[ir.Value, str] = {}
-        self._index_values(model.graph)
+        self._index_values(model.graph, _FreeKeys(self.values))
         self._index_nodes(model.graph)
         self.types = {self.key(v): kind for v, kind in infer_types(model).items()}
 
-    def _index_values(self, graph: ir.Graph, path: str = "") -> None:
+    def _index_values(self, graph: ir.Graph, free: _FreeKeys, path: str = "") -> None:
         """Give the values of a graph their keys, then those of the graphs inside it."""
         made = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
         for value in made:
             if value.name and value not in self._value_keys:
-                key = _unused(value.name, f"{path}/{value.name}", self.values)
+                key = free(value.name, f"{path}/{value.name}")
                 self.values[key] = value
                 self._value_keys[value] = key
         for node in graph:
             for name, body in bodies(node):
-                self._index_values(body, f"{path}/{node.name or node.op_type}.{name}")
+                self._index_values(body, free, f"{path}/{node.name or node.op_type}.{name}")
 
     def _index_nodes(self, graph: ir.Graph) -> None:
         names = [node.name for node in walk_nodes(graph)]
         unique = {name for name, count in Counter(names).items() if name and count == 1}
+        free = _FreeKeys(self.nodes, unique)
         for node in walk_nodes(graph):
             if node.name and node.name in unique:
                 key = node.name
             else:
                 first = next((self.key(v) for v in node.outputs if v.name), "")
                 made = f"{node.op_type}:{first}"
-                key = _unused(made, made, self.nodes, unique)
+                key = free(made, made)
             self.nodes[key] = node
             self._node_keys[node] = key
 
@@ -167,11 +168,24 @@ class OnnxGraph:
         self.__init__(model, state["source"], pristine)  # type: ignore[misc]  # rebuilds every table
 
 
-def _unused(name: str, otherwise: str, *taken: Container[str]) -> str:
-    """Return ``name``, else ``otherwise``, else that with a number, whichever is free."""
-    numbered = (f"{otherwise}#{n}" for n in itertools.count(2))
-    candidates = itertools.chain((name, otherwise), numbered)
-    return next(c for c in candidates if not any(c in keys for keys in taken))
+class _FreeKeys:
+    """Finds keys that are in none of ``taken``, which only grow; the caller adds what it uses."""
+
+    def __init__(self, *taken: Container[str]) -> None:
+        self._taken = taken
+        self._numbers: dict[str, Iterator[int]] = {}  # thousands may share a name; none is retried
+
+    def __call__(self, name: str, otherwise: str) -> str:
+        """Return ``name``, else ``otherwise``, else that with a number, whichever is free."""
+        if self._is_free(name):
+            return name
+        if self._is_free(otherwise):
+            return otherwise
+        numbers = self._numbers.setdefault(otherwise, itertools.count(2))
+        return next(key for n in numbers if self._is_free(key := f"{otherwise}#{n}"))
+
+    def _is_free(self, key: str) -> bool:
+        return not any(key in keys for keys in self._taken)
 
 
 def _without(model: ir.Model) -> ir.Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 import onnx
 
@@ -23,12 +23,12 @@ class Names:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def graph(self, graph: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> set[str]:
+    def graph(self, graph: onnx.GraphProto, *outer: Set[str]) -> set[str]:
         """Check a graph; return the names that it reads from the graphs around it.
 
         Args:
             graph: the graph.
-            outer: what is there to be read when its node runs.
+            outer: what there is to be read when its node runs, a set for each graph around it.
         """
         dense = Counter(t.name for t in graph.initializer)
         dense.update(t.values.name for t in graph.sparse_initializer)
@@ -40,7 +40,7 @@ class Names:
         if "" in declared or "" in dense or "" in outputs:
             where = f"graph {graph.name!r}" if graph.name else "a graph"
             self.problems.append(f"{where} has an input, output or initialiser without a name")
-        return self.body({*dense, *declared}, graph.node, outputs, outer, "graph outputs")
+        return self.body({*dense, *declared}, graph.node, outputs, "graph outputs", *outer)
 
     def function(self, function: onnx.FunctionProto, where: str) -> None:
         """Check the body of a function of the model."""
@@ -48,28 +48,28 @@ class Names:
         if twice:
             self.problems.append(f"{where}: inputs {twice} appear twice")
         what = f"{where}: outputs"
-        self.body(set(function.input), function.node, function.output, frozenset(), what)
+        self.body(set(function.input), function.node, function.output, what)
 
     def body(
         self,
         own: set[str],
         nodes: Sequence[onnx.NodeProto],
         outputs: Iterable[str],
-        outer: frozenset[str],
         what: str,
+        *outer: Set[str],
     ) -> set[str]:
         """Check nodes in order; ``own`` are the values there are at the start, ``what`` outputs."""
         captured: set[str] = set()
-        later: set[str] | None = None
+        disorder: _Disorder | None = None
         for node in nodes:
             reads = {name for name in node.input if name}
             for inner in subgraphs(node):
-                reads |= self.graph(inner, outer | own)
+                reads |= self.graph(inner, *outer, own)
             captured |= reads - own
-            missing = reads - own - outer
+            missing = _outside(reads - own, outer)
             if missing:
-                later = later or _on_cycles(nodes)
-                self.problems.append(f"node {label(node)!r} {_misses(missing, node, nodes, later)}")
+                disorder = disorder or _Disorder(nodes)
+                self.problems.append(f"node {label(node)!r} {disorder.misses(missing, node)}")
                 own |= missing  # said once
                 captured -= missing
             made = Counter(name for name in node.output if name)
@@ -78,22 +78,37 @@ class Names:
                 self.problems.append(f"node {label(node)!r} produces {again}, which already exists")
             own.update(made)
         captured |= {name for name in outputs if name} - own
-        if missing := captured - outer:
+        if missing := _outside(captured, outer):
             self.problems.append(f"{what} {sorted(missing)} are produced by no node")
         return captured - missing
 
 
-def _misses(
-    missing: set[str], node: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], cyclic: set[str]
-) -> str:
-    """Say how a node comes to read what is not there yet."""
-    names = sorted(missing)
-    makers = [label(n) for n in nodes if missing & set(n.output)]
-    if not makers:
-        return f"reads {names}, which nothing before it produces"
-    if cyclic & {*node.output}:
-        return f"reads {names}, and what makes them needs its own output: a cycle with {makers}"
-    return f"reads {names}, which only {makers} behind it produce; sort the nodes"
+def _outside(names: set[str], scopes: Sequence[Set[str]]) -> set[str]:
+    """Return the names in none of ``scopes``, each of which may be far larger than ``names``."""
+    return {name for name in names if not any(name in scope for scope in scopes)}
+
+
+class _Disorder:
+    """Finds out how nodes come to read what is not there yet."""
+
+    def __init__(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        self._nodes = nodes
+        self._cyclic = _on_cycles(nodes)
+        self._makers: dict[str, list[int]] = {}
+        for i, node in enumerate(nodes):
+            for name in node.output:
+                self._makers.setdefault(name, []).append(i)
+
+    def misses(self, missing: set[str], node: onnx.NodeProto) -> str:
+        """Say how ``node`` comes to read the ``missing`` values."""
+        names = sorted(missing)
+        behind = sorted({i for name in missing for i in self._makers.get(name, ())})
+        makers = [label(self._nodes[i]) for i in behind]
+        if not makers:
+            return f"reads {names}, which nothing before it produces"
+        if self._cyclic & {*node.output}:
+            return f"reads {names}, and what makes them needs its own output: a cycle with {makers}"
+        return f"reads {names}, which only {makers} behind it produce; sort the nodes"
 
 
 def _on_cycles(nodes: Sequence[onnx.NodeProto]) -> set[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from qwrap.graph.load import Source, read_model, without_weights
 from qwrap.graph.nodes import STANDARD
 from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
-from qwrap.model.layout import fits
+from qwrap.model.layout import wild
 from qwrap.model.missing import missing_operators
 from qwrap.model.refusals import refused_nodes
 from qwrap.model.settings import Expand, LoadSettings
@@ -38,37 +41,45 @@ def load(
 ) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
 
+    It computes what the model's own opset says; ``train()`` and ``eval()`` do not change that.
+
     Args:
-        source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified.
+        source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified. External
+            data is mapped, and read when used; a ``ModelProto`` has to hold its data itself.
         expand: which operators with a function body in their schema run as that body: those
             without an implementation of their own, none, or all. Functions of the model itself
             are always expanded.
-        dtype: compute in this type what is float32 in the graph: parameters, constants, inputs,
-            what Cast makes. The graph itself stays what it is. None: as the graph says.
+        dtype: float16, bfloat16, float32 or float64: compute in this type what is float32 in the
+            graph: parameters, constants, inputs, what Cast makes. The graph itself stays what it
+            is, and ``export`` writes its types. None: as the graph says.
         custom_ops: shared libraries with operators for onnxruntime, as its
             ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
         parameters: names of the initialisers that are to be trained, or patterns of them
-            (``"encoder.*"``); all others become buffers. By default every float tensor of rank 1
-            or more is a parameter but running statistics; see ``Layout``.
+            (``"encoder.*"``, see ``fnmatch``); all others become buffers. By default every float
+            tensor of rank 1 or more is a parameter, but running statistics, constants in functions
+            and single numbers that scale; see ``Layout``.
         untie: give each node its own copy of the float initialisers that several nodes share; the
             copies are called ``<initialiser>_<node>``, in what is exported too.
 
     Returns:
-        A module in float, in training mode as every new module, called with tensors in
-        graph-input order or by graph-input name. What no torch function computes runs in an
-        onnxruntime session of its own, if that has a kernel; a ``GradientWarning`` says so.
+        A module in float on the CPU, called with graph inputs in order or by name, see
+        ``WrappedModel.forward``. What no torch function computes runs in an onnxruntime session of
+        its own, if that has a kernel; a ``GradientWarning`` says so.
 
     Raises:
         ModelError: not a model, cut off, malformed, with operators that are given types they do
             not take, or its external data is missing or outside its folder. All that is wrong is
             listed, operators without an implementation included.
-        UnsupportedOpError: nothing is wrong but operators without an implementation, or with
-            attributes that they cannot follow.
-        ConfigError: no float tensor has a name in ``parameters``.
+        UnsupportedOpError: nothing is wrong but operators or values of their attributes without an
+            implementation; all of them are listed.
+        ConfigError: no float tensor has a name in ``parameters``, or ``expand`` or ``dtype`` is
+            none of the above.
 
     Warns:
         QwrapWarning: weights of several normalisations are one initialiser, and not untied.
         GradientWarning: onnxruntime computes some nodes, and gradients stop there.
+
+    Source: ONNX IR and operator specifications; where onnxruntime differs, onnxruntime.
     """
     settings = LoadSettings(
         expand=expand,
@@ -76,17 +87,37 @@ def load(
         libraries=tuple(os.fspath(library) for library in custom_ops),
         parameters=None if parameters is None else tuple(parameters),
     )
-    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    pristine = read_model(
-        source, partial(missing_operators, has_libraries=bool(custom_ops)), untied=untie
-    )
-    _check_nodes(pristine, "the model" if path is None else str(path))
-    expanded = expand_functions(pristine, partial(_is_expanded, pristine, expand))
-    model = WrappedModel(OnnxGraph(expanded, path, pristine), settings)
+    with _collector_paused():
+        model = WrappedModel(_read(source, settings, untie=untie), settings)
     _check_patterns(model, parameters or ())
     for category, text in _warnings(model, untied=untie):
         warnings.warn(text, category, stacklevel=2)
     return model
+
+
+def _read(source: Source, settings: LoadSettings, *, untie: bool) -> OnnxGraph:
+    """Return the graph that is to run, checked and with functions expanded."""
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+    also = partial(missing_operators, has_libraries=bool(settings.libraries))
+    pristine = read_model(source, also, untied=untie)
+    _check_nodes(pristine, "the model" if path is None else str(path))
+    expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))
+    return OnnxGraph(expanded, path, pristine)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking a graph again and again while it is built.
+
+    Next to nothing of it is garbage, and the walks take half of the time that loading takes.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_nodes(model: ir.Model, where: str) -> None:
@@ -109,8 +140,9 @@ def _is_expanded(model: ir.Model, expand: Expand, node: ir.Node) -> bool:
 
 
 def _check_patterns(model: WrappedModel, patterns: Collection[str]) -> None:
-    trained = [key for key, slot in model.layout.slots.items() if slot.trainable]
-    if idle := [p for p in patterns if not any(fits(key, p) for key in trained)]:
+    trained = {key for key, slot in model.layout.slots.items() if slot.trainable}
+    fitting = {p for p in wild(patterns) if any(fnmatchcase(key, p) for key in trained)}
+    if idle := [p for p in patterns if p not in trained and p not in fitting]:
         raise ConfigError(
             f"parameters={idle}: no float tensor of the model has such a name; see "
             "model.tensor_names for the names there are"

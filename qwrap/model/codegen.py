@@ -121,9 +121,10 @@ class _BlockWriter(Writer):
     def _fusion(self, fusion: Fusion) -> None:
         graph = self.layout.graph
         arguments = ", ".join(map(self.tensor, fusion.inputs))
-        target = self.local(graph.key(fusion.nodes[0].outputs[0]))
+        key = graph.key(fusion.nodes[0].outputs[0])
         notes = "".join(comment(graph.node_key(node)) for node in fusion.nodes)
-        self.line(f"{target} = {self.function(fusion.function)}({arguments}){notes}")
+        self.line(f"{self.local(key)} = {self.function(fusion.function)}({arguments}){notes}")
+        self.finish_value(key)
 
     def _call(self, region: Region) -> None:
         inner = _BlockWriter(

@@ -119,8 +119,7 @@ def _loop(w: Writer, node: ir.Node, write_node: WriteNode) -> None:
         w.line(f"{w.local(running)} = True")
     count = w.function(itertools.count) if limit is None else "range"
     steps = f"{count}({'' if limit is None else w.scalar(limit, 'int')})"
-    header = f"for {w.local(graph.key(iteration))} in {steps}:{comment(graph.node_key(node))}"
-    with w.block(header):
+    with w.loop(f"for {w.local(graph.key(iteration))} in {steps}:", node):
         if check:
             with w.block(f"if not {w.local(running)}:"):
                 w.line("break")
@@ -245,8 +244,7 @@ def _scan_steps(
 ) -> None:
     graph = w.layout.graph
     names = "".join(f"{w.local(graph.key(v))}, " if v.name else "_, " for v in scan.slices)
-    header = f"for {names.strip()} in zip({', '.join(sources)}, strict=True):"
-    with w.block(f"{header}{comment(graph.node_key(node))}"):
+    with w.loop(f"for {names.strip()} in zip({', '.join(sources)}, strict=True):", node):
         _body(w, scan.body, write_node)
         _collect(w, scan.collected, into)
         _hand_over(w, scan.states, scan.results)
@@ -267,7 +265,7 @@ def _scan_batch(w: Writer, node: ir.Node, write_node: WriteNode) -> None:
     collected = [w.local(key(v)) for v, _ in scan.collected if v.name]
     first, given = w.tensor(scan.sequences[0]), "None" if lengths is None else w.tensor(lengths)
     _open_lists(w, [*scan.finals, *(target for target, _ in scan.collected)])
-    with w.block(f"for sample, length in {w.function(samples)}({first}, {given}):"):
+    with w.loop(f"for sample, length in {w.function(samples)}({first}, {given}):", node):
         states = [w.local(key(v)) for v in scan.states]
         w.assign(states, (f"{w.tensor(v)}[sample]" for v in scan.initial))
         for name in collected:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import onnx_ir as ir
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Fusion:
 
 
 Item = ir.Node | Region | Fusion
+Readers = Callable[[ir.Value], frozenset[ir.Node]]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -63,9 +65,10 @@ def with_fusions(region: Region, layout: Layout, program: Program) -> list[Item]
     if program.taps or program.kernels:
         return list(region.items)
     own = {item for item in region.items if isinstance(item, ir.Node)}
+    readers = cache(_readers)  # the same value, with all its readers, comes up at each of them
     result: list[Item] = []
     for item in region.items:
-        found = _find(item, layout) if isinstance(item, ir.Node) else None
+        found = _find(item, layout, readers) if isinstance(item, ir.Node) else None
         result.append(item)
         watched = found is not None and not program.watchers.keys().isdisjoint(found.hidden(layout))
         if found is not None and not watched and own.issuperset(found.nodes):
@@ -74,23 +77,27 @@ def with_fusions(region: Region, layout: Layout, program: Program) -> list[Item]
     return [item for item in result if not isinstance(item, ir.Node) or item in own]
 
 
-def _find(last: ir.Node, layout: Layout) -> Fusion | None:
+def _find(last: ir.Node, layout: Layout, readers: Readers) -> Fusion | None:
     if last.attributes or last.domain not in STANDARD:  # the attributes of opset 6 broadcast
         return None
     for match in MATCHES.get(last.op_type, ()):
         found = match(last, layout)
-        if found is not None and _is_closed(found, layout):
+        if found is not None and _is_closed(found, layout, readers):
             return found
     return None
 
 
-def _is_closed(fusion: Fusion, layout: Layout) -> bool:
+def _readers(value: ir.Value) -> frozenset[ir.Node]:
+    return frozenset(value.consumers())
+
+
+def _is_closed(fusion: Fusion, layout: Layout, readers: Readers) -> bool:
     """Whether nothing else reads what the inner nodes make, and all of them run on tensors."""
     for node in fusion.nodes:
         if layout.graph.node_key(node) not in layout.values.operators:
             return False
     return all(
-        not value.is_graph_output() and set(value.consumers()) <= set(fusion.nodes)
+        not value.is_graph_output() and readers(value) <= set(fusion.nodes)
         for node in fusion.nodes[1:]
         for value in node.outputs
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import onnx
@@ -20,6 +21,7 @@ from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
+WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,15 @@ class Layout:
 
     def __init__(self, graph: OnnxGraph, settings: LoadSettings) -> None:
         self.graph, self.settings = graph, settings
+        patterns = settings.parameters or ()
+        self._named, self._wild = frozenset(patterns), wild(patterns)
         self.values = Values(graph, settings)
         self.region = plan_regions(self.values)
         self.numbers = {key: i for i, key in enumerate(graph.values)}
         self.slots: dict[str, Slot] = {}
         self._taken: set[str] = set()
         self._prefixes: set[str] = {".".join(p) for p in _paths(self.region)}
+        self._numbers: dict[tuple[Path, str], Iterator[int]] = {}
         self.homes = dict(_placed_nodes(self.region, self.values))
         for node, path in self.homes.items():
             for i, value in enumerate(node.inputs):
@@ -114,7 +119,7 @@ class Layout:
         return array.item()
 
     def _is_chosen(self, key: str) -> bool:
-        return any(fits(key, pattern) for pattern in self.settings.parameters or ())
+        return key in self._named or any(fnmatchcase(key, pattern) for pattern in self._wild)
 
     def _place(self, node: ir.Node, index: int, value: ir.Value, path: Path) -> None:
         key = self.graph.key(value)
@@ -128,16 +133,7 @@ class Layout:
     def _add(self, key: str, value: ir.Value, path: Path, role: str) -> None:
         if key in self.slots:
             return
-        tensor = self.values.stored[key]
-        trainable = ValueType(tensor.dtype).is_float
-        if self.settings.parameters is not None:
-            trainable = trainable and self._is_chosen(key)
-        else:
-            producer = value.producer()
-            in_function = producer is not None and FUNCTION in producer.metadata_props
-            statistic = role in RUNNING_STATISTICS
-            trainable = trainable and len(tensor.shape) > 0 and not statistic and not in_function
-            trainable = trainable and not _is_scale(value, tensor.size, path[-1] if path else "")
+        trainable = self._is_trainable(value, path[-1] if path else "", role)
         name = value.name or ""
         parts = attribute_path(name.split(".")) if DOTTED.fullmatch(name) else ()
         # A name without dots says where it belongs only in a model without scopes.
@@ -146,13 +142,26 @@ class Layout:
             path, role = parts[:-1], parts[-1]
         path, (role,) = attribute_path(path), attribute_path([role])
         slot = Slot(path, role, trainable)
-        count = 0
-        while not self._free(slot.key):
-            count += 1
-            slot = Slot(path, f"{role}_{count}", trainable)
+        if not self._free(slot.key):  # nor is any number that was tried before
+            numbers = self._numbers.setdefault((path, role), itertools.count(1))
+            numbered = (Slot(path, f"{role}_{n}", trainable) for n in numbers)
+            slot = next(slot for slot in numbered if self._free(slot.key))
         self.slots[key] = slot
         self._taken.add(slot.key)
         self._prefixes.update(".".join(slot.path[:n]) for n in range(1, len(slot.path) + 1))
+
+    def _is_trainable(self, value: ir.Value, op_type: str, role: str) -> bool:
+        """Whether a stored tensor is a parameter, by the rule of the class."""
+        key, tensor = self.graph.key(value), self.values.stored[self.graph.key(value)]
+        if not ValueType(tensor.dtype).is_float:
+            return False
+        if self.settings.parameters is not None:
+            return self._is_chosen(key)
+        producer = value.producer()
+        if producer is not None and FUNCTION in producer.metadata_props:
+            return False
+        is_single = len(tensor.shape) == 0 or _is_scale(value, tensor.size, op_type)
+        return not is_single and role not in RUNNING_STATISTICS
 
     def _free(self, key: str) -> bool:
         parts = key.split(".")
@@ -160,15 +169,15 @@ class Layout:
         return key not in self._taken and key not in self._prefixes and not inside_tensor
 
 
+def wild(patterns: Iterable[str]) -> list[str]:
+    """Return those of ``patterns`` that may fit another name than their own; see ``fnmatch``."""
+    return [pattern for pattern in patterns if WILD.search(pattern)]
+
+
 def _is_scale(value: ir.Value, size: int, op_type: str) -> bool:
     """Whether a tensor is one number in a Mul or Div, of which no name says that it is learnt."""
     is_named = DOTTED.fullmatch(value.name or "") and "." in (value.name or "")
     return size == 1 and op_type in ("Mul", "Div") and not is_named
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a name is ``pattern`` or fits it as of ``fnmatch``."""
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _paths(region: Region) -> Iterator[Path]:

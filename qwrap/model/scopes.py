@@ -6,6 +6,7 @@ import ast
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import onnx_ir as ir
 from torch import nn
@@ -86,27 +87,30 @@ def with_inferred(told: Mapping[ir.Node, Path | None]) -> dict[ir.Node, Path]:
     """
     before = _nearest_told(told, _producers)
     after = _nearest_told(dict(reversed(list(told.items()))), _consumers)
+    common = cache(_common)  # whole chains of nodes have the same scopes before and after them
     return {
-        node: _common(before[node], after[node]) if scope is None else scope
+        node: common(before[node], after[node]) if scope is None else scope
         for node, scope in told.items()
     }
 
 
 def _nearest_told(
     told: Mapping[ir.Node, Path | None], neighbours: Callable[[ir.Node], Iterator[ir.Node]]
-) -> dict[ir.Node, set[Path]]:
+) -> dict[ir.Node, frozenset[Path]]:
     """Return for each node without a scope the first scopes met on all ways through its like."""
-    found: dict[ir.Node, set[Path]] = {}
+    found: dict[ir.Node, frozenset[Path]] = {}
     for node, scope in told.items():
         if scope is None:
-            found[node] = set()
+            met: frozenset[Path] = frozenset()
             for near in neighbours(node):
                 near_scope = told.get(near)
-                found[node] |= found.get(near, set()) if near_scope is None else {near_scope}
+                known = found.get(near, met) if near_scope is None else frozenset((near_scope,))
+                met = known if met <= known else met if known <= met else met | known
+            found[node] = met  # where nothing is new, the very set of a neighbour
     return found
 
 
-def _common(before: set[Path], after: set[Path]) -> Path:
+def _common(before: frozenset[Path], after: frozenset[Path]) -> Path:
     path: Path = ()
     while True:
         depth = len(path)
@@ -141,7 +145,7 @@ def _strip_parents(parts: Sequence[str]) -> list[str]:
     """Turn TorchScript's ``layer1/layer1.0`` into ``layer1, 0``."""
     path: list[str] = []
     for part in parts:
-        for depth in range(len(path), 0, -1):
+        for depth in range(len(path) if "." in part else 0, 0, -1):
             prefix = ".".join(path[-depth:]) + "."
             if part.startswith(prefix):
                 path.extend(part.removeprefix(prefix).split("."))

@@ -27,10 +27,10 @@ from qwrap.ops.element_types import TORCH_DTYPES
 class WrappedModel(Block):
     """An ONNX graph as a trainable module.
 
-    Call it with tensors in graph-input order or by graph-input name; it returns a tensor, or a
-    tuple in graph-output order. Parameters keep the initialiser's name where that is a dotted
-    path, else ``<scope>.<OpType>.weight|bias``; ``tensor_names`` maps ``state_dict`` keys to
-    initialisers.
+    Call it with graph inputs in order or by name; see ``forward``. Parameters keep the
+    initialiser's name where that is a dotted path, else ``<scope>.<OpType>.weight|bias``;
+    ``tensor_names`` maps ``state_dict`` keys to initialisers. Scopes of nodes are submodules. It
+    can be copied, pickled and moved as any module.
 
     Attributes:
         graph: the model it was built from; never modified.
@@ -205,7 +205,13 @@ class WrappedModel(Block):
 
     @contextmanager
     def watching(self, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
-        """Call ``watchers[value]`` with that value, as its consumers see it, at every forward."""
+        """Call ``watchers[value]`` with that value, as its consumers see it, at every forward.
+
+        Inside the ``with`` block; values of loop bodies are passed in every iteration.
+
+        Raises:
+            ModelError: a name is not among ``graph.values``.
+        """
         unknown = sorted(set(watchers) - set(self.graph.values))
         if unknown:
             raise ModelError(f"no tensors {unknown} in the graph")
@@ -244,7 +250,17 @@ class WrappedModel(Block):
     # --- running ---------------------------------------------------------------------------------
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """Compute the graph outputs from tensors in graph-input order or by graph-input name.
+        """Compute the graph outputs from graph inputs in order or by name.
+
+        Args:
+            *args: for each graph input a tensor of the graph's rank, in its element type or, if
+                that is a float type, in another one; numpy arrays of text for strings, lists for
+                sequences, None for an empty optional. Types that torch lacks travel in larger
+                ones: 4- and 2-bit integers in int8 and uint8, float4 and float6 in float32.
+            **kwargs: the same by the name of the input.
+
+        Returns:
+            The output, or a tuple of them in the order of the graph.
 
         Raises:
             InputError: an input is missing, unknown, or of another rank or kind of type.

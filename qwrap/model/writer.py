@@ -12,13 +12,15 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qwrap.model.expressions import access, literal
+from qwrap.errors import UnsupportedOpError
+from qwrap.model.expressions import access, comment, literal
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, ValuePoint
 from qwrap.model.scopes import Region
 from qwrap.model.tensors import to_torch
 from qwrap.ops.element_types import TORCH_DTYPES
 
+DEEPEST_LOOPS = 20  # more are a SyntaxError: CO_MAXBLOCKS in CPython's frame
 TAKEN_NAMES = frozenset((*dir(builtins), "self", "device", "run", "_"))
 
 
@@ -50,6 +52,7 @@ class Writer:
         buffers: attribute name -> constant tensor, not part of the ``state_dict``.
         needs_device: whether the code creates tensors.
         depth: how far lines are indented.
+        loops: the nodes whose loops the next line is inside of.
     """
 
     layout: Layout
@@ -61,6 +64,7 @@ class Writer:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     needs_device: bool = False
     depth: int = 1
+    loops: list[str] = field(default_factory=list)
 
     # --- statements --------------------------------------------------------------------------
 
@@ -75,6 +79,19 @@ class Writer:
         self.depth += 1
         yield
         self.depth -= 1
+
+    @contextmanager
+    def loop(self, header: str, node: ir.Node) -> Iterator[None]:
+        """Write the header of a loop of ``node`` and indent what is written inside."""
+        self.loops.append(self.layout.graph.node_key(node))
+        if len(self.loops) > DEEPEST_LOOPS:
+            raise UnsupportedOpError(
+                f"node {self.loops[-1]!r}: {node.op_type} inside of {len(self.loops) - 1} loops, "
+                f"{self.loops[0]!r} the outermost; Python nests {DEEPEST_LOOPS}"
+            )
+        with self.block(f"{header}{comment(self.loops[-1])}"):
+            yield
+        self.loops.pop()
 
     def assign(self, targets: Iterable[str], values: Iterable[str]) -> None:
         """Assign all ``values`` to ``targets`` at once."""

@@ -22,11 +22,13 @@ def register_op(
 ) -> Callable[[Function], Function]:
     """Return a decorator that makes a torch function the implementation of an operator.
 
-    Models loaded from then on use it. Its positional parameters are the ONNX inputs, None where a
-    node leaves one out; its keyword-only parameters are the attributes, with their defaults. It
-    returns a tensor, or a tuple of them, annotated ``-> tuple[...]``, if the operator has several
-    outputs. Gradients flow as far as autograd follows it. A pickled model finds it by domain, type
-    and revision: register it before unpickling.
+    Models loaded from then on use it. Its positional parameters are the ONNX inputs: tensors (see
+    ``WrappedModel.forward`` for what else there is), None where a node leaves one out. Its
+    keyword-only parameters are the attributes, with their defaults: numbers, text or lists of
+    them, tensors. An attribute that is no parameter is refused when a model is loaded. It returns
+    a tensor, or a tuple of them, annotated ``-> tuple[...]``, if the operator has several outputs.
+    Gradients flow as far as autograd follows it. A pickled model finds it by domain, type and
+    revision: register it before unpickling.
 
     Args:
         domain: of the operator; ``""`` for ai.onnx.

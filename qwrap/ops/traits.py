@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -103,3 +104,9 @@ PASS_THROUGH: Mapping[str, PassThrough] = MappingProxyType({
 
 Outputs other than the first (indices, masks) are not values of an input, except those of Split.
 """
+
+QUANTIZED = re.compile(
+    r"Q[A-Z]\w*|(Dynamic)?Quantize\w*|Dequantize\w*|\w+Integer(16|ToFloat)?"
+    r"|MatMulNBits|MatMulBnb4|GatherBlockQuantized"
+)
+"""Types of operators that make or read codes: they are in files that are quantized already."""

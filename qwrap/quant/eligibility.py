@@ -14,6 +14,7 @@ from qwrap.quant.bounds import bounds_of
 from qwrap.quant.target import Target
 
 NO_KERNEL = "no integer kernel"
+QUANTIZED_ALREADY = "is quantized already"
 BOTH_COMPUTED = "both operands are activations: quantizing them costs more than the kernel saves"
 CLAMPED = ("Add", "Conv", "Gemm", "MatMul", "Mul")  # kernels whose output clamp absorbs a Relu
 # So neither the pool nor what reads it may be quantized.
@@ -58,13 +59,19 @@ class Eligibility:
         if x is None or weight is None or not self.is_float32(x):
             return "not float32"
         if not self.is_stored(weight):
-            computed = self.values.is_computed(x)
-            return BOTH_COMPUTED if computed else "its weight is computed at run time"
+            return self._weight_obstacle(x, weight)
         if self.is_stored(x):
             return "both inputs are constants"
         if bias is not None and not self.is_stored(bias):
             return "its bias is computed at run time"
         return self._gemm_obstacle(node, bias) if node.op_type == "Gemm" else None
+
+    def _weight_obstacle(self, x: ir.Value, weight: ir.Value) -> str:
+        producer = weight.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            return "its weight is quantized already"
+        computed = self.values.is_computed(x)
+        return BOTH_COMPUTED if computed else "its weight is computed at run time"
 
     def _gemm_obstacle(self, node: ir.Node, bias: ir.Value | None) -> str | None:
         attributes = attributes_of(node)

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
+from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.cut import worth_it
-from qwrap.quant.eligibility import NO_KERNEL, Eligibility
+from qwrap.quant.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 from qwrap.quant.target import ORT_CPU, Target
 
@@ -225,6 +226,8 @@ class _Placement:
         outputs = {self.graph.key(v) for v in node.outputs if v.name}
         if self.facts.is_lookup(node) or (follows and outputs & set(plan.tensors)):
             return NodePlan(node.op_type, "moves")
+        if QUANTIZED.fullmatch(node.op_type):
+            return NodePlan(node.op_type, "float", QUANTIZED_ALREADY)
         if not any(self.graph.type_of(v).is_float for v in node.outputs):
             return NodePlan(node.op_type, "float", "not floating point")
         reason = self.reasons.get(node, NO_KERNEL)

@@ -305,3 +305,20 @@ def test_broken_bytes_are_loaded_or_refused_with_our_own_error(
             qwrap.load(path)
         except QwrapError:
             continue
+
+
+MAP = helper.make_map_type_proto(
+    onnx.TensorProto.INT64, helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [])
+)
+
+
+@pytest.mark.parametrize("type_", [MAP, helper.make_sequence_type_proto(MAP)])
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_a_map_at_the_border_is_refused_by_name(
+    build: Build, role: str, type_: onnx.TypeProto
+) -> None:
+    proto = build([helper.make_node("Relu", ["x"], ["y"])], {"x": [2]})
+    value = getattr(proto.graph, role)[0]
+    value.type.CopyFrom(type_)
+    with pytest.raises(ModelError, match=rf"graph {role} '{value.name}' holds a map"):
+        qwrap.load(proto)

@@ -75,6 +75,9 @@ def test_whatever_looks_at_a_node_lets_all_run_alone(name: str) -> None:
     assert len(seen) == 1
     with model.watching({"x": seen.append, "y": seen.append}):
         assert f"{name}(" in model.source
+        result = model(X)
+    assert [value is X for value in seen[1:]] == [True, False]
+    assert seen[2] is result
 
 
 NOT_FUSED = {

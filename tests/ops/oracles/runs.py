@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+import qwrap
 from oracles.variants import SIZES, Arrays, Variant, build, inputs_of
-from qwrap import backend
+from qwrap.model.tensors import to_array, to_value
 
 NO_KERNEL = (
     "Could not find an implementation",
@@ -82,12 +84,23 @@ def compare(op_type: str, revision: int, variant: Variant) -> None:
     dynamic = build(op_type, revision, variant, inputs, True)
     for model, sets in ((static[0], inputs[:1]), (dynamic, inputs)):
         session = session_of(model)
-        rep = None
+        wrapped = None
         for arrays in sets:
             feed = feed_of(model, arrays)
             theirs = session.run(None, feed)
-            rep = rep or backend.prepare(model)
-            assert_same(rep.run(list(feed.values())), theirs, variant)
+            wrapped = wrapped or qwrap.load(model)
+            assert_same(run(wrapped, list(feed.values())), theirs, variant)
+
+
+def run(model: qwrap.WrappedModel, inputs: list[Any]) -> list[Any]:
+    """What a wrapped model makes of arrays, as arrays."""
+    graph, cpu = model.graph, torch.device("cpu")
+    with torch.no_grad():
+        results = model(
+            *(to_value(a, graph.type_of(v), cpu) for a, v in zip(inputs, graph.inputs, strict=True))
+        )
+    results = results if len(graph.outputs) > 1 else (results,)
+    return [to_array(r, graph.type_of(v)) for r, v in zip(results, graph.outputs, strict=True)]
 
 
 def newest_opset() -> int:
