@@ -35,19 +35,18 @@ def type_problems(model: ir.Model, refused: Container[ir.Node] = ()) -> list[str
     problems = []
     for node in walk_nodes(model.graph):
         schema = None if node.op_identifier() in local else _schema(node, model)
-        if schema is not None:
-            name = node.name or f"{node.op_type}:{node.outputs[0].name if node.outputs else ''}"
-            problems += [
-                f"node {name!r} ({node.op_type}): {problem}"
-                for problem in _node_problems(node, schema, types)
-            ]
-            problems += [f"node {name!r} ({node.op_type}): {p}" for p in _restated(node, types)]
+        found = [] if schema is None else [*_node_problems(node, schema, types)]
+        if node.domain in (*STANDARD, "com.microsoft"):
+            found += _restated(node, types)
+        name = node.name or f"{node.op_type}:{node.outputs[0].name if node.outputs else ''}"
+        problems += [f"node {name!r} ({node.op_type}): {problem}" for problem in found]
     return problems or [*_complaints(model, complaints)]
 
 
 RESTATED: Mapping[str, tuple[str, int, int]] = MappingProxyType({
     **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger"), ("kernel_shape", 1, 2)),
-    "DeformConv": ("kernel_shape", 1, 2),
+    **dict.fromkeys(("DeformConv", "FusedConv", "NhwcConv"), ("kernel_shape", 1, 2)),
+    **dict.fromkeys(("NhwcFusedConv", "ConvTransposeWithDynamicPads"), ("kernel_shape", 1, 2)),
     "QLinearConv": ("kernel_shape", 3, 2),
     **dict.fromkeys(("RNN", "GRU", "LSTM"), ("hidden_size", 2, 2)),
 })

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
 from qwrap.ops.element_types import TORCH_DTYPES
-from qwrap.ops.limits import at_least, one_of
+from qwrap.ops.limits import POSITIVE, at_least, one_of
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
@@ -25,6 +25,7 @@ SCORES, CAPPED, BIASED, PROBABILITIES = range(4)  # values of ``qk_matmul_output
         "kv_num_heads": at_least(1),
         "q_num_heads": at_least(1),
         "qk_matmul_output_mode": one_of(0, 1, 2, 3),
+        "scale": POSITIVE,
         "softmax_precision": one_of(
             TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16
         ),
@@ -103,6 +104,8 @@ def _fused(
 def _heads(x: Tensor, count: int | None) -> Tensor:
     """Return ``[N, heads, length, size]``."""
     if x.ndim == 4:
+        if count not in (None, x.shape[1]):
+            raise UnsupportedOpError(f"Attention of {x.shape[1]} heads, but {count} are said")
         return x
     if count is None:
         raise UnsupportedOpError("Attention of 3-D inputs needs q_num_heads and kv_num_heads")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import ModelError, UnsupportedOpError
+from qwrap.ops.limits import at_least
 from qwrap.ops.registry import op
 from qwrap.ops.window import split_padding, torch_pads, window
 
@@ -26,7 +27,16 @@ def _for_rank(functions: tuple[Callable[..., Tensor], ...], rank: int) -> Callab
     return functions[rank - 1]
 
 
-@op("Conv", since=(1, 11, 22), ignored=("kernel_shape",))
+def check_padding(
+    *, auto_pad: str = "NOTSET", pads: Sequence[int] | None = None, **others: object
+) -> None:
+    """Refuse paddings that another attribute says to ignore."""
+    del others
+    if auto_pad not in ("", "NOTSET") and pads and any(pads):
+        raise ModelError(f"auto_pad={auto_pad!r} with pads={list(pads)}; only one can be followed")
+
+
+@op("Conv", since=(1, 11, 22), ignored=("kernel_shape",), check=check_padding)
 def conv(
     X: Tensor,
     W: Tensor,
@@ -54,7 +64,13 @@ def conv(
     return function(padded, W, B, step, 0, dilation, group)
 
 
-@op("ConvTranspose", since=(1, 11, 22), ignored=("kernel_shape",))
+@op(
+    "ConvTranspose",
+    since=(1, 11, 22),
+    ignored=("kernel_shape",),
+    allowed={"output_shape": at_least(1)},
+    check=check_padding,
+)
 def conv_transpose(
     X: Tensor,
     W: Tensor,

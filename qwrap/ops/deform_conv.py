@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import InputError, UnsupportedOpError
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
+from qwrap.ops.window import window
 
 
 @op("DeformConv", since=(19, 22), ignored=("kernel_shape",))
@@ -45,7 +46,12 @@ def deform_conv(
         raise UnsupportedOpError(
             f"DeformConv of {X.shape[1]} channels in {offset_group} groups of offsets"
         )
-    begin = (pads or [0] * rank)[:rank]
+    place = window(X, kernel, strides, dilations, pads, "NOTSET")
+    sizes = zip(X.shape[2:], place.extents, place.strides, place.begin, place.end, strict=True)
+    wanted = [(n + b + e - extent) // stride + 1 for n, extent, stride, b, e in sizes]
+    if list(out) != wanted:
+        raise InputError(f"DeformConv: offsets for {list(out)} places, but there are {wanted}")
+    begin = place.begin
     at = _taps(kernel, out, strides or [1] * rank, dilations or [1] * rank, begin, offset.device)
     moved = offset.to(wide).reshape(-1, offset_group, taps, rank, math.prod(out))
     positions = [x + a.to(wide) for x, a in zip(moved.unbind(3), at, strict=True)]
@@ -138,6 +144,8 @@ def col2im(
     padded = [n + b + e for n, b, e in zip(image_shape, begin, end, strict=True)]
     sizes = zip(padded, block_shape, step, spread, strict=True)
     counts = [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in sizes]
+    if input.shape[2] != math.prod(counts):
+        raise InputError(f"Col2Im: {input.shape[2]} blocks, but there is room for {counts}")
     at = _taps(block_shape, counts, step, spread, begin, input.device)
     index, inside = _flat_index(at, image_shape)
     blocks = input.reshape(input.shape[0], -1, *index.shape)

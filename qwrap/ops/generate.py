@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
+from qwrap.ops.norm import STASH, STASH_TYPES
 from qwrap.ops.registry import op
 
 
@@ -21,16 +23,17 @@ def constant_of_shape(
     return value.to(device).reshape(()).expand(tuple(input)).contiguous()
 
 
-@op("Range", since=(11, 27), host=(0, 1, 2), ignored=("stash_type",))
+@op("Range", since=(11, 27), host=(0, 1, 2), allowed={"stash_type": STASH})
 def range_of(
     start: float,
     limit: float,
     delta: float,
     *,
+    stash_type: int = TensorProto.FLOAT,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return ``start + i * delta`` up to before ``limit``.
+    """Return ``start + i * delta`` up to before ``limit``, of half precision by ``stash_type``.
 
     Without ``dtype``, whole numbers give int64 and others float32.
     """
@@ -43,5 +46,6 @@ def range_of(
         count = max(-((start - limit) // delta), 0)
         return start + torch.arange(count, device=device, dtype=dtype) * delta
     count = max(math.ceil((limit - start) / delta), 0)
-    steps = torch.arange(count, device=device, dtype=dtype)
-    return start + steps * delta
+    wide = STASH_TYPES[stash_type] if dtype.itemsize == 2 else dtype
+    steps = torch.arange(count, device=device, dtype=wide)
+    return (start + steps * delta).to(dtype)

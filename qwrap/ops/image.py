@@ -10,13 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.errors import InputError
+from qwrap.errors import InputError, ModelError
 from qwrap.ops.limits import one_of
 from qwrap.ops.registry import op
 from qwrap.ops.window import torch_pads
 
 
-@op("CenterCropPad", since=(18,), host=(1,))
+def _check_axes(*, axes: Sequence[int] | None = None) -> None:
+    if axes and len(set(axes)) < len(axes):
+        raise ModelError(f"axes={list(axes)} names an axis twice")
+
+
+@op("CenterCropPad", since=(18,), host=(1,), check=_check_axes)
 def center_crop_pad(
     input_data: Tensor, shape: Sequence[int], *, axes: Sequence[int] | None = None
 ) -> Tensor:

@@ -37,6 +37,11 @@ def at_least(lowest: int) -> Limit:
     return Limit(lambda value: value >= lowest, f"at least {lowest}")
 
 
+def between(lowest: int, highest: int) -> Limit:
+    """Return the limit to numbers from ``lowest`` to ``highest``."""
+    return Limit(lambda value: lowest <= value <= highest, f"{lowest} to {highest}")
+
+
 FINITE = Limit(math.isfinite, "a finite number")
 FLAG = one_of(0, 1)
 POSITIVE = Limit(lambda value: value > 0, "more than 0")
@@ -54,14 +59,18 @@ FLAGS = (
 
 COMMON: Mapping[str, Limit] = MappingProxyType({
     **dict.fromkeys(FLAGS, FLAG),
-    **dict.fromkeys(("alpha", "beta", "gamma", "scale", "softcap"), FINITE),
+    **dict.fromkeys(("alpha", "beta", "gamma", "scale"), FINITE),
+    # Shape inference cuts numbers off to 32 bits, and would find an axis that is none in range.
+    **dict.fromkeys(("axes", "axis", "batch_axis", "time_axis"), between(-64, 63)),
     "auto_pad": one_of("NOTSET", "", "SAME_UPPER", "SAME_LOWER", "VALID"),
-    "dilations": at_least(1),
+    "dilations": between(1, 2**31 - 1),
     "epsilon": at_least(0),
     "group": at_least(1),
     "hidden_size": at_least(1),
-    "kernel_shape": at_least(1),
+    "kernel_shape": between(1, 2**31 - 1),
     "output_padding": at_least(0),
-    "strides": at_least(1),
+    "pads": between(-(2**31), 2**31 - 1),
+    "softcap": at_least(0),
+    "strides": between(1, 2**31 - 1),
 })
 """Attribute to what it may hold in every operator of ONNX and onnxruntime that has it."""

@@ -39,6 +39,7 @@ STASH_TYPES: Mapping[int, torch.dtype] = MappingProxyType({
 })
 
 STASH = one_of(*STASH_TYPES)
+"""What ``stash_type`` may name."""
 
 
 def _widened(x: Tensor, stash_type: int) -> Tensor:

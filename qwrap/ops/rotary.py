@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
-from qwrap.ops.limits import at_least
+from qwrap.ops.limits import between
 from qwrap.ops.precision import accumulator
 from qwrap.ops.registry import op
 
@@ -14,7 +14,7 @@ from qwrap.ops.registry import op
 @op(
     "RotaryEmbedding",
     since=(23,),
-    allowed={"num_heads": at_least(0), "rotary_embedding_dim": at_least(0)},
+    allowed={"num_heads": between(0, 2**31 - 1), "rotary_embedding_dim": between(0, 2**31 - 1)},
 )
 def rotary_embedding(
     X: Tensor,
@@ -35,6 +35,10 @@ def rotary_embedding(
         raise UnsupportedOpError("RotaryEmbedding of a 3-D input needs num_heads")
     heads = X.transpose(1, 2) if X.ndim == 4 else X.reshape(*X.shape[:2], num_heads, -1)
     size = rotary_embedding_dim or heads.shape[3]
+    if size > heads.shape[3] or size != 2 * cos_cache.shape[-1]:
+        raise UnsupportedOpError(
+            f"RotaryEmbedding: {cos_cache.shape[-1]} angles for {size} of {heads.shape[3]} features"
+        )
     if position_ids is not None:
         cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
     wide = accumulator(X)

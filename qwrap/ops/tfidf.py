@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import InputError, ModelError, UnsupportedOpError
+from qwrap.ops.limits import at_least
 from qwrap.ops.registry import op
 
 MODES = ("TF", "IDF", "TFIDF")
@@ -142,7 +143,7 @@ def _grams(pool: Sequence[Any], counts: Sequence[int]) -> list[tuple[Any, ...]]:
     return result
 
 
-@op("TfIdfVectorizer", since=(9,), prepare=ngrams)
+@op("TfIdfVectorizer", since=(9,), allowed={"max_skip_count": at_least(0)}, prepare=ngrams)
 def tfidf_vectorizer(
     X: Tensor | npt.NDArray[Any], *, prepared: Ngrams, device: torch.device | None = None
 ) -> Tensor:

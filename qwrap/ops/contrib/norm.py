@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwrap.ops.contrib.domain import microsoft
+from qwrap.ops.limits import one_of
 from qwrap.ops.norm import layer_normalization
 from qwrap.ops.registry import op
 
+FLOAT_STASH = {"stash_type": one_of(1)}  # float32
 EPSILON = 9.999999960041972e-13  # 1e-12 as float32
 
 # Before opset 17 onnxruntime had LayerNormalization as an operator of its own in ai.onnx.
-op("LayerNormalization", since=(1,), ignored=("stash_type",))(layer_normalization)
+op("LayerNormalization", since=(1,), ignored=("stash_type",), allowed=FLOAT_STASH)(
+    layer_normalization
+)
 
 
 def _stash(x: Tensor) -> Tensor:
@@ -25,7 +29,7 @@ def _inverse_rms(x: Tensor, dims: list[int], epsilon: float) -> Tensor:
     return torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
 
 
-@op("SimplifiedLayerNormalization", since=(1,), ignored=("stash_type",))
+@op("SimplifiedLayerNormalization", since=(1,), ignored=("stash_type",), allowed=FLOAT_STASH)
 def simplified_layer_normalization(
     X: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, output_count: int = 1
 ) -> tuple[Tensor, ...]:
