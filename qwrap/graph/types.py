@@ -71,28 +71,31 @@ def _restated(node: ir.Node, types: Mapping[ir.Value, ValueType]) -> Iterator[st
         yield f"{name}={said if is_list else said[0]}, but {value.name!r} has shape {[*shape]}"
 
 
+FLOW = ("If", "Loop", "Scan")
+SHAPE_ERROR = "[ShapeInferenceError]"
 PLACE = re.compile(r"\(op_type:(\w+)(?:, node name: ([^\n]*?))?\): ")
 
 
-def _complaints(model: ir.Model, text: str) -> Iterator[str]:
+def _complaints(model: ir.Model, found: str) -> Iterator[str]:
     """Yield a line for each node of ``model`` that onnx complains about.
 
     Nodes inside of functions are left out, those of schemas too: onnx does not pass them all that
-    it knows of the call, and finds mistakes where there are none.
+    it knows of the call, and finds mistakes where there are none. So is what it says of branches
+    that disagree, for one may hold what nobody knows, and of data that it failed to propagate.
     """
     nodes = {
         (node.op_type, node.name or f"{node.op_type}:{node.outputs[0].name}")
         for node in walk_nodes(model.graph)
         if node.domain in STANDARD and node.outputs
     }
-    for line in text.split("\n"):
+    for line in found.split("\n"):
         places = [*PLACE.finditer(line)]
-        if not places or any(place[1] not in ("If", "Loop", "Scan") for place in places[:-1]):
+        if not places or any(place[1] not in FLOW for place in places[:-1]):
             continue
-        inner = places[-1]
-        if (inner[1], inner[2]) in nodes:
-            said = line[inner.end() :].replace("[ShapeInferenceError]", "").strip()
-            yield f"node {inner[2]!r} ({inner[1]}): {said}"
+        inner, said = places[-1], line[places[-1].end() :]
+        if SHAPE_ERROR in said and inner[1] not in FLOW and (inner[1], inner[2]) in nodes:
+            text = said.replace(SHAPE_ERROR, "").strip()
+            yield f"node {inner[2]!r} ({inner[1]}): {text}"
 
 
 def _schema(node: ir.Node, model: ir.Model) -> onnx.defs.OpSchema | None:
