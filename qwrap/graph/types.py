@@ -71,6 +71,7 @@ def _restated(node: ir.Node, types: Mapping[ir.Value, ValueType]) -> Iterator[st
         yield f"{name}={said if is_list else said[0]}, but {value.name!r} has shape {[*shape]}"
 
 
+SHAPES = "[ShapeInferenceError]"
 PLACE = re.compile(r"\(op_type:(\w+)(?:, node name: ([^\n]*?))?\): ")
 
 
@@ -90,8 +91,12 @@ def _complaints(model: ir.Model, text: str) -> Iterator[str]:
         if not places or any(place[1] not in ("If", "Loop", "Scan") for place in places[:-1]):
             continue
         inner = places[-1]
-        if (inner[1], inner[2]) in nodes:
-            said = line[inner.end() :].replace("[ShapeInferenceError]", "").strip()
+        said = line[inner.end() :]
+        # Types are looked at above; where onnx does not know one, it takes it for another. Where a
+        # name inside of a body is that of a value outside, it mixes up what it knows of their data.
+        sound = said.startswith(SHAPES) and "already exists" not in said
+        if sound and (inner[1], inner[2]) in nodes:
+            said = said.removeprefix(SHAPES).strip()
             yield f"node {inner[2]!r} ({inner[1]}): {said}"
 
 
