@@ -93,9 +93,11 @@ def _complaints(model: ir.Model, found: str) -> Iterator[str]:
         if not places or any(place[1] not in FLOW for place in places[:-1]):
             continue
         inner, said = places[-1], line[places[-1].end() :]
-        if SHAPE_ERROR in said and inner[1] not in FLOW and (inner[1], inner[2]) in nodes:
-            text = said.replace(SHAPE_ERROR, "").strip()
-            yield f"node {inner[2]!r} ({inner[1]}): {text}"
+        # Types are looked at above; where onnx does not know one, it takes it for another. Where a
+        # name inside of a body is that of a value outside, it mixes up what it knows of their data.
+        sound = said.startswith(SHAPE_ERROR) and "already exists" not in said
+        if sound and inner[1] not in FLOW and (inner[1], inner[2]) in nodes:
+            yield f"node {inner[2]!r} ({inner[1]}): {said.removeprefix(SHAPE_ERROR).strip()}"
 
 
 def _schema(node: ir.Node, model: ir.Model) -> onnx.defs.OpSchema | None:

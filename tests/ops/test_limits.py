@@ -191,3 +191,20 @@ def test_limits_of_lists_are_those_of_their_elements() -> None:
     assert not at_least(1).allows([1, 0])
     assert not one_of("a").allows(["a", "b"])
     assert not COMMON["alpha"].allows(math.inf)
+
+
+def test_an_attribute_that_does_not_fit_the_rank_is_named_with_its_node() -> None:
+    nodes = [
+        helper.make_node("Concat", ["x", "x"], ["a"], name="joined", axis=9),
+        helper.make_node("Flatten", ["x"], ["b"], name="flat", axis=7),
+        helper.make_node("Conv", ["x", "w"], ["c"], name="convolved", kernel_shape=[3, 5]),
+    ]
+    proto = model(nodes, 20)
+    del proto.graph.input[:]
+    for name, shape in (("x", [1, 2, 8, 8]), ("w", [4, 2, 3, 3])):
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    with pytest.raises(ModelError, match=r"'convolved' \(Conv\): kernel_shape=\[3, 5\]"):
+        qwrap.load(proto)
+    del proto.graph.node[2], proto.graph.output[2], proto.graph.input[1]
+    with pytest.raises(ModelError, match=r"'joined' \(Concat\): axis .*'flat' \(Flatten\)"):
+        qwrap.load(proto)
