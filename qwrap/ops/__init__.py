@@ -37,8 +37,7 @@ from qwrap.ops import (
     sequence,
     shape,
     signal,
-    strings,
-    tfidf,
+    text,
     training,
     trigonometry,
 )
@@ -99,9 +98,8 @@ __all__ = [
     "sequence",
     "shape",
     "signal",
-    "strings",
     "suited",
-    "tfidf",
+    "text",
     "training",
     "trigonometry",
 ]

@@ -25,7 +25,7 @@ from qwrap.errors import UnsupportedOpError
 from qwrap.ops import unsigned
 from qwrap.ops.element_types import TORCH_DTYPES
 from qwrap.ops.registry import Operator, function_of, key_of
-from qwrap.ops.text import Text
+from qwrap.ops.text.numerals import Text
 
 Function = Callable[..., Any]
 

@@ -13,9 +13,9 @@ from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.contrib.qlinear import dequantized
 from qwrap.ops.limits import at_least, one_of
 from qwrap.ops.qlinear import dynamic_quantize_linear
-from qwrap.ops.recurrent import BACKWARDS, check
-from qwrap.ops.recurrent_activations import activation_functions, for_directions
-from qwrap.ops.recurrent_cells import Clip, LstmCell, unroll
+from qwrap.ops.recurrent.activations import activation_functions, for_directions
+from qwrap.ops.recurrent.cells import Clip, LstmCell, unroll
+from qwrap.ops.recurrent.layers import BACKWARDS, check
 
 
 def _rounded(x: Tensor) -> Tensor:

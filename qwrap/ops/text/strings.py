@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import InputError, UnsupportedOpError
-from qwrap.ops.re2 import compile_re2
 from qwrap.ops.registry import op
+from qwrap.ops.text.re2 import compile_re2
 
 Text = npt.NDArray[Any]
 

@@ -8,7 +8,7 @@ from onnx import helper
 import qwrap
 from qwrap import ops
 from qwrap.errors import InputError, UnsupportedOpError
-from qwrap.ops.re2 import compile_re2
+from qwrap.ops.text.re2 import compile_re2
 
 
 def text(*words: str, shape: tuple[int, ...] = (-1,)) -> np.ndarray:

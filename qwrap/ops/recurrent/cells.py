@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwrap.ops.recurrent_activations import Activation
-from qwrap.ops.sequence_axis import reverse, valid, zero_empty, zero_padding
+from qwrap.ops.recurrent.activations import Activation
+from qwrap.ops.recurrent.time import reverse, valid, zero_empty, zero_padding
 
 Step = Callable[..., tuple[Tensor, ...]]
 

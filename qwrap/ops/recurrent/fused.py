@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from qwrap.ops.sequence_axis import last, reverse, zero_empty, zero_padding
+from qwrap.ops.recurrent.time import last, reverse, zero_empty, zero_padding
 
 Kernel = Callable[..., tuple[Tensor, ...]]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import ModelError
-from qwrap.ops import recurrent_fused as fused
 from qwrap.ops.limits import FLAG, POSITIVE, one_of
-from qwrap.ops.recurrent_activations import activation_functions, for_directions
-from qwrap.ops.recurrent_cells import Clip, GruCell, LstmCell, RnnCell, unroll
+from qwrap.ops.recurrent import fused
+from qwrap.ops.recurrent.activations import activation_functions, for_directions
+from qwrap.ops.recurrent.cells import Clip, GruCell, LstmCell, RnnCell, unroll
 from qwrap.ops.registry import op
 
 BACKWARDS = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
