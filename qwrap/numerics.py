@@ -156,7 +156,7 @@ def round_to_codes(steps: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Ten
 
 
 def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * b + c`` of float32 numbers rounded once, as a processor's fused instruction."""
+    """Return ``a * b + c`` of float32 numbers as a fused instruction does: the product is exact."""
     return (a.double() * b.double() + c.double()).float()
 
 
