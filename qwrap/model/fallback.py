@@ -14,6 +14,7 @@ from torch import Tensor
 from qwrap.errors import InputError, UnsupportedOpError
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.model.tensors import to_array, to_value
+from qwrap.ops.element_types import DATA_TYPES
 
 DTYPES = {
     "tensor(float)": ir.DataType.FLOAT,
@@ -92,15 +93,19 @@ class RuntimeNode:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Return the outputs of the node, () for those it leaves out."""
+        """Return the outputs of the node, None for those it leaves out.
+
+        Raises:
+            InputError: onnxruntime cannot run the node on these inputs.
+        """
         given = [value for value in inputs if value is not None]
         dtypes = [_dtype(value) for value in given]
         if dtypes != self._dtypes:
             self._dtypes, self._session = dtypes, None
-        session = self._session or self._open()
         device = next((v.device for v in given if isinstance(v, Tensor)), torch.device("cpu"))
         feed = {f"input_{i}": to_array(value, ValueType()) for i, value in enumerate(given)}
         try:
+            session = self._session or self._open()
             results = iter(session.run(None, feed))
         except Exception as error:
             raise InputError(f"node {self.key!r}, run by onnxruntime: {error}") from error
@@ -115,5 +120,5 @@ class RuntimeNode:
 
 def _dtype(value: Any) -> ir.DataType:
     if isinstance(value, Tensor):
-        return ir.DataType.from_numpy(to_array(value, ValueType()).dtype)
+        return ir.DataType(DATA_TYPES[value.dtype])
     return ir.DataType.STRING
