@@ -16,7 +16,7 @@ import torch
 from onnx.backend.base import Backend, BackendRep, Device, DeviceType
 
 import qwrap
-from qwrap.errors import UnsupportedOpError
+from qwrap.errors import InputError, UnsupportedOpError
 from qwrap.graph.index import walk_nodes
 from qwrap.model.tensors import to_array, to_value
 
@@ -39,13 +39,16 @@ class QwrapBackendRep(BackendRep):
             One array, list or None for each graph output, in order.
 
         Raises:
+            InputError: the graph has more inputs, or fewer.
             UnsupportedOpError: with these inputs, onnxruntime and ONNX do not agree.
         """
-        graph = self.model.graph
-        _refuse_differences(self.model, dict(zip(self.model.input_names, inputs, strict=False)))
+        graph, names = self.model.graph, self.model.input_names
+        if len(inputs) != len(names):
+            raise InputError(f"got {len(inputs)} inputs; the graph has {len(names)}: {names}")
+        _refuse_differences(self.model, dict(zip(names, inputs, strict=True)))
         values = [
             to_value(value, graph.type_of(declared), self._device)
-            for value, declared in zip(inputs, graph.inputs, strict=False)
+            for value, declared in zip(inputs, graph.inputs, strict=True)
         ]
         results = self.model(*values)
         if len(graph.outputs) == 1:

@@ -125,6 +125,13 @@ def test_random_zeros_and_ones_have_the_shape_and_the_type(name: str) -> None:
     assert {0.0, 1.0} >= {*ours.tolist()}
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_another_number_of_inputs_is_refused(count: int) -> None:
+    model, (inputs, _) = model_of("test_abs"), data_of("test_abs")
+    with pytest.raises(errors.InputError, match=rf"got {count} inputs; the graph has 1: \['x'\]"):
+        backend.prepare(model).run(inputs * count)
+
+
 def assert_nearly_equal(ours: Any, theirs: Any) -> None:
     assert isinstance(ours, list) == isinstance(theirs, list)
     if isinstance(theirs, list):
