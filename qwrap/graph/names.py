@@ -60,6 +60,7 @@ class Names:
     ) -> set[str]:
         """Check nodes in order; ``own`` are the values there are at the start, ``what`` outputs."""
         captured: set[str] = set()
+        awaited: set[str] = set()  # what was read too early, and may still be made
         disorder: _Disorder | None = None
         for node in nodes:
             reads = {name for name in node.input if name}
@@ -71,12 +72,14 @@ class Names:
                 disorder = disorder or _Disorder(nodes)
                 self.problems.append(f"node {label(node)!r} {disorder.misses(missing, node)}")
                 own |= missing  # said once
+                awaited |= missing
                 captured -= missing
             made = Counter(name for name in node.output if name)
             again = [name for name, n in made.items() if n > 1 or name in own or name in captured]
-            if again := [name for name in again if name not in missing]:
+            if again := [name for name in again if name not in awaited]:
                 self.problems.append(f"node {label(node)!r} produces {again}, which already exists")
             own.update(made)
+            awaited -= {*made}
         captured |= {name for name in outputs if name} - own
         if missing := _outside(captured, outer):
             self.problems.append(f"{what} {sorted(missing)} are produced by no node")

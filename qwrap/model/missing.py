@@ -1,22 +1,24 @@
-"""Operators of a message that nothing computes, for a model that cannot even be built."""
+"""Operators that nothing computes, or not so, of a model that cannot even be built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import onnx
+import onnx_ir as ir
 
 from qwrap.graph.check import opsets_of
 from qwrap.graph.nodes import domain_of, graphs, label
+from qwrap.model.attributes import complaints_of
 from qwrap.model.host import HOST_OPERATORS
 from qwrap.model.values import COUNTS, FLOW, explain
-from qwrap.ops import find
+from qwrap.ops import Operator, find
 
 BUILT_IN = frozenset((*FLOW, *COUNTS, *HOST_OPERATORS, "Constant", "Shape"))
 
 
 def missing_operators(proto: onnx.ModelProto, has_libraries: bool = False) -> Iterator[str]:
-    """Yield a line for each node with an operator that surely nothing computes.
+    """Yield a line for each node with an operator, or an attribute, that surely nothing computes.
 
     The model it is asked about is broken, so that onnxruntime cannot be asked for kernels: it may
     have one for what onnx has a schema of, for its own domains, and with libraries for any other.
@@ -30,11 +32,25 @@ def missing_operators(proto: onnx.ModelProto, has_libraries: bool = False) -> It
             version = versions.get(domain, 0)
             if built_in or version < 1 or (domain, node.op_type) in local:
                 continue
+            operator = find(domain, node.op_type, version)
             perhaps = domain.startswith("com.microsoft") or (domain and has_libraries)
-            if perhaps or _has_schema(node, domain, version):
-                continue
-            if find(domain, node.op_type, version) is None:
+            if operator is not None:
+                yield from _complaints(node, operator)
+            elif not perhaps and not _has_schema(node, domain, version):
                 yield explain(label(node), domain, node.op_type, version)
+
+
+def _complaints(node: onnx.NodeProto, operator: Operator) -> Iterator[str]:
+    """Say what an operator cannot follow of the attributes of a node."""
+    if any(a.ref_attr_name or a.HasField("g") or a.graphs for a in node.attribute):
+        return
+    alone = onnx.NodeProto(op_type=node.op_type, domain=node.domain, attribute=node.attribute)
+    try:
+        complaints = complaints_of(ir.serde.deserialize_node(alone), operator)
+    except (ir.serde.SerdeError, ValueError, TypeError):
+        return  # an attribute of another type than the schema's, which others say
+    for complaint in complaints:
+        yield f"node {label(node)!r} ({node.op_type}): {complaint}"
 
 
 def _has_schema(node: onnx.NodeProto, domain: str, version: int) -> bool:

@@ -37,6 +37,7 @@ def test_one_error_lists_everything(build: Build) -> None:
         relu("f", "e", "cyclic"),
         relu("e", "f", "other"),
         relu("x", "a", "twice"),
+        helper.make_node("DepthToSpace", ["x"], ["g"], "value", blocksize=2, mode="ABC"),
         relu("x", "y", "last"),
     ]
     with pytest.raises(ModelError) as caught:
@@ -48,9 +49,11 @@ def test_one_error_lists_everything(build: Build) -> None:
         "'missing' reads ['nowhere'], which nothing before it produces",
         "'cyclic' reads ['f'], and what makes them needs its own output: a cycle with ['other']",
         "'twice' produces ['a'], which already exists",
+        "'value' (DepthToSpace): mode='ABC'; expected one of ['DCR', 'CRD']",
         "'w': 8 bytes of data for 12",
     ):
         assert words in str(caught.value)
+    assert "'other' produces" not in str(caught.value)  # what was read too early is made once
 
 
 def test_a_value_that_is_missing_is_named_once(build: Build) -> None:
