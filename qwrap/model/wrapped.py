@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -224,7 +225,8 @@ class WrappedModel(Block):
         return {**super().__getstate__(), "_written": {}}  # the Blocks keep what a copy needs
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

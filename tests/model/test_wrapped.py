@@ -375,3 +375,10 @@ def test_operators_made_by_functions_can_be_pickled() -> None:
 @pytest.mark.parametrize("name", ["quantization", "before_loading", "plan"])
 def test_a_scope_may_have_a_name_that_the_model_uses_itself(name: str) -> None:
     assert attribute_path([name]) == (f"{name}_",)
+
+
+def test_a_model_of_buffers_alone_makes_its_outputs_where_they_are(build: Build) -> None:
+    nodes = [helper.make_node("Add", ["half", "half"], ["y"])]
+    model = load(build(nodes, {}, initializers={"half": np.float32(0.5)}))
+    assert model().item() == 1
+    assert model.to("meta")().is_meta
