@@ -23,7 +23,7 @@ from qwrap.graph.nodes import STANDARD
 from qwrap.graph.tie import merged_names
 from qwrap.graph.types import type_problems
 from qwrap.model.layout import wild
-from qwrap.model.missing import missing_operators
+from qwrap.model.missing import missing_operators, unfit_nodes
 from qwrap.model.refusals import refused_nodes
 from qwrap.model.settings import Expand, LoadSettings
 from qwrap.model.wrapped import WrappedModel
@@ -98,7 +98,7 @@ def load(
 def _read(source: Source, settings: LoadSettings, *, untie: bool) -> OnnxGraph:
     """Return the graph that is to run, checked and with functions expanded."""
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
-    also = partial(missing_operators, has_libraries=bool(settings.libraries))
+    also = partial(unfit_nodes, has_libraries=bool(settings.libraries))
     pristine = read_model(source, also, untied=untie)
     _check_nodes(pristine, "the model" if path is None else str(path))
     expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))

@@ -18,7 +18,7 @@ BUILT_IN = frozenset((*FLOW, *COUNTS, *HOST_OPERATORS, "Constant", "Shape"))
 
 
 def missing_operators(proto: onnx.ModelProto, has_libraries: bool = False) -> Iterator[str]:
-    """Yield a line for each node with an operator, or an attribute, that surely nothing computes.
+    """Yield a line for each node with an operator that surely nothing computes.
 
     The model it is asked about is broken, so that onnxruntime cannot be asked for kernels: it may
     have one for what onnx has a schema of, for its own domains, and with libraries for any other.
@@ -32,12 +32,27 @@ def missing_operators(proto: onnx.ModelProto, has_libraries: bool = False) -> It
             version = versions.get(domain, 0)
             if built_in or version < 1 or (domain, node.op_type) in local:
                 continue
-            operator = find(domain, node.op_type, version)
             perhaps = domain.startswith("com.microsoft") or (domain and has_libraries)
-            if operator is not None:
-                yield from _complaints(node, operator)
-            elif not perhaps and not _has_schema(node, domain, version):
+            if perhaps or _has_schema(node, domain, version):
+                continue
+            if find(domain, node.op_type, version) is None:
                 yield explain(label(node), domain, node.op_type, version)
+
+
+def unfit_nodes(proto: onnx.ModelProto, has_libraries: bool = False) -> Iterator[str]:
+    """Yield the lines of ``missing_operators``, and one for each attribute that cannot be followed.
+
+    For a model that cannot be built; of one that can, ``refused_nodes`` says the latter.
+    """
+    yield from missing_operators(proto, has_libraries)
+    versions = opsets_of(proto.opset_import)
+    local = {(domain_of(f.domain), f.name) for f in proto.functions}
+    for graph in graphs(proto.graph):
+        for node in graph.node:
+            domain = domain_of(node.domain)
+            operator = find(domain, node.op_type, versions.get(domain, 0))
+            if operator is not None and (domain, node.op_type) not in local:
+                yield from _complaints(node, operator)
 
 
 def _complaints(node: onnx.NodeProto, operator: Operator) -> Iterator[str]:

@@ -53,6 +53,7 @@ def test_one_error_lists_everything(build: Build) -> None:
         "'w': 8 bytes of data for 12",
     ):
         assert words in str(caught.value)
+    assert str(caught.value).count("mode='ABC'") == 1
     assert "'other' produces" not in str(caught.value)  # what was read too early is made once
 
 

@@ -208,3 +208,22 @@ def test_an_attribute_that_does_not_fit_the_rank_is_named_with_its_node() -> Non
     del proto.graph.node[2], proto.graph.output[2], proto.graph.input[1]
     with pytest.raises(ModelError, match=r"'joined' \(Concat\): axis .*'flat' \(Flatten\)"):
         qwrap.load(proto)
+
+
+def test_what_a_whole_model_says_wrongly_is_said_once() -> None:
+    nodes = [
+        helper.make_node("DepthToSpace", ["x"], ["a"], "value", blocksize=2, mode="ABC"),
+        helper.make_node("Conv", ["i", "x"], ["y"], "type"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 2, 2]),
+        helper.make_tensor_value_info("i", TensorProto.INT64, [1, 4, 2, 2]),
+    ]
+    outputs = [onnx.ValueInfoProto(name="y")]
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    opsets = [helper.make_opsetid("", 17)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    with pytest.raises(ModelError) as caught:
+        qwrap.load(proto)
+    assert str(caught.value).count("mode='ABC'") == 1
+    assert str(caught.value).count("'type' (Conv)") == 1

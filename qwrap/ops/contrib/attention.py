@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwrap.errors import InputError
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.limits import at_least, one_of
 
@@ -241,7 +242,8 @@ def projected(
     if key.ndim == 5:
         k, v = (part.flatten(2) for part in key.unbind(3))
         return _biased(query, k, v, bias, num_heads)
-    assert value is not None, "keys of rank 3 or 4 come with values"
+    if value is None:
+        raise InputError(f"a key of rank {key.ndim}, but the value is left out")
     if key.ndim == 4:
         own = query if bias is None else query + bias[: query.shape[-1]]
         return heads(own, num_heads), key, value

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwrap.errors import InputError
 from qwrap.ops.contrib.attention import heads, joined, length_of
 from qwrap.ops.contrib.domain import microsoft
 from qwrap.ops.contrib.rotary import rotate
@@ -98,8 +99,8 @@ def group_query_attention(
     first = _past_lengths(seqlens_k, count, total)
     positions = first.unsqueeze(1) + torch.arange(count, device=q.device)
     if do_rotary:
-        assert cos_cache is not None, "do_rotary comes with caches"
-        assert sin_cache is not None, "do_rotary comes with caches"
+        if cos_cache is None or sin_cache is None:
+            raise InputError("do_rotary=1, but cos_cache or sin_cache is left out")
         angles = _angles(positions, position_ids, count == total)
         q, k = (rotate(x, angles, cos_cache, sin_cache, rotary_interleaved) for x in (q, k))
     next_k, next_v = (_stored(p, x, first, total) for p, x in ((past_key, k), (past_value, v)))
