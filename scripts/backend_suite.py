@@ -32,7 +32,7 @@ class Verdicts:
 
 
 class _Recorder(unittest.TestResult):
-    """Sorts cases: an error at load refuses one, any other exception makes it differ."""
+    """Sorts cases: a ModelError refuses one, any other exception makes it differ."""
 
     def __init__(self) -> None:
         super().__init__(io.StringIO())

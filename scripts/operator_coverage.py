@@ -142,7 +142,7 @@ def suite_line(verdicts: Verdicts) -> str:
     """Say how many cases pass, and what becomes of the others."""
     return (
         f"{len(verdicts.passed)} of {verdicts.count} cases of onnx's backend suite pass; "
-        f"{len(verdicts.refused)} are refused when they are loaded, {len(verdicts.differing)} "
+        f"{len(verdicts.refused)} are refused, {len(verdicts.differing)} "
         "give other values."
     )
 
