@@ -173,7 +173,7 @@ def main() -> None:
     if options.list:
         print("", *names(found), sep="\n")
     if options.list and verdicts is not None:
-        print(f"refused when they are loaded: {', '.join(sorted(verdicts.refused))}")
+        print(f"refused: {', '.join(sorted(verdicts.refused))}")
         print(f"other values: {', '.join(sorted(verdicts.differing))}")
     if options.update_readme:
         update_section(README, "coverage", text)
