@@ -8,15 +8,18 @@ is a float32 division, as in onnxruntime: multiplying by ``1 / scale`` moves tie
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT32, QuantType
 from qwrap.errors import InputError
+from qwrap.minifloat import saturate_to
 
 MIN_SCALE = 2.0**-62
 """Smallest scale chosen: its inverse and the product of two (a bias's scale) are normal floats."""
@@ -27,47 +30,97 @@ class QParams:
     """What turns codes into real values.
 
     Attributes:
-        scale: real units per step, float32 ``[1]`` or ``[C]``, above zero.
+        scale: real units per step, float32, above zero: ``[1]``, ``[C]``, or for blocks the shape
+            of the tensor with ``ceil(D / block_size)`` in place of ``axis``'s D.
         zero_point: the code that means 0.0, int32, of the shape of ``scale``.
-        axis: the axis that ``[C]`` runs along, None for one scale per tensor.
+        axis: the axis that ``[C]`` or the blocks run along, None for one scale per tensor.
+        block_size: elements that share a scale along ``axis``, None for one scale per index.
     """
 
     scale: Tensor
     zero_point: Tensor
     axis: int | None = None
+    block_size: int | None = None
 
 
 def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     """Return the scale and zero point that spread the codes of ``spec`` over ``[low, high]``.
 
-    The range is first widened to hold 0, which then has a code of its own. A symmetric one reaches
-    as far on both sides, and its largest magnitude gets the largest code. The range ``[0, 0]``
-    gets scale 1; scales below ``MIN_SCALE`` become ``MIN_SCALE``.
+    The range is first widened to hold 0, which then has a code of its own, and to
+    ``spec.min_real_range``. A symmetric one reaches as far on both sides; where it has one code
+    more on the lower side, both ends lie half a step within. The range ``[0, 0]`` gets scale 1;
+    scales below ``MIN_SCALE`` become ``MIN_SCALE``. Scales are rounded as ``spec`` says before
+    the zero point is chosen.
 
     Args:
-        low: smallest value to represent, a float scalar or ``[C]``.
+        low: smallest value to represent, a float scalar, ``[C]`` or one for each block.
         high: largest value to represent, of the same shape.
         spec: type and symmetry; its axis is handed on.
 
     Raises:
         InputError: ``low`` or ``high`` is not finite.
 
-    Source: Jacob et al., arXiv:1712.05877, section 3.
+    Source: Jacob et al., arXiv:1712.05877, section 3; the rules for symmetric, restricted and
+    least ranges are those of onnxruntime's ``compute_scale_zp`` and ``snap_zero_point_to_uint8``.
     """
-    low, high = _range_with_zero(low, high)
-    middle = 0 if spec.dtype.signed else 2 ** (spec.dtype.bits - 1)
-    if spec.symmetric:
-        width, steps = torch.maximum(-low, high), spec.qmax - middle
+    low, high = _range_with_zero(low, high, spec)
+    qmin, qmax = spec.qmin, spec.qmax
+    middle: Tensor | float = float(_middle(spec))
+    # Tensors of steps, because CUDA multiplies by the inverse of a Python number.
+    if spec.restricted:
+        middle = torch.where(low < 0, middle, qmin)
+        down, up = (middle - qmin).clamp(min=1), qmax - middle
+        width = torch.maximum(-low / down, high / up)
+    elif spec.symmetric:
+        width = torch.maximum(-low, high)
+        width = (width + width) / torch.full_like(width, qmax - qmin)
     else:
-        width, steps = high - low, spec.qmax - spec.qmin
-    # A tensor of steps, because CUDA multiplies by the inverse of a Python number.
-    scale = width / torch.full_like(width, steps)
-    scale = torch.where(width > 0, scale.clamp(min=MIN_SCALE), 1.0)
-    if spec.symmetric:
-        zero_point = torch.full_like(scale, middle)
+        width = (high - low) / torch.full_like(low, qmax - qmin)
+    scale = round_scale(torch.where(width > 0, width.clamp(min=MIN_SCALE), 1.0), spec)
+    if spec.symmetric or spec.restricted:
+        zero_point = torch.zeros_like(scale) + middle
     else:
-        zero_point = (spec.qmin - low / scale).round_().clamp_(spec.qmin, spec.qmax)
-    return QParams(scale.to(torch.float32), zero_point.to(torch.int32), spec.axis)
+        zero_point = (qmin - low / scale).round_().clamp_(qmin, qmax)
+    return QParams(scale.to(torch.float32), zero_point.to(torch.int32), spec.axis, spec.block_size)
+
+
+def _middle(spec: QuantSpec) -> int:
+    """Return the zero point of a symmetric type: of two middle codes the even one."""
+    return round((spec.qmin + spec.qmax) / 2) if spec.dtype.is_integer else 0
+
+
+def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return scales as they can be stored, in float64; none becomes 0 or infinite.
+
+    Args:
+        scale: positive, of any shape; with ``scale_type`` float8e4m3fn all scales of one tensor.
+        spec: gives ``scale_type`` and ``power_of_two``.
+    """
+    scale = scale.to(torch.float64)
+    if spec.power_of_two or spec.scale_type == "float8e8m0":
+        mantissa, exponent = torch.frexp(scale)
+        exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(-126, 127)
+        scale = torch.ldexp(torch.ones_like(scale), exponent)
+    if spec.scale_type == "float8e4m3fn":
+        outer = outer_scale(scale)
+        inner = saturate_to(scale / outer, TensorProto.FLOAT8E4M3FN).clamp(min=2.0**-9)
+        return (inner * outer).to(torch.float64)
+    dtype = _SCALE_DTYPES.get(spec.scale_type, torch.float32)
+    info = torch.finfo(dtype)
+    return scale.clamp(info.smallest_normal * info.eps, info.max).to(dtype).to(torch.float64)
+
+
+def outer_scale(scale: Tensor) -> Tensor:
+    """Return the float32 scale ``[1]`` that takes the largest of ``scale`` to the top of float8.
+
+    Source: NVFP4, as in NVIDIA's "Pretraining Large Language Models with NVFP4",
+    arXiv:2509.25149, section 2.
+    """
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (scale.max().reshape(1) / largest).to(torch.float32).clamp(min=MIN_SCALE)
+
+
+_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def shrink_into(qparams: QParams, low: float, high: float, spec: QuantSpec) -> QParams:
@@ -89,17 +142,45 @@ def shrink_into(qparams: QParams, low: float, high: float, spec: QuantSpec) -> Q
     return QParams(scale, qparams.zero_point, qparams.axis)
 
 
-def _range_with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _range_with_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     # float64, as in onnxruntime's quantizer: float32 can overflow in high - low, and moves ties.
-    low, high = (end.detach().to(torch.float64).reshape(-1) for end in (low, high))
+    low, high = (end.detach().to(torch.float64) for end in (low, high))
+    if spec.block_size is None:
+        low, high = low.reshape(-1), high.reshape(-1)
     finite = torch.isfinite(low) & torch.isfinite(high)
     if not finite.all():
-        index = int((~finite).nonzero()[0])
+        index = int((~finite).reshape(-1).nonzero()[0])
+        worst = low.reshape(-1)[index], high.reshape(-1)[index]
         raise InputError(
-            f"cannot quantize the range [{low[index]:g}, {high[index]:g}] (index {index}): "
+            f"cannot quantize the range [{worst[0]:g}, {worst[1]:g}] (index {index}): "
             "both ends must be finite; look for NaN or infinity in the data"
         )
-    return low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    return low, torch.maximum(high, low + spec.min_real_range)
+
+
+def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
+    """Return the shape of the scale of a tensor of ``shape``."""
+    if spec.axis is None:
+        return (1,)
+    if spec.block_size is None:
+        return (shape[spec.axis],)
+    blocks = -(-shape[spec.axis] // spec.block_size)
+    return (*shape[: spec.axis], blocks, *shape[spec.axis + 1 :])
+
+
+def spread(values: Tensor, shape: Sequence[int], qparams: QParams | QuantSpec) -> Tensor:
+    """Return scales or zero points as they broadcast against a tensor of ``shape``.
+
+    Args:
+        values: ``[1]``, ``[C]``, or one for each block.
+        shape: of the tensor that they belong to.
+        qparams: gives ``axis`` and ``block_size``.
+    """
+    axis, block_size = qparams.axis, qparams.block_size
+    if block_size is None or axis is None:
+        return along_axis(values, axis, len(shape))
+    return values.repeat_interleave(block_size, axis).narrow(axis, 0, shape[axis])
 
 
 def along_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
@@ -110,36 +191,67 @@ def along_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
     return values.reshape(shape)
 
 
-def quantize(
-    x: Tensor, qparams: QParams, dtype: QuantType, *, narrow_range: bool = False
-) -> Tensor:
-    """Return the codes of ``x``, stored as ``dtype.torch_dtype``.
+def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """Return the codes of ``x``, stored as ``spec.dtype.torch_dtype``.
 
-    Equal to onnxruntime's QuantizeLinear bit for bit, which gives NaN the smallest code.
+    Equal to onnxruntime's QuantizeLinear bit for bit, which gives NaN the smallest code of an
+    integer type.
 
     Args:
         x: floats of any shape.
         qparams: scale and zero point.
-        dtype: type of the codes.
-        narrow_range: do not use the smallest code of the type.
+        spec: gives type and range of the codes.
     """
+    dtype = spec.dtype
     # float32 holds every code of up to 16 bits, and float64 those of 32.
     work = torch.float64 if dtype.bits > 16 else torch.float32
-    scale, zero_point = (
-        along_axis(v, qparams.axis, x.ndim) for v in (qparams.scale, qparams.zero_point)
-    )
-    qmin = dtype.qmin + narrow_range
-    codes = x.detach().to(work) / scale.to(work)
-    codes.round_().add_(zero_point).clamp_(qmin, dtype.qmax).nan_to_num_(nan=qmin)
+    scale = spread(qparams.scale, x.shape, qparams)
+    steps = x.detach().to(work) / scale.to(work)
+    if dtype.codebook:
+        return _nearest_level(steps, dtype).to(dtype.torch_dtype)
+    if not dtype.is_integer:
+        return saturate_to(steps, dtype.onnx_type).to(dtype.torch_dtype)
+    zero_point = spread(qparams.zero_point, x.shape, qparams)
+    codes = steps.round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
+    codes.nan_to_num_(nan=spec.qmin)
     return codes.to(torch.int32).to(dtype.torch_dtype)  # torch has no direct cast to every type
 
 
-def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
-    """Return the float32 values that integer ``codes`` stand for."""
-    scale, zero_point = (
-        along_axis(v, qparams.axis, codes.ndim) for v in (qparams.scale, qparams.zero_point)
-    )
+def dequantize(codes: Tensor, qparams: QParams, dtype: QuantType | None = None) -> Tensor:
+    """Return the float32 values that codes stand for.
+
+    Args:
+        codes: integers or floats, as ``quantize`` returns them.
+        qparams: scale and zero point.
+        dtype: type of the codes; needed for code books.
+    """
+    scale = spread(qparams.scale, codes.shape, qparams)
+    if dtype is not None and dtype.codebook:
+        return _levels(dtype, codes.device)[codes.to(torch.int32)] * scale
+    if codes.is_floating_point():
+        return codes.to(torch.float32) * scale
+    zero_point = spread(qparams.zero_point, codes.shape, qparams)
     return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
+
+
+def _levels(dtype: QuantType, device: torch.device) -> Tensor:
+    return torch.tensor(dtype.levels, dtype=torch.float32, device=device)
+
+
+def _nearest_level(steps: Tensor, dtype: QuantType) -> Tensor:
+    """Return the index of the level nearest to each of ``steps``, of two the lower."""
+    levels = _levels(dtype, steps.device)
+    middles = levels[:-1] + (levels[1:] - levels[:-1]) / 2
+    return torch.bucketize(steps.to(torch.float32), middles)
+
+
+def round_steps(steps: Tensor, dtype: QuantType) -> Tensor:
+    """Return float32 steps rounded to the numbers of a type without zero point, clamped."""
+    if dtype.codebook:
+        nearest = _levels(dtype, steps.device)[_nearest_level(steps, dtype)]
+    else:
+        nearest = saturate_to(steps, dtype.onnx_type)
+    return torch.where(steps.isnan(), steps, nearest)
 
 
 def round_to_codes(steps: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,14 +296,16 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 
     Args:
         x: floats of any shape.
-        scale: float32, ``[1]``, or ``[C]`` along ``spec.axis``.
-        zero_point: integers of the shape of ``scale``.
+        scale: float32, ``[1]``, ``[C]`` along ``spec.axis``, or one for each block.
+        zero_point: integers of the shape of ``scale``; ignored for types that have none.
         spec: gives axis and range of the codes, of at most 16 bits.
 
     Source: straight-through estimator of Bengio et al., arXiv:1308.3432.
     """
-    scale = along_axis(scale, spec.axis, x.ndim)
-    zero_point = along_axis(zero_point, spec.axis, x.ndim)
+    scale = spread(scale, x.shape, spec)
+    if not spec.dtype.is_integer:
+        return _fake_quantize_to_levels(x, scale, spec.dtype)
+    zero_point = spread(zero_point, x.shape, spec)
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]  # torch has no stub
             x, scale, zero_point, spec.qmin, spec.qmax
@@ -199,6 +313,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
         return result
     codes = _codes(x, scale, zero_point).clamp_(spec.qmin, spec.qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def _fake_quantize_to_levels(x: Tensor, scale: Tensor, dtype: QuantType) -> Tensor:
+    with torch.no_grad():
+        rounded = round_steps(x.to(torch.float32) / scale, dtype).mul_(scale).to(x.dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounded
+    clamped = x.clamp((scale * dtype.qmin).to(x.dtype), (scale * dtype.qmax).to(x.dtype))
+    return rounded + (clamped - clamped.detach())  # adds zero, so that the value stays exact
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

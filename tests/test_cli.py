@@ -295,8 +295,8 @@ def test_arrays_of_another_model_are_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_type_is_one_line(tmp_path: Path, data: Path) -> None:
-    arguments = ("-o", tmp_path / "q.onnx", "--calibration", data, "--activation", "uint7")
-    assert "uint7" in mistake(run("quantize", model_path(), *arguments))
+    arguments = ("-o", tmp_path / "q.onnx", "--calibration", data, "--activation", "uint99")
+    assert "uint99" in mistake(run("quantize", model_path(), *arguments))
 
 
 def test_an_unwritable_output_is_one_line(tmp_path: Path, data: Path) -> None:
@@ -350,7 +350,7 @@ def test_an_unknown_preset_is_one_line(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--method", "entropy", "method='entropy': choose one of"),
+        ("--method", "entropie", "method='entropie': choose one of"),
         ("--weight-method", "percentile", "weight_method='percentile': choose one of"),
         ("--percentile", 30, "percentile=30.0: expected"),
         ("--exclude", "/tail/*", "/tail/*"),

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qwrap"
-BASE = {"errors", "dtypes", "config", "numerics"}
+BASE = {"errors", "minifloat", "dtypes", "config", "numerics"}
 MAY_IMPORT = {
     "errors": set(),
-    "dtypes": {"errors"},
+    "minifloat": set(),
+    "dtypes": {"errors", "minifloat"},
     "config": {"errors", "dtypes"},
-    "numerics": {"errors", "dtypes", "config"},
+    "numerics": {"errors", "minifloat", "dtypes", "config"},
     "graph": BASE,
     "ops": BASE,
     "model": {*BASE, "graph", "ops"},

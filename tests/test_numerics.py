@@ -78,6 +78,10 @@ def along(values: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
     return values.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
+def full(dtype: QuantType) -> QuantSpec:
+    return QuantSpec(dtype=dtype, symmetric=False)
+
+
 def per_tensor(scale: float, zero_point: int) -> QParams:
     return QParams(
         torch.tensor([scale], dtype=torch.float32), torch.tensor([zero_point], dtype=torch.int32)
@@ -103,7 +107,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, QParams, QuantType]:
 @settings(deadline=None, max_examples=400)
 def test_quantize_gives_onnxruntimes_codes(case: tuple[np.ndarray, QParams, QuantType]) -> None:
     x, qparams, dtype = case
-    codes = quantize(torch.from_numpy(x), qparams, dtype)
+    codes = quantize(torch.from_numpy(x), qparams, full(dtype))
     assert codes.dtype == dtype.torch_dtype
     np.testing.assert_array_equal(codes.numpy(), run("QuantizeLinear", x, qparams, dtype))
 
@@ -128,7 +132,7 @@ def test_dequantize_inverts_codes_as_onnxruntime_does(
     case: tuple[np.ndarray, QParams, QuantType],
 ) -> None:
     x, qparams, dtype = case
-    codes = quantize(torch.from_numpy(x), qparams, dtype)
+    codes = quantize(torch.from_numpy(x), qparams, full(dtype))
     theirs = run("DequantizeLinear", codes.numpy(), qparams, dtype)
     np.testing.assert_array_equal(dequantize(codes, qparams).numpy(), theirs)
 
@@ -138,7 +142,7 @@ def test_special_values_get_onnxruntimes_codes(dtype: QuantType) -> None:
     x = np.array([np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, -0.0, 1e-45, -1e-40] * 9, np.float32)
     for zero_point in (dtype.qmin, 7, dtype.qmax):
         qparams = per_tensor(0.1, zero_point)
-        ours = quantize(torch.from_numpy(x), qparams, dtype).numpy()
+        ours = quantize(torch.from_numpy(x), qparams, full(dtype)).numpy()
         np.testing.assert_array_equal(ours, run("QuantizeLinear", x, qparams, dtype))
         assert ours[:3].tolist() == [dtype.qmin, dtype.qmax, dtype.qmin]
 
@@ -147,18 +151,18 @@ def test_images_over_255_have_no_differing_code() -> None:
     # Ties everywhere: a multiplication by 1 / scale gets a tenth of these wrong.
     x = (np.arange(0, 511, dtype=np.float32) / 2) / 255
     qparams = per_tensor(1 / 255, 0)
-    ours = quantize(torch.from_numpy(x), qparams, UINT8).numpy()
+    ours = quantize(torch.from_numpy(x), qparams, full(UINT8)).numpy()
     np.testing.assert_array_equal(ours, run("QuantizeLinear", x, qparams, UINT8))
 
 
 def test_ties_go_to_the_even_code() -> None:
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    assert quantize(x, per_tensor(1.0, 1), INT8).tolist() == [-1, -1, 1, 1, 3, 3]
+    assert quantize(x, per_tensor(1.0, 1), full(INT8)).tolist() == [-1, -1, 1, 1, 3, 3]
 
 
 def test_narrow_range_leaves_the_smallest_code_unused() -> None:
     x = torch.tensor([-9.0, 9.0])
-    assert quantize(x, per_tensor(0.01, 0), INT8, narrow_range=True).tolist() == [-127, 127]
+    assert quantize(x, per_tensor(0.01, 0), QuantSpec(narrow_range=True)).tolist() == [-127, 127]
     spec = QuantSpec(narrow_range=True)
     assert fake_quantize(x * 99, torch.tensor([0.5]), torch.tensor([0]), spec)[0] == -63.5
 
@@ -168,7 +172,7 @@ def test_a_scalar_keeps_its_shape() -> None:
     spec = QuantSpec(dtype=INT8)
     qparams = per_tensor(0.25, 0)
     assert fake_quantize(x, qparams.scale, qparams.zero_point, spec).shape == ()
-    assert quantize(x, qparams, INT8).shape == ()
+    assert quantize(x, qparams, full(INT8)).shape == ()
     assert fake_quantize(x.detach().half(), qparams.scale, qparams.zero_point, spec).shape == ()
 
 
@@ -244,7 +248,7 @@ def test_input_is_left_alone() -> None:
     x = torch.tensor([0.3, 5.0])
     before = copy.deepcopy(x)
     fake_quantize(x, torch.tensor([0.1]), torch.tensor([3]), QuantSpec(dtype=INT8, symmetric=False))
-    quantize(x, per_tensor(0.1, 3), INT8)
+    quantize(x, per_tensor(0.1, 3), full(INT8))
     assert torch.equal(x, before)
 
 
@@ -322,11 +326,11 @@ def test_zero_and_both_ends_are_within_half_a_step_of_a_code(
     [
         (UINT8, False, False, 4.0 / 255, 64),
         (INT8, False, False, 4.0 / 255, -64),
-        (UINT8, True, False, 3.0 / 127, 128),
-        (INT8, True, False, 3.0 / 127, 0),
+        (UINT8, True, False, 6.0 / 255, 128),
+        (INT8, True, False, 6.0 / 255, 0),
         (INT8, True, True, 3.0 / 127, 0),
         (UINT16, False, False, 4.0 / 65535, 16384),
-        (INT16, True, False, 3.0 / 32767, 0),
+        (INT16, True, False, 6.0 / 65535, 0),
     ],
 )
 def test_pinned_qparams_of_minus_one_to_three(
@@ -396,4 +400,6 @@ def test_codes_on_cuda_are_those_on_the_cpu() -> None:
     x = torch.arange(-3000, 3000) / 2 * 0.037
     qparams = per_tensor(0.037, 100)
     on_cuda = QParams(qparams.scale.cuda(), qparams.zero_point.cuda())
-    assert torch.equal(quantize(x.cuda(), on_cuda, UINT8).cpu(), quantize(x, qparams, UINT8))
+    assert torch.equal(
+        quantize(x.cuda(), on_cuda, full(UINT8)).cpu(), quantize(x, qparams, full(UINT8))
+    )

@@ -41,7 +41,7 @@ class QdqWriter:
         for (node, index), constant in self.plan.constants.items():
             stub = self._stub(UsePoint(node, index))
             value, spec = self._stored(constant.value), stub.spec
-            codes = quantize(value, stub.qparams, spec.dtype, narrow_range=spec.narrow_range)
+            codes = quantize(value, stub.qparams, stub.grid)
             self._constant(node, index, constant.value, codes, stub.qparams, spec.dtype)
         for (node, index), bias in self.plan.biases.items():
             bias_stub = self.model.tap(UsePoint(node, index))

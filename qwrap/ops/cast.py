@@ -16,9 +16,10 @@ from onnx import TensorProto
 from torch import Tensor
 
 from qwrap.errors import UnsupportedOpError
+from qwrap.minifloat import FLOAT8, GRIDS
 from qwrap.ops.element_types import DATA_TYPES, TORCH_DTYPES
 from qwrap.ops.limits import one_of
-from qwrap.ops.minifloat import FLOAT8, GRIDS, to_e8m0, to_float8
+from qwrap.ops.minifloat import to_e8m0, to_float8
 from qwrap.ops.registry import op
 from qwrap.ops.text.numerals import Text, from_text, to_text
 

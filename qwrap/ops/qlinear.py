@@ -161,4 +161,8 @@ def dynamic_quantize_linear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.where(high == low, torch.ones_like(scale), scale)
     zero_point = (-low / scale).detach().clamp(UINT8.qmin, UINT8.qmax).round()
     qparams = QParams(scale.detach().reshape(1), zero_point.reshape(1).to(torch.int32))
-    return quantize(x.detach(), qparams, UINT8), scale, zero_point.to(torch.uint8)
+    return (
+        quantize(x.detach(), qparams, TYPES[UINT8.onnx_type]),
+        scale,
+        zero_point.to(torch.uint8),
+    )

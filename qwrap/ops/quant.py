@@ -13,22 +13,17 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from qwrap.dtypes import INT8, INT16, INT32, UINT8, UINT16, QuantType
+from qwrap.config import QuantSpec
+from qwrap.dtypes import INT32, INTEGERS
 from qwrap.errors import UnsupportedOpError
+from qwrap.minifloat import FLOAT8, GRIDS
 from qwrap.numerics import QParams, along_axis, dequantize, quantize
 from qwrap.ops.cast import convert, data_type_of
 from qwrap.ops.element_types import TORCH_DTYPES
-from qwrap.ops.minifloat import FLOAT8, GRIDS
 from qwrap.ops.registry import op
 
-SUB_BYTE = (
-    QuantType("int4", TensorProto.INT4, torch.int8, 4, -8, 7, 21),
-    QuantType("uint4", TensorProto.UINT4, torch.uint8, 4, 0, 15, 21),
-    QuantType("int2", TensorProto.INT2, torch.int8, 2, -2, 1, 25),
-    QuantType("uint2", TensorProto.UINT2, torch.uint8, 2, 0, 3, 25),
-)
-TYPES: Mapping[int, QuantType] = MappingProxyType({
-    t.onnx_type: t for t in (UINT8, INT8, UINT16, INT16, INT32, *SUB_BYTE)
+TYPES: Mapping[int, QuantSpec] = MappingProxyType({
+    t.onnx_type: QuantSpec(dtype=t, symmetric=False) for t in (*INTEGERS, INT32)
 })
 """``onnx.TensorProto`` data type to the integer codes it holds."""
 

@@ -94,7 +94,7 @@ class _Lowering:
         """Whether onnxruntime has the kernel: it fuses 8-bit activations only."""
         sources = [source_of(self.plan, self.graph, v) for v in node.inputs if v is not None]
         specs = [self.plan.tensors[key].spec for key in sources if key is not None]
-        return all(spec.dtype.bits == EIGHT_BITS for spec in specs)
+        return all(s.dtype.is_integer and s.dtype.bits == EIGHT_BITS for s in specs)
 
     def _stub(self, point: Point) -> Stub:
         stub = self.model.tap(point)
@@ -126,7 +126,7 @@ class _Lowering:
         value = self.model.stored(self.plan.constants[key, 1].value)
         assert value is not None
         qparams = stub.qparams
-        codes = quantize(value, qparams, stub.spec.dtype, narrow_range=stub.spec.narrow_range)
+        codes = quantize(value, qparams, stub.grid)
         return codes.int() - qparams.zero_point.int().reshape(-1)[0], qparams.scale
 
     def _bias(self, node: ir.Node) -> Tensor | None:

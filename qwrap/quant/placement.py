@@ -57,6 +57,9 @@ class _Placement:
         self.graph, self.config, self.target = layout.graph, config, target
         keys = [layout.graph.node_key(node) for node, _ in layout.placed()]
         self.facts = Eligibility(layout, target, {**without, **self._excluded(keys)})
+        spec = config.activation_spec
+        assert spec is not None
+        self.activation = spec
         self.reasons: dict[ir.Node, str] = {}
         self.integer: dict[ir.Node, None] = {}
 
@@ -153,7 +156,7 @@ class _Placement:
             source, fixed = self._add_tensor(plan, moved), None
         else:
             source, fixed = key, self.target.fixed.get(node.op_type if node else "")
-        plan.tensors[key] = TensorPlan(spec=self.config.activation_spec, source=source, fixed=fixed)
+        plan.tensors[key] = TensorPlan(spec=self.activation, source=source, fixed=fixed)
         if node is not None and node.op_type == "Split" and source != key:
             for other in node.outputs:  # the kernel wants all of them quantized alike
                 self._add_tensor(plan, other)
@@ -182,7 +185,7 @@ class _Placement:
                     weight=(key, 1),
                 )
             elif value in operands:
-                spec = self.config.activation_spec
+                spec = self.activation
                 if node.op_type in self.target.matrix:
                     spec = self.config.weight_spec(self.facts.weight_axis(node))
                 plan.constants[key, index] = ConstantPlan(value=self.graph.key(value), spec=spec)
@@ -208,7 +211,7 @@ class _Placement:
 
     def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
         key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
-        spec = self.config.activation_spec
+        spec = self.activation
         table = node.inputs[0]
         assert table is not None
         plan.constants[key, 0] = ConstantPlan(value=self.graph.key(table), spec=spec)

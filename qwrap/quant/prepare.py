@@ -20,6 +20,7 @@ from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
+from qwrap.numerics import scale_shape
 from qwrap.quant.exact import exact_program
 from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement import place
@@ -72,7 +73,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
 def _raise_opset(draft: ir.Model, config: QConfig) -> list[str]:
     """Let ``draft`` import an opset that carries what ``config`` asks for, in place."""
     specs = (config.activation_spec, config.weight_spec(0))
-    needed = max(spec.dtype.opset for spec in specs)
+    needed = max(spec.dtype.opset for spec in specs if spec is not None)
     needed = max(needed, PER_AXIS_OPSET if config.per_channel else 0)
     before = opset_of(draft, "")
     if before >= needed:
@@ -157,8 +158,8 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
         return stub
     value = model.stored(constant.value)
     assert value is not None
-    axis = constant.spec.axis
-    return Stub(constant.value, constant.spec, 1 if axis is None else value.shape[axis])
+    shape = scale_shape(value.shape, constant.spec)
+    return Stub(constant.value, constant.spec, shape, stored=True)
 
 
 def new_observer(name: str, config: QConfig) -> Observer:

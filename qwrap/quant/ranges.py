@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -208,9 +209,7 @@ def choose_weight_range(
 
 
 def _best_ratio(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
-    by_row = QuantSpec(
-        dtype=spec.dtype, symmetric=spec.symmetric, axis=0, narrow_range=spec.narrow_range
-    )
+    by_row = replace(spec, axis=0, block_size=None)
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf, dtype=torch.float64)
     for ratio in _WEIGHT_RATIOS:
         qparams = choose_qparams(low * ratio, high * ratio, by_row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,9 +46,10 @@ class Stub(Switch):
     and are written in place, so that wrappers which hold on to them (DDP) keep the right ones.
 
     Attributes:
-        spec: how the tensor is quantized.
-        scale: float32 ``[1]`` or ``[C]``.
+        spec: how the tensor is quantized: what the scale is chosen for.
+        scale: float32 ``[1]``, ``[C]``, or one for each block.
         zero_point: int32 of the same shape.
+        grid: the same, with the ends at which values are clamped.
         observer: what watches the tensor, None where the scale needs no data.
     """
 
@@ -55,12 +57,19 @@ class Stub(Switch):
     zero_point: Tensor
 
     def __init__(
-        self, name: str, spec: QuantSpec, channels: int = 1, observer: Observer | None = None
+        self,
+        name: str,
+        spec: QuantSpec,
+        shape: Sequence[int] = (1,),
+        observer: Observer | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
         super().__init__(name)
         self.spec, self.observer = spec, observer
-        self.register_buffer("scale", torch.full((channels,), float("nan")))
-        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+        self.grid = spec if stored else spec.as_computed()
+        self.register_buffer("scale", torch.full(tuple(shape), float("nan")))
+        self.register_buffer("zero_point", torch.zeros(tuple(shape), dtype=torch.int32))
 
     @property
     def qparams(self) -> QParams:
@@ -73,7 +82,7 @@ class Stub(Switch):
             raise NotCalibratedError(
                 f"tensor {self.name!r} has no scale yet; run qwrap.calibrate() first"
             )
-        return QParams(self.scale, self.zero_point, self.spec.axis)
+        return QParams(self.scale, self.zero_point, self.spec.axis, self.spec.block_size)
 
     @torch.no_grad()
     def set_qparams(self, qparams: QParams) -> None:
@@ -90,15 +99,17 @@ class Stub(Switch):
     def forward(self, x: Tensor) -> Tensor:
         """Observe, quantize or pass on ``x``."""
         if self.mode == "quantize":
-            return fake_quantize(x, self.scale, self.zero_point, self.spec)
+            return fake_quantize(x, self.scale, self.zero_point, self.grid)
         if self.mode == "observe" and self.observer is not None:
             self.observer.observe(x)
         return x
 
     def extra_repr(self) -> str:
         """Describe type and granularity in ``print(model)``."""
-        axis = "" if self.spec.axis is None else f", axis={self.spec.axis}"
-        return f"{self.spec.dtype}{axis}, {self.mode}"
+        spec = self.spec
+        axis = "" if spec.axis is None else f", axis={spec.axis}"
+        block = "" if spec.block_size is None else f", block_size={spec.block_size}"
+        return f"{spec.dtype}{axis}{block}, {self.mode}"
 
 
 class BiasStub(Switch):

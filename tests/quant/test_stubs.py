@@ -56,7 +56,7 @@ def test_the_mode_is_saved() -> None:
 
 
 def bias_stub():
-    weight = Stub("w", S8, channels=2)
+    weight = Stub("w", S8, shape=(2,))
     zero = torch.zeros(2, dtype=torch.int32)
     weight.set_qparams(QParams(torch.tensor([0.25, 0.5]), zero, 0))
     made = BiasStub("b", stub(), weight)
@@ -90,5 +90,5 @@ def test_a_bias_stub_follows_its_scales_and_holds_none() -> None:
 
 def test_print_shows_type_axis_and_mode() -> None:
     assert "uint8, float" in repr(Stub("t", U8))
-    assert "int8, axis=0, float" in repr(Stub("w", S8, channels=2))
+    assert "int8, axis=0, float" in repr(Stub("w", S8, shape=(2,)))
     assert "int32, quantize" in repr(bias_stub())

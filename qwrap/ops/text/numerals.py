@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import InputError
+from qwrap.minifloat import FLOAT8
 from qwrap.ops.element_types import TORCH_DTYPES
-from qwrap.ops.minifloat import FLOAT8
 
 Text = np.ndarray[Any, np.dtype[np.object_]]
 

@@ -29,7 +29,7 @@ class Grid:
     dtype: QuantType
 
     def __post_init__(self) -> None:
-        if self.dtype.bits != 8:
+        if self.dtype.bits != 8 or not self.dtype.is_integer:
             raise ConfigError(f"fused kernels take 8-bit activations; got {self.dtype}")
         if not self.dtype.qmin <= self.zero_point <= self.dtype.qmax:
             raise ConfigError(f"zero point {self.zero_point} is outside {self.dtype}")
@@ -37,12 +37,12 @@ class Grid:
     @property
     def low(self) -> int:
         """Smallest centered code."""
-        return self.dtype.qmin - self.zero_point
+        return int(self.dtype.qmin) - self.zero_point
 
     @property
     def high(self) -> int:
         """Largest centered code."""
-        return self.dtype.qmax - self.zero_point
+        return int(self.dtype.qmax) - self.zero_point
 
     @property
     def zero_point_u8(self) -> int:
@@ -74,4 +74,4 @@ class Grid:
 
     def codes_table(self) -> Tensor:
         """Return all centered codes, float32 [256], ascending."""
-        return self.scale.new_ones(self.dtype.qmax - self.dtype.qmin + 1).cumsum(0) + (self.low - 1)
+        return self.scale.new_ones(self.high - self.low + 1).cumsum(0) + (self.low - 1)
