@@ -53,15 +53,16 @@ def times(model: str, samples: int, options: Any) -> list[dict[str, Any]]:
     methods = list(options.methods)
     bases = {m: "ort-forward" if m.startswith("ort-") else "forward" for m in methods}
     result = run("time", model, [*dict.fromkeys(bases.values()), *methods], samples, options)
-    if "failed" in result:
-        return [{"model": model, "samples": samples, "method": "all", **result}]
-    seconds = result["seconds"]
+    seconds = result.get("seconds", {})
     rows = []
     for method in methods:
-        row = {"model": model, "samples": samples, "method": method}
+        row: dict[str, Any] = {"model": model, "samples": samples, "method": method}
+        if method not in seconds:
+            rows.append({**row, "failed": result["failed"]})
+            continue
         row["seconds"] = statistics.median(seconds[method])
         row["over_forward"] = _ratio(seconds[method], seconds[bases[method]])
-        if "ort-entropy" in methods and method != "ort-entropy":
+        if "ort-entropy" in seconds and method != "ort-entropy":
             row["over_ort_entropy"] = _ratio(seconds[method], seconds["ort-entropy"])
         rows.append(row)
     return rows

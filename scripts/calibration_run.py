@@ -22,6 +22,7 @@ from calibration_work import NetworkWork, SharedWork, batches
 from networks import NETWORKS
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from shared_models import Inputs, SharedModels
 
 import qwrap
@@ -82,6 +83,7 @@ def _onnxruntime_calibrate(method: str) -> Prepare:
             augmented = str(Path(folder) / "augmented.onnx")
             calibrator = create_calibrator(
                 path,
+                op_types_to_calibrate=sorted({*QLinearOpsRegistry, *QDQRegistry}),
                 augmented_model_path=augmented,
                 calibrate_method=CalibrationMethod[method],
             )
@@ -141,15 +143,33 @@ def _measure(arguments: argparse.Namespace, work: SharedWork | NetworkWork) -> d
     data = batches(work, arguments.samples, arguments.batch_size)
     if arguments.what == "memory":
         (method,) = arguments.methods
-        METHODS[method](work.path)(data)
+        failures: list[str] = []
+        with _survive(method, failures):
+            METHODS[method](work.path)(data)
+        if failures:
+            return {"failed": failures[0]}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
         return {"peak_MiB": peak / 1024}
     held = list(data)
     seconds: dict[str, list[float]] = {method: [] for method in arguments.methods}
+    failures: list[str] = []
     for _ in range(arguments.rounds):
-        for method in arguments.methods:
-            seconds[method].append(_seconds(METHODS[method](work.path), held))
-    return {"seconds": seconds}
+        for method in list(seconds):
+            with _survive(method, failures):
+                seconds[method].append(_seconds(METHODS[method](work.path), held))
+    done = {method: taken for method, taken in seconds.items() if len(taken) == arguments.rounds}
+    return {"seconds": done, "failed": "; ".join(dict.fromkeys(failures))}
+
+
+@contextlib.contextmanager
+def _survive(method: str, failures: list[str]) -> Iterator[None]:
+    """Let a method of onnxruntime fail, most often for want of memory, and take down why."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not method.startswith("ort-"):
+            raise
+        failures.append(str(error).partition("\n")[0] or "out of memory")
 
 
 def main() -> None:
@@ -171,15 +191,7 @@ def main() -> None:
         if isinstance(work, NetworkWork):
             work.export()
         return
-    try:
-        result = _measure(arguments, work)
-    except MemoryError:
-        result = {"failed": "out of memory"}
-    except RuntimeError as error:  # what torch and onnxruntime raise when they get no memory
-        if "alloc" not in str(error):
-            raise
-        result = {"failed": "out of memory"}
-    print(json.dumps(result))
+    print(json.dumps(_measure(arguments, work)))
 
 
 if __name__ == "__main__":
