@@ -44,7 +44,8 @@ def run(what: str, model: str, methods: Sequence[str], samples: int, options: An
     }
     command = [sys.executable, str(_SCRIPTS / "calibration_run.py"), what, *methods]
     command += [str(part) for option in given.items() for part in option]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "QWRAP_BENCH_OP_TYPES": ",".join(options.ort_op_types)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout) if done.stdout else None
 
 
@@ -113,6 +114,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit-gib", type=float, default=16.0)
     parser.add_argument("--shared", type=Path, default=shared)
     parser.add_argument("--workdir", type=Path, default=Path("build/networks"), help="files stay")
+    parser.add_argument(
+        "--ort-op-types",
+        nargs="+",
+        default=[],
+        help="operators that onnxruntime calibrates, where its histograms fail on others: on masks",
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -77,13 +77,19 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships
         return next(self._batches, None)
 
 
+def _op_types() -> list[str]:
+    """Return the operators that onnxruntime calibrates: what it can quantize, or what is asked."""
+    asked = os.environ.get("QWRAP_BENCH_OP_TYPES")
+    return asked.split(",") if asked else sorted({*QLinearOpsRegistry, *QDQRegistry})
+
+
 def _onnxruntime_calibrate(method: str) -> Prepare:
     def prepare(path: Path) -> Job:
         with tempfile.TemporaryDirectory() as folder:
             augmented = str(Path(folder) / "augmented.onnx")
             calibrator = create_calibrator(
                 path,
-                op_types_to_calibrate=sorted({*QLinearOpsRegistry, *QDQRegistry}),
+                op_types_to_calibrate=_op_types(),
                 augmented_model_path=augmented,
                 calibrate_method=CalibrationMethod[method],
             )
