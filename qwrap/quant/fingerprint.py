@@ -89,15 +89,17 @@ class Fingerprint:
     def difference(self, other: Fingerprint) -> str | None:
         """Say in which respect this model ("here") is not ``other`` ("there"), None if in none."""
         return (
-            self._difference_of_ends(other)
+            self._difference_of_ends(other, "input")
             or self._difference_of_nodes(other)
+            or self._difference_of_ends(other, "output")
             or self._difference_of_weights(other)
         )
 
-    def _difference_of_ends(self, other: Fingerprint) -> str | None:
-        for mine, theirs in zip_longest(self.ends, other.ends):
-            if mine != theirs:
-                texts = ["none" if e is None else f"{e[0]} {e[1]!r} {e[2]}" for e in (mine, theirs)]
+    def _difference_of_ends(self, other: Fingerprint, kind: str) -> str | None:
+        ends = ([e for e in print_.ends if e[0] == kind] for print_ in (self, other))
+        for pair in zip_longest(*ends):
+            if pair[0] != pair[1]:
+                texts = ["none" if e is None else f"{e[0]} {e[1]!r} {e[2]}" for e in pair]
                 return f"{texts[0]} here, {texts[1]} there"
         return None
 
