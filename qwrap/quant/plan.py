@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qwrap.config import QuantSpec
 
-Role = Literal["integer", "moves", "absorbed", "float"]
+Role = Literal["integer", "weights", "moves", "absorbed", "float"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,9 @@ class NodePlan:
     """How a node will run.
 
     Attributes:
-        role: "integer" in an integer kernel, "moves" codes without computing, "absorbed" into
-            its producer's kernel, or "float".
+        role: "integer" in an integer kernel (or between pairs, where ``QuantPlan.notes`` says that
+            there is none), "weights" in float from a quantized weight, "moves" codes without
+            computing, "absorbed" into its producer's kernel, or "float".
         reason: why, for "float".
     """
 
@@ -89,6 +90,8 @@ class QuantPlan:
         nodes: node key -> how it runs.
         changes: what was rewritten in the graph before placement, one line each.
         without: node key -> why calibration returned the node to float.
+        notes: what to know about the plan as a whole, one line each.
+        fused: whether the runtime has integer kernels for what is quantized.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -97,6 +100,8 @@ class QuantPlan:
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fused: bool = True
 
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
@@ -111,10 +116,11 @@ class QuantPlan:
         """Return a table of what runs in integers and, for the rest, why not."""
         roles = Counter((n.role, n.op_type) for n in self.nodes.values())
         lines = []
-        for role in ("integer", "absorbed", "moves"):
+        for role in ("integer", "weights", "absorbed", "moves"):
             counts = [f"{op} {n}" for (r, op), n in sorted(roles.items()) if r == role]
+            label = "in pairs" if role == "integer" and not self.fused else role
             if counts:
-                lines.append(f"{role + ':':10s} {', '.join(counts)}")
+                lines.append(f"{label + ':':10s} {', '.join(counts)}")
         lines.append(
             f"quantized: {len(self.sources())} activations, "
             f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
@@ -126,6 +132,7 @@ class QuantPlan:
         for reason, keys in sorted(reasons.items()):
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
             lines.append(f"float:     {reason} [{shown}]")
+        lines += [f"note:      {line}" for line in self.notes]
         return "\n".join([*lines, *(f"changed:   {line}" for line in self.changes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +144,8 @@ class QuantPlan:
             "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
             "changes": list(self.changes),
             "without": dict(self.without),
+            "notes": list(self.notes),
+            "fused": self.fused,
         }
 
 
