@@ -10,9 +10,11 @@ import onnx_ir as ir
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
-from qwrap.ops.traits import QUANTIZED
+from qwrap.ops.traits import OUTPUT_RANGES, QUANTIZED
+from qwrap.quant.bounds import operator_qparams
 from qwrap.quant.cut import worth_it
 from qwrap.quant.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
+from qwrap.quant.overrides import apply_overrides
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 from qwrap.quant.target import ORT_CPU, Target
 
@@ -41,11 +43,13 @@ def place(
         without: node key -> reason why it has to stay float.
 
     Raises:
-        ConfigError: a selector of ``config.excluded`` fits no node.
+        ConfigError: a selector of ``config.excluded`` fits no node, or one of
+            ``config.overrides`` no quantized tensor.
     """
     placement = _Placement(layout, config, target, without or {})
     placement.decide()
     plan = placement.plan()
+    apply_overrides(plan, layout, config, strict=without is None)
     plan.without = dict(without or {})
     return plan
 
@@ -155,12 +159,19 @@ class _Placement:
         if moved is not None and self._from_integer(moved):
             source, fixed = self._add_tensor(plan, moved), None
         else:
-            source, fixed = key, self.target.fixed.get(node.op_type if node else "")
+            source, fixed = key, self._dictated(node)
         plan.tensors[key] = TensorPlan(spec=self.activation, source=source, fixed=fixed)
         if node is not None and node.op_type == "Split" and source != key:
             for other in node.outputs:  # the kernel wants all of them quantized alike
                 self._add_tensor(plan, other)
         return source
+
+    def _dictated(self, node: ir.Node | None) -> tuple[float, int] | None:
+        """Return the only scale and zero point that the kernel of ``node`` is right for, if any."""
+        if node is None or node.op_type not in self.target.dictated:
+            return None
+        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], self.activation)
+        return float(qparams.scale), int(qparams.zero_point)
 
     def _add_output(self, plan: QuantPlan, node: ir.Node) -> None:
         value = node.outputs[0]
