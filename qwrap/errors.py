@@ -35,3 +35,7 @@ class NotCalibratedError(QwrapError):
 
 class ExportError(QwrapError):
     """The quantized file cannot be written as asked."""
+
+
+class TableError(QwrapError):
+    """A table of ranges is broken, or its form cannot hold what it is to say."""
