@@ -195,21 +195,23 @@ class Observer(nn.Module):
         Moving averages are averaged, each with the number of batches behind it.
 
         Raises:
-            ConfigError: ``other`` keeps another statistic.
+            ConfigError: ``other`` keeps another statistic, or saw another number of channels.
         """
-        if type(other) is not type(self) or other.axis != self.axis:
-            raise ConfigError(
-                f"tensor {self.name!r}: cannot merge {_kind(other)} into {_kind(self)}"
-            )
-        ours, theirs = self.ends.channels, other.ends.channels
-        if None not in (ours, theirs) and ours != theirs:
-            raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
+        self._check_mergeable(other)
         self.ends.merge(other.ends)
         self.seen += other.seen
         if other.left_out is not None:
             found = other.left_out
             known = torch.zeros_like(found) if self.left_out is None else self.left_out
             self.left_out = known + found.to(known.device)
+
+    def _check_mergeable(self, other: Observer) -> None:
+        if type(other) is not type(self) or other.axis != self.axis:
+            kinds = f"{_kind(other)} into {_kind(self)}"
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {kinds}")
+        ours, theirs = self.ends.channels, other.ends.channels
+        if ours and theirs and ours != theirs:
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
         """Move the statistic along with the module, in place."""
@@ -294,8 +296,9 @@ class HistogramObserver(Observer):
         Raises:
             ConfigError: ``other`` keeps another statistic or another number of bins.
         """
-        if isinstance(other, HistogramObserver):  # first, as it may refuse
-            self.histogram.merge(other.histogram)
+        self._check_mergeable(other)
+        assert isinstance(other, HistogramObserver)
+        self.histogram.merge(other.histogram)  # first, as it may refuse
         super().merge(other)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
