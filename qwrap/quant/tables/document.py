@@ -144,6 +144,22 @@ def numbers(value: object) -> Array:
     return array.astype(np.float64)
 
 
+def cast(array: Array, dtype: str) -> Array:
+    """Return numbers in another type.
+
+    Raises:
+        TableError: one is too large for it, or has a fraction that it cannot hold.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(result)
+    if result.dtype.kind in "iu":
+        lost = array != result
+    if lost.any():
+        raise TableError(f"{float(array[lost].flat[0]):g} is no {dtype}")
+    return result
+
+
 def shorten(value: object) -> str:
     """Return ``value`` as messages show it."""
     if isinstance(value, (dict, list)):

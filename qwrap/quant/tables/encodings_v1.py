@@ -12,7 +12,7 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, render
+from qwrap.quant.tables.document import Array, Fields, at, cast, render
 from qwrap.quant.tables.encodings_v0 import SECTIONS
 from qwrap.quant.tables.grid import is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import Lpbq, TensorRange
@@ -78,7 +78,7 @@ def _low_power(fields: Fields, channel_scale: Array, bits: int, stored: bool) ->
         symmetric=True,
         block_size=fields.integer("block_size"),
         stored=stored,
-        lpbq=Lpbq(channel_scale.astype(np.float32), bits),
+        lpbq=Lpbq(cast(channel_scale, "float32"), bits),
     )
 
 
