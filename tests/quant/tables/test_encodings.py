@@ -41,7 +41,9 @@ def written(tmp_path, form: str, **entries: TensorRange):
 
 
 def channels(entry: TensorRange) -> list[tuple[float, int]]:
-    return list(zip(entry.scale.reshape(-1).tolist(), entry.zero_point.reshape(-1).tolist()))
+    return list(
+        zip(entry.scale.reshape(-1).tolist(), entry.zero_point.reshape(-1).tolist(), strict=True)
+    )
 
 
 # --- up to 0.6.1, and QNN

@@ -11,6 +11,7 @@ from qwrap.quant.tables import FORMS, RangeTable, TensorRange
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), min_size=1)
 SCALES = st.floats(2.0**-90, 2.0**90, width=32)
+CODES = (*INTEGERS, *map(integer_type, (3, 7, 12)))
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -35,7 +36,7 @@ def ends_of(scale, zero_point, dtype):
 
 
 @st.composite
-def quantized_ranges(draw, dtypes=(*INTEGERS, *map(integer_type, (3, 7, 12))), axis=True, blocks=0):
+def quantized_ranges(draw, dtypes=CODES, axis=True, blocks=0):
     """A range with a scale, whose ends are those of its codes; axis and blocks as asked for."""
     dtype = draw(st.sampled_from(dtypes))
     shape = draw(st.sampled_from([(2, 3), (1, 1)] if blocks else [(), (3,), (2,)]))
@@ -110,7 +111,7 @@ def test_tensorrts_cache_gives_int8_scales_back(tmp_path, scales) -> None:
     ranges=st.dictionaries(
         NAMES,
         st.one_of(
-            quantized_ranges((*INTEGERS, INT32, *map(integer_type, (3, 7, 12)), *FLOATS)),
+            quantized_ranges((*CODES, INT32, *FLOATS)),
             quantized_ranges(blocks=32),
         ),
         max_size=4,

@@ -156,6 +156,14 @@ def test_a_broken_line_is_named(tmp_path, text: str, message: str) -> None:
         RangeTable.read(tmp_path / "t")
 
 
+def is_refused(data: bytes) -> bool:
+    try:
+        decode_table(data, "tensorrt-flatbuffers")
+    except TableError:
+        return True
+    return False
+
+
 def test_every_cut_or_changed_flatbuffer_is_read_or_refused(tmp_path) -> None:
     path = tmp_path / "t"
     ours().write(path, "tensorrt-flatbuffers")
@@ -167,12 +175,7 @@ def test_every_cut_or_changed_flatbuffer_is_read_or_refused(tmp_path) -> None:
         for place in rng.integers(len(sound), size=rng.integers(1, 5)):
             changed[place] = rng.integers(256)
         damaged.append(bytes(changed))
-    refused = 0
-    for data in damaged:
-        try:
-            decode_table(data, "tensorrt-flatbuffers")
-        except TableError:
-            refused += 1
+    refused = sum(map(is_refused, damaged))
     assert refused >= len(sound) - 8  # what is cut off, save padding at the end
 
 
