@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qwrap.errors import TableError
 
 Array = NDArray[Any]
+BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
@@ -25,13 +26,13 @@ def at(where: str) -> Iterator[None]:
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file.
+    """Return the text of a file; a byte order mark is part of it.
 
     Raises:
         TableError: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TableError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -42,7 +43,7 @@ def parse(data: bytes) -> object:
     Raises:
         TableError: it is not JSON, is nested too deeply, or an object says a name twice.
     """
-    text = decode(data)
+    text = decode(data.removeprefix(BOM))
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:

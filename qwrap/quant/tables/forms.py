@@ -18,7 +18,7 @@ from qwrap.quant.tables import (
     tensorrt_text,
 )
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import parse
+from qwrap.quant.tables.document import BOM, parse
 
 Form = Literal[
     "onnxruntime",
@@ -79,7 +79,7 @@ def decode_table(data: bytes, form: str | None) -> Contents:
             return tensorrt_cache.read(data)
         if b"\0" in data[:4]:  # the first offset; no text begins like this
             return tensorrt_flatbuffers.read(data)
-        if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
+        if data.removeprefix(BOM).lstrip()[:1] not in (b"{", b"["):
             return _read_lines(data)
     document = parse(data)
     return _DOCUMENTS[form or _form_of(document)](document)

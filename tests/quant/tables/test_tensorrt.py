@@ -143,6 +143,7 @@ def test_older_json_tables_hold_pairs_or_maxima(tmp_path) -> None:
         ("x -1.0\n", r"line 1: absolute maximum -1"),
         ("x nan\n", r"line 1: low is not finite"),
         ("x inf\n", r"line 1: low is not finite"),
+        ("x 1_0\n", r"line 1: '1_0': expected a number"),
         ("x 1e39\n", r"line 1: low is not finite"),
         ("x\n", r"line 1: 'x': expected a name, a space and a number"),
         ('{"x": [1, 2, 3]}', r"tensor 'x': is of shape \[3\]; expected \[low, high\]"),
@@ -196,4 +197,12 @@ def test_texts_that_lie_over_each_other_are_refused(tmp_path) -> None:
             break
     (tmp_path / "t").write_bytes(data)
     with pytest.raises(TableError, match="texts lie over each other"):
+        RangeTable.read(tmp_path / "t")
+
+
+def test_names_that_look_like_json_need_the_form(tmp_path) -> None:
+    table = RangeTable({"{x": TensorRange(-1, 1)})
+    table.write(tmp_path / "t", "tensorrt-text")
+    assert RangeTable.read(tmp_path / "t", "tensorrt-text") == table
+    with pytest.raises(TableError, match="is not JSON"):
         RangeTable.read(tmp_path / "t")
