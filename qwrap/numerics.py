@@ -117,11 +117,16 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 def outer_scale(scale: Tensor) -> Tensor:
     """Return the float32 scale ``[1]`` that takes the largest of ``scale`` to the top of float8.
 
+    It has 20 significant bits. So its product with any number of float8, which has 4, is exact, and
+    can be taken apart again.
+
     Source: NVFP4, as in NVIDIA's "Pretraining Large Language Models with NVFP4",
     arXiv:2509.25149, section 2.
     """
     largest = torch.finfo(torch.float8_e4m3fn).max
-    return (scale.max().reshape(1) / largest).to(torch.float32).clamp(min=MIN_SCALE)
+    mantissa, exponent = torch.frexp(scale.max().reshape(1).to(torch.float64) / largest)
+    rounded = torch.ldexp((mantissa * 2**20).round(), exponent - 20)
+    return rounded.to(torch.float32).clamp(min=MIN_SCALE)
 
 
 _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -141,9 +146,19 @@ def shrink_into(qparams: QParams, low: float, high: float, spec: QuantSpec) -> Q
     for end, steps in ((low, down), (high, up)):
         if steps:
             scale.clamp_(max=end / steps)
+            scale = round_scale(scale, spec).to(torch.float32)
             while abs(float(scale * steps)) > abs(end):  # the float32 product, as a kernel has it
-                scale = torch.nextafter(scale, torch.zeros_like(scale))
+                scale = _next_lower(scale, spec)
     return QParams(scale, qparams.zero_point, qparams.axis)
+
+
+def _next_lower(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the next lower scales that can be stored."""
+    if spec.power_of_two or spec.scale_type == "float8e8m0":
+        return scale / 2
+    stored = scale.to(_SCALE_DTYPES.get(spec.scale_type, torch.float32))
+    bits = stored.view(torch.int32 if stored.dtype == torch.float32 else torch.int16)
+    return (bits - 1).view(stored.dtype).to(torch.float32)  # positive floats count as integers do
 
 
 def _range_with_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -161,6 +176,25 @@ def _range_with_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
         )
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     return low, torch.maximum(high, low + spec.min_real_range)
+
+
+def block_extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of every block, of the shape of the scale.
+
+    Args:
+        x: floats; a last block that is cut off is one of the values there are.
+        spec: gives ``axis`` and ``block_size``.
+    """
+    assert spec.axis is not None
+    assert spec.block_size is not None
+    size, step = x.shape[spec.axis], spec.block_size
+    rest = -size % step
+    # The last value, repeated, changes no extreme.
+    tail = x.narrow(spec.axis, size - 1, 1).repeat_interleave(rest, spec.axis)
+    shape = (*x.shape[: spec.axis], -1, step, *x.shape[spec.axis + 1 :])
+    blocks = torch.cat([x, tail], spec.axis).reshape(shape)
+    low, high = torch.aminmax(blocks, dim=spec.axis + 1)
+    return low, high
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError
-from qwrap.numerics import choose_qparams, fake_quantize, squared_error_integral
+from qwrap.numerics import block_extremes, choose_qparams, fake_quantize, squared_error_integral
 from qwrap.quant.observers import HistogramObserver, Observer
 
 ACTIVATION_METHODS = ("mse", "percentile", "minmax")
@@ -49,8 +49,8 @@ def choose_ranges(
         ConfigError: the method is unknown or needs a histogram that is not there.
     """
     _check_method(method, ACTIVATION_METHODS)
-    low = torch.tensor([o.low for o in observers], dtype=torch.float64)
-    high = torch.tensor([o.high for o in observers], dtype=torch.float64)
+    low = torch.tensor([float(o.low) for o in observers], dtype=torch.float64)
+    high = torch.tensor([float(o.high) for o in observers], dtype=torch.float64)
     if method == "percentile" and not 50 < percentile <= 100:
         raise ConfigError(f"percentile={percentile} must lie above 50 and not above 100")
     if method != "minmax" and not (method == "percentile" and percentile == 100):
@@ -85,7 +85,7 @@ def _alike(
             )
         groups[spec, observer.histogram.bins].append(index)
     for members in groups.values():
-        members.sort(key=lambda i: observers[i].low < 0)
+        members.sort(key=lambda i: float(observers[i].low) < 0)
     return groups
 
 
@@ -96,8 +96,8 @@ def _stack(observers: Sequence[Observer], bins: int) -> tuple[Tensor, Tensor]:
         assert isinstance(observer, HistogramObserver)
         assert observer.histogram.counts is not None
         assert observer.histogram.exponent is not None
-        counts.append(observer.histogram.counts.cpu())
-        tops.append(2.0**observer.histogram.exponent)
+        counts.append(observer.histogram.counts[0].cpu())
+        tops.append(2.0 ** int(observer.histogram.exponent))
     grid = torch.arange(-bins, bins + 1, dtype=torch.float64) / bins
     edges = torch.tensor(tops, dtype=torch.float64)[:, None] * grid
     return torch.stack(counts).to(torch.float64), edges
@@ -195,9 +195,13 @@ def choose_weight_range(
     """
     _check_method(method, WEIGHT_METHODS)
     flat = weight.detach().to(torch.float32)
+    if spec.block_size is not None:
+        low, high = block_extremes(flat, spec)
+        zero = (low == 0) & (high == 0)
+        return torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
     flat = flat.reshape(1, -1) if spec.axis is None else flat.movedim(spec.axis, 0).flatten(1)
     low, high = (end.clone() for end in torch.aminmax(flat, dim=1))
-    if method == "mse":
+    if method == "mse" and spec.dtype.is_integer:
         rows = max(1, _WEIGHT_CHUNK // flat.shape[1])
         for start in range(0, flat.shape[0], rows):
             part = slice(start, start + rows)

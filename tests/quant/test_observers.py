@@ -17,8 +17,9 @@ from qwrap.dtypes import INT8, INT16, UINT8, UINT16, QuantType
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
 from qwrap.numerics import choose_qparams, fake_quantize, squared_error_integral
 from qwrap.quant.histogram import DyadicHistogram
-from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer, sample_stride
+from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.ranges import choose_ranges, choose_weight_range
+from qwrap.quant.sampling import sample_stride
 
 KINDS = [MinMaxObserver, HistogramObserver]
 ACTIVATION = QuantSpec(dtype=UINT8, symmetric=False)
@@ -37,15 +38,16 @@ def observed(*batches: Tensor, kind: type[Observer] = HistogramObserver) -> Obse
 
 
 def observed_whole(x: Tensor) -> Observer:
-    return observed(*x.split(8192))  # small enough not to be sampled
+    return observed(x[:, None])  # rows of one value, which are not sampled
 
 
 def contents(observer: Observer) -> dict[str, object]:
-    """Everything the observer keeps, save where its next sample starts."""
+    """Everything the observer keeps that does not depend on how values came in batches."""
     state = observer.get_extra_state()
-    state.pop("calls", None)
-    counts = state.pop("counts", None)
-    return state | {"counts": None if counts is None else counts.tolist()}
+    del state["batches"]
+    if state["ends"] is not None:
+        state["ends"] = state["ends"][:2]
+    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def ranges(observer: Observer, spec: QuantSpec = ACTIVATION, **how: object) -> tuple[float, float]:
@@ -78,7 +80,7 @@ def test_low_and_high_are_the_exact_extremes(
 def test_order_and_batch_size_do_not_matter(
     batches: list[np.ndarray], kind: type[Observer], random: object
 ) -> None:
-    flat = [torch.from_numpy(b).flatten() for b in batches]
+    flat = [torch.from_numpy(b).flatten() for b in batches]  # so that a sample is one value
     pieces = [piece for batch in flat for piece in batch.split(3)]
     random.shuffle(pieces)
     assert contents(observed(*pieces, kind=kind)) == contents(observed(torch.cat(flat), kind=kind))
@@ -103,10 +105,10 @@ def test_merging_equals_one_pass(a: np.ndarray, b: np.ndarray, kind: type[Observ
 @settings(deadline=None)
 def test_histogram_counts_are_those_of_exact_arithmetic(x: np.ndarray) -> None:
     histogram = observed(torch.from_numpy(x)).histogram
-    width = 2.0 ** (histogram.exponent - 11)
+    width = 2.0 ** (int(histogram.exponent) - 11)
     index = np.floor(x.ravel().astype(np.float64) / width).astype(int) + 2048
-    np.testing.assert_array_equal(histogram.counts[:-1], np.bincount(index, minlength=4096))
-    assert histogram.counts[-1] == (x == 0).sum()
+    np.testing.assert_array_equal(histogram.counts[0, :-1], np.bincount(index, minlength=4096))
+    assert histogram.counts[0, -1] == (x == 0).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +118,8 @@ def test_mask_values_nan_and_infinity_are_counted_and_left_out(kind: type[Observ
     observer = observed(x, torch.full((2, 2), least), kind=kind)
     assert (observer.low, observer.high) == (-2.0, 1.0)
     assert (observer.count, observer.masked, observer.nonfinite) == (2, 6, 2)
-    assert contents(observer)["counts"] == contents(observed(x[0, :2], kind=kind))["counts"]
+    clean = contents(observed(x[0, :2], kind=kind))
+    assert contents(observer) == clean | {"seen": 10, "left_out": [6, 2]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,18 +160,18 @@ def test_state_survives_saving_loading_and_copying(kind: type[Observer]) -> None
 
 
 def test_a_large_tensor_is_sampled_evenly_over_every_axis() -> None:
-    x = torch.arange(24).to(torch.float32).expand(100, 64, 24)  # 153600 values in 24 channels
-    histogram = observed(x).histogram
-    counts = histogram.counts[:-1].reshape(-1, 64).sum(1)[32:56]  # one bin per integer
-    assert histogram.counts[:-1].sum() == pytest.approx(x.numel(), rel=1e-3)
-    torch.testing.assert_close(counts, torch.full_like(counts, 6400), rtol=0.01, atol=0)
+    x = torch.arange(24).to(torch.float32).expand(4, 1600, 24)  # 153600 values in 24 channels
+    counts = observed(x).histogram.counts[0]
+    assert counts[:-1].sum() == pytest.approx(x.numel(), rel=0.01)
+    counts = counts[:-1].reshape(-1, 64).sum(1)[32:56]  # one bin per integer
+    torch.testing.assert_close(counts, torch.full_like(counts, 6400), rtol=0.02, atol=0)
 
 
 @given(st.integers(1, 10**8))
 def test_the_sampling_stride_has_no_divisor_in_common_with_the_size(size: int) -> None:
     stride = sample_stride(size)
     assert math.gcd(stride, size) == 1 or size == 1
-    assert stride == 1 or size > 2**13
+    assert stride == 1 or size > 255
     assert stride < 128
 
 
@@ -193,7 +196,7 @@ def test_every_method_stays_within_what_was_seen(
     spec = QuantSpec(dtype=dtype, symmetric=symmetric)
     for method in ("minmax", "percentile", "mse"):
         low, high = ranges(observer, spec, method=method)
-        assert min(observer.low, 0) <= low <= high <= max(observer.high, 0)
+        assert min(observer.low.item(), 0) <= low <= high <= max(observer.high.item(), 0)
 
 
 def test_percentile_100_and_minmax_are_the_extremes() -> None:
@@ -219,7 +222,7 @@ def test_percentiles_are_numpys_within_a_bin(percentile: float) -> None:
     observer = observed_whole(x)
     tail = (100 - percentile) / 2
     expected = np.percentile(x.numpy(), [tail, 100 - tail])
-    width = 2.0 ** (observer.histogram.exponent - 11)
+    width = 2.0 ** (int(observer.histogram.exponent) - 11)
     # One bin, and one gap between neighbouring values, which is wide in the tail of the last case.
     slack = width + 0.02 * (percentile > 99)
     low, high = ranges(observer, method="percentile", percentile=percentile)
