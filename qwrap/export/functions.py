@@ -21,7 +21,6 @@ from qwrap.dtypes import QuantType
 
 DOMAIN = "qwrap"
 VERSION = 1
-LOWEST_OPSET = 11  # Round
 LOWEST_IR_VERSION = 8  # functions of a model
 MOST_COMPARED = 32  # levels; from more on halving takes less time than comparing with all
 
@@ -32,7 +31,7 @@ def fake_quantizer(dtype: QuantType, real: ir.DataType, opset: int, name: str) -
     Args:
         dtype: an integer, whose function has a zero point of type int32, or a code book.
         real: type of ``x``; scales are float32, and have to broadcast against it.
-        opset: of ai.onnx, ``LOWEST_OPSET`` or more.
+        opset: of ai.onnx, 11 or more.
         name: what to call it.
     """
     body = _Body()
@@ -51,7 +50,7 @@ def dequantizer(dtype: QuantType, real: ir.DataType, opset: int, name: str) -> i
     Args:
         dtype: a code book.
         real: type of ``y``; scales are float32, and have to broadcast against the codes.
-        opset: of ai.onnx, ``LOWEST_OPSET`` or more.
+        opset: of ai.onnx, 11 or more.
         name: what to call it.
     """
     body = _Body()
