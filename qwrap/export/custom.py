@@ -53,7 +53,7 @@ class FunctionCalls:
         """Take names from ``make``, and give it what is made."""
         self.make, self.draft, self.opset = make, make.draft, make.opset
         self._functions: dict[tuple[object, ...], ir.Function] = {}
-        self._lowest: ir.Value | None = None
+        self._lowest: dict[ir.DataType, ir.Value] = {}
 
     def parameters(
         self, name: str, qparams: QParams, spec: QuantSpec, shape: Sequence[int | None]
@@ -100,12 +100,13 @@ class FunctionCalls:
         return _marked(nodes, dtype)
 
     def codes(self, name: str, codes: Tensor, dtype: QuantType) -> ir.Value:
-        """Make the initialiser of a constant's indices, of 4 bits where the opset reads them."""
+        """Make the initialiser of a constant's codes, of 4 bits where the opset reads them."""
         kind = dtype.onnx_type
-        if kind == ir.DataType.UINT4 and self.opset < PACKED_OPSET:
-            kind = ir.DataType.UINT8
-        elif kind == ir.DataType.UINT4:
-            self._need_ir_version(PACKED_IR_VERSION)
+        if dtype.torch_dtype.itemsize == 1 and dtype.bits <= 4:  # which numpy stores in bytes
+            if self.opset >= PACKED_OPSET:
+                self._need_ir_version(PACKED_IR_VERSION)
+            else:
+                kind = ir.DataType.INT8 if dtype.signed and dtype.is_integer else ir.DataType.UINT8
         return self.make.initializer(f"{name}_quantized", as_array(codes, kind))
 
     def dequantize(
@@ -116,6 +117,10 @@ class FunctionCalls:
         function = self._own("Dequantize", dequantizer, call.spec.dtype, real)
         nodes.append(self._node(function, [codes, *qparams], name))
         return nodes
+
+    def keep_apart(self, value: ir.Value, name: str, real: ir.DataType) -> ir.Node:
+        """Make a node that returns ``value``, and over which onnxruntime merges no others."""
+        return self._plain("Max", [value, self._nothing(real)], [], name)
 
     # --- functions -------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class FunctionCalls:
 
         if real != ir.DataType.FLOAT:
             then("Cast", to=ir.DataType.FLOAT.value)
-        nothing = self._nothing()
+        nothing = self._nothing(ir.DataType.FLOAT)
         then("Max", nothing)
         nodes.append(self._node(self._users(dtype), [nodes[-1].outputs[0], *qparams], name))
         then("Max", nothing)
@@ -199,11 +204,12 @@ class FunctionCalls:
             then("Cast", to=real.value)
         return _marked(nodes, dtype)
 
-    def _nothing(self) -> ir.Value:
-        """Return the number that is below all others."""
-        if self._lowest is None:
-            self._lowest = self.make.initializer("lowest", np.asarray(-math.inf, dtype=np.float32))
-        return self._lowest
+    def _nothing(self, real: ir.DataType) -> ir.Value:
+        """Return the number of a type that is below all others."""
+        if real not in self._lowest:
+            lowest = np.asarray(-math.inf, dtype=real.numpy())
+            self._lowest[real] = self.make.initializer("lowest", lowest)
+        return self._lowest[real]
 
     def _plain(
         self, op_type: str, inputs: list[ir.Value], attributes: list[ir.Attr], tensor: str

@@ -23,6 +23,14 @@ class QdqWriter:
 
     Names follow onnxruntime's own tool: ``<tensor>_QuantizeLinear`` and ``_DequantizeLinear`` for
     nodes, ``_scale`` and ``_zero_point`` for qparams, ``_quantized`` for codes.
+
+    Attributes:
+        in_float: whether activations are rounded by functions. Then integer weights are too, for
+            behind a DequantizeLinear onnxruntime makes MatMul an operator that rounds what it
+            multiplies to 8 bits.
+        apart: whether some weights are floats when the model runs, so that no operator may be
+            behind a DequantizeLinear: onnxruntime would round its weights to 8 bits, to have an
+            integer kernel.
     """
 
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
@@ -30,6 +38,9 @@ class QdqWriter:
         self.graph = OnnxGraph(draft)
         self.make = Quantizers(draft)
         self.calls = FunctionCalls(self.make)
+        specs = [tensor.spec for tensor in self.plan.tensors.values()]
+        self.in_float = any(not spec.dtype.is_standard for spec in specs)
+        self.apart = self.plan.has_float_constants
         self.qparams: dict[str, Parameters] = {}
         self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters | Call]] = {}
 
@@ -91,7 +102,7 @@ class QdqWriter:
         self, name: str, codes: Tensor, qparams: QParams, spec: QuantSpec, real: ir.DataType
     ) -> tuple[ir.Value, Parameters | Call]:
         """Make the initialisers of a constant's codes, scale and zero point."""
-        if spec.dtype.codebook:
+        if spec.dtype.codebook or (self.in_float and spec.dtype.is_integer):
             stored = self.calls.codes(name, codes, spec.dtype)
             return stored, self.calls.parameters(name, qparams, spec, codes.shape)
         stored = self.make.codes(name, codes, spec.dtype)
@@ -139,7 +150,8 @@ class QdqWriter:
                 readers[where] = self._dequantize(parameters, name, where, quantizer)
             use.node.replace_input_with(use.idx, readers[where])
         if value in _graph(quantizer).outputs and value.producer() is not None:
-            result = self._dequantize(parameters, name, _graph(quantizer), quantizer)
+            where = _graph(quantizer)
+            result = self._dequantize(parameters, name, where, quantizer, is_output=True)
             self._take_over_output(value, result)
 
     def _call(self, value: ir.Value, tensor: TensorPlan) -> None:
@@ -159,10 +171,18 @@ class QdqWriter:
             self._take_over_output(value, result)
 
     def _dequantize(
-        self, parameters: Parameters, name: str, where: ir.Graph, quantizer: ir.Node
+        self,
+        parameters: Parameters,
+        name: str,
+        where: ir.Graph,
+        quantizer: ir.Node,
+        *,
+        is_output: bool = False,
     ) -> ir.Value:
         """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
         nodes = self.make.dequantize(quantizer.outputs[0], parameters, name)
+        if self.apart and not is_output:
+            nodes.append(self.calls.keep_apart(nodes[-1].outputs[0], name, parameters.real))
         if where is quantizer.graph:
             where.insert_after(quantizer, nodes)
         else:
