@@ -47,10 +47,13 @@ def _set_activations(model: WrappedModel) -> None:
             stub.set_qparams(QParams(torch.tensor([scale]), torch.tensor([zero_point])))
     if not watched:
         return
-    lows, highs = choose_ranges(
-        [o for _, o in watched], [s.spec for s, _ in watched], config.method, config.percentile
+    found = choose_ranges(
+        [o for _, o in watched],
+        [s.spec for s, _ in watched],
+        [config.method] * len(watched),
+        [config.percentile] * len(watched),
     )
-    ends = zip(lows.tolist(), highs.tolist(), strict=True)
+    ends = [(low.item(), high.item()) for low, high in found]
     ranges = {stub.name: pair for (stub, _), pair in zip(watched, ends, strict=True)}
     ranges = unify_joined(plan, model.graph, ranges)
     for stub, _ in watched:

@@ -117,45 +117,51 @@ def _ranges(
     wanted: Sequence[tuple[Request, ...]],
 ) -> list[list[Range]]:
     """Return the ranges of each tensor, in the order of what is wanted of it."""
-    found = []
+    for observer, requests in zip(observers, wanted, strict=True):
+        for request in requests:
+            _check(observer, request)
+    extremes = [(o.low.cpu(), o.high.cpu()) for o in observers]
+    found: list[list[Range]] = []
     groups: dict[_Group, list[int]] = defaultdict(list)
     for index, (observer, spec, requests) in enumerate(zip(observers, specs, wanted, strict=True)):
-        found.append([_known(observer, request) for request in requests])
+        found.append([_known(observer, extremes[index], request) for request in requests])
         searched = tuple(request for request in requests if request.needs_histogram)
         if searched:
             groups[_group(observer, spec, searched, index)].append(index)
     for group, members in groups.items():
-        for chunk in _chunks([(i, found[i][0][0].numel()) for i in members]):
-            for request, low, high in _search(observers, group, chunk):
-                start = 0
-                for index, rows in chunk:
-                    ends = found[index][wanted[index].index(request)]
-                    stop = start + rows.stop - rows.start
-                    ends[0][rows], ends[1][rows] = low[start:stop], high[start:stop]
-                    start = stop
+        for chunk in _chunks([(i, extremes[i][0].numel()) for i in members]):
+            for request, ends in _search(observers, extremes, group, chunk):
+                _scatter(ends, [(found[i][wanted[i].index(request)], rows) for i, rows in chunk])
     return found
 
 
-def _known(observer: Observer, request: Request) -> Range:
-    """Return what the extremes or their averages tell, in memory of its own."""
+def _check(observer: Observer, request: Request) -> None:
     if request.method not in METHODS:
         raise ConfigError(f"no range method {request.method!r}; choose one of {', '.join(METHODS)}")
-    if request.method == "percentile" and not 50 < request.percentile <= 100:
+    if not 50 < request.percentile <= 100:
         raise ConfigError(f"percentile={request.percentile} must lie above 50 and not above 100")
     if request.needs_histogram and not isinstance(observer, HistogramObserver):
         raise ConfigError(
             f"tensor {observer.name!r}: method {request.method!r} needs a HistogramObserver; got "
             f"{type(observer).__name__}"
         )
-    averages = request.method == "ema"
-    return _ends(observer, "ema_low", "ema_high") if averages else _ends(observer, "low", "high")
 
 
-def _ends(observer: Observer, low: str, high: str) -> Range:
-    ends = [getattr(observer, name).detach().cpu().to(torch.float32) for name in (low, high)]
-    seen = ends[0] <= ends[1]  # a channel without a single value has none
-    low_end, high_end = (torch.where(seen, end, 0.0) for end in ends)
-    return low_end, high_end
+def _known(observer: Observer, extremes: Range, request: Request) -> Range:
+    """Return what the extremes or their averages tell, in memory of its own."""
+    if request.method == "ema":
+        return observer.ema_low.cpu(), observer.ema_high.cpu()
+    return extremes[0].clone(), extremes[1].clone()
+
+
+def _scatter(ends: Range, targets: Sequence[tuple[Range, slice]]) -> None:
+    """Write the rows of a chunk to the tensors that they belong to, in place."""
+    start = 0
+    for target, rows in targets:
+        stop = start + rows.stop - rows.start
+        for whole, end in zip(target, ends, strict=True):
+            whole[rows] = end[start:stop]
+        start = stop
 
 
 def _group(
@@ -185,35 +191,37 @@ def _chunks(sizes: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, slice]
 
 
 def _search(
-    observers: Sequence[Observer], group: _Group, chunk: Sequence[tuple[int, slice]]
-) -> Iterator[tuple[Request, Tensor, Tensor]]:
-    """Yield the ranges of the rows of a chunk, as float32, for every request."""
-    rows = _stack(observers, chunk)
+    observers: Sequence[Observer],
+    extremes: Sequence[Range],
+    group: _Group,
+    chunk: Sequence[tuple[int, slice]],
+) -> Iterator[tuple[Request, Range]]:
+    """Yield the ranges of the rows of a chunk for every request."""
+    rows = _stack(observers, extremes, chunk)
     scaling = RowScaling(group.spec)
     if group.tensor is not None:
-        scaling = RowScaling.of(*_ends(observers[group.tensor], "low", "high"), group.spec)
+        scaling = RowScaling.of(*extremes[group.tensor], group.spec)
     sides = list(rows.by_side())
     for request in group.requests:
         low, high = torch.empty_like(rows.low), torch.empty_like(rows.high)
         for index, side in sides:
             low[index], high[index] = _range(side, scaling, request)
-        yield request, low.to(torch.float32), high.to(torch.float32)
+        yield request, (low.to(torch.float32), high.to(torch.float32))
 
 
-def _stack(observers: Sequence[Observer], chunk: Sequence[tuple[int, slice]]) -> HistogramRows:
-    counts, exponents, lows, highs = [], [], [], []
+def _stack(
+    observers: Sequence[Observer], extremes: Sequence[Range], chunk: Sequence[tuple[int, slice]]
+) -> HistogramRows:
+    counts, exponents = [], []
     for index, rows in chunk:
         observer = observers[index]
         assert isinstance(observer, HistogramObserver)
-        low, high = _ends(observer, "low", "high")
-        histogram = observer.histogram
-        assert histogram.counts is not None
-        assert histogram.exponent is not None
-        counts.append(histogram.counts[rows].cpu())
-        exponents.append(histogram.exponent[rows].cpu())
-        lows.append(low[rows])
-        highs.append(high[rows])
-    return HistogramRows.of(*(torch.cat(each) for each in (counts, exponents, lows, highs)))
+        assert observer.histogram.counts is not None
+        assert observer.histogram.exponent is not None
+        counts.append(observer.histogram.counts[rows].cpu())
+        exponents.append(observer.histogram.exponent[rows].cpu())
+    low, high = (torch.cat([extremes[i][end][rows] for i, rows in chunk]) for end in (0, 1))
+    return HistogramRows.of(torch.cat(counts), torch.cat(exponents), low, high)
 
 
 def _range(rows: HistogramRows, scaling: RowScaling, request: Request) -> tuple[Tensor, Tensor]:

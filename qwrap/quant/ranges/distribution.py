@@ -31,8 +31,7 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
     mean, deviation = moments(rows)
     if spec.dtype.is_integer:
         reach = normal_clip(int(spec.qmax - spec.qmin) + 1) * deviation
-        low, high = torch.maximum(mean - reach, rows.low), torch.minimum(mean + reach, rows.high)
-        return low, torch.maximum(low, high)
+        return rows.within(mean - reach, mean + reach)
     # `choose_qparams` divides twice the larger end by the width of the type.
     reach = deviation / deviation_of(spec.dtype) * ((spec.qmax - spec.qmin) / 2)
     return -reach, reach
@@ -73,8 +72,10 @@ def normal_clip(codes: int) -> float:
     ends = 0.5, 12.0
     while ends[1] - ends[0] > 1e-6:  # the error has one minimum: keep the thirds around it
         left, right = (ends[0] + (ends[1] - ends[0]) * part for part in (1 / 3, 2 / 3))
-        ends = (ends[0], right) if _normal_error(left, codes) < _normal_error(right, codes) else (
-            left, ends[1]
+        ends = (
+            (ends[0], right)
+            if _normal_error(left, codes) < _normal_error(right, codes)
+            else (left, ends[1])
         )
     return sum(ends) / 2
 
@@ -88,4 +89,4 @@ def _normal_error(end: float, codes: int) -> float:
     # Sums over cells by parts, from the integrals of 1 and t up to the middles: the first is
     # `below`, the second minus `density`. All values and their squares add up to 0 and 1.
     jumps = numbers.diff()
-    return 1 + end**2 - 2 * (jumps * (density + middles * below)).sum().item()
+    return float(1 + end**2 - 2 * (jumps * (density + middles * below)).sum())

@@ -25,11 +25,10 @@ class Sweep(NamedTuple):
         first: ``[T]`` bins in the first group.
         last: ``[T]`` bins in the last group.
         sizes: of all groups between these, from the smallest to the largest.
-        groups: ``[T, levels - 2]``, where the others are in a table ``[sizes, bins]``, by size and
-            first bin.
+        groups: ``[T, levels - 2]``, those groups: where they are in a table ``[sizes, bins]``, by
+            size and first bin.
     """
 
-    bins: int
     starts: Tensor
     ends: Tensor
     first: Tensor
@@ -57,48 +56,33 @@ def entropy_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Tensor]
     of as many bits.
 
     Args:
-        rows: what was seen.
+        rows: what was seen, on one side of 0 or on both.
         spec: says how many codes there are.
 
     Source: Migacz, "8-bit inference with TensorRT", GTC 2017; onnxruntime's
     ``HistogramCollector.get_entropy_threshold``.
     """
-    above = rows.first == 0
-    below = (rows.high <= 0) & (rows.low < 0)
-    if above or bool(below.all()):
-        bins = rows.counts.shape[1] + rows.first
-        counts = rows.counts if above else rows.counts[:, :bins].flip(1)
-        threshold = _threshold(counts, rows, _codes(spec, one_sided=True), two_sided=False)
-    elif below.any():
-        return _separately(rows, spec, below)
-    else:
-        threshold = _threshold(rows.counts, rows, _codes(spec, one_sided=False), two_sided=True)
-    return torch.maximum(-threshold, rows.low), torch.minimum(threshold, rows.high)
+    counts = rows.counts if rows.two_sided or rows.first == 0 else rows.counts.flip(1)
+    sweep = _sweep(counts.shape[1], _codes(spec, rows.two_sided), rows.two_sided)
+    threshold = _threshold(counts, rows, sweep)
+    return rows.within(-threshold, threshold)
 
 
-def _separately(rows: HistogramRows, spec: QuantSpec, below: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = rows.low.clone(), rows.high.clone()
-    for part in (below, ~below):
-        low[part], high[part] = entropy_range(rows[part], spec)
-    return low, high
-
-
-def _codes(spec: QuantSpec, *, one_sided: bool) -> int:
+def _codes(spec: QuantSpec, two_sided: bool) -> int:
     """Return how many codes a swept range has."""
     codes = int(spec.qmax - spec.qmin) + 1 if spec.dtype.is_integer else 2**spec.dtype.bits
-    return codes // 2 if one_sided and spec.symmetric else codes
+    return codes if two_sided or not spec.symmetric else codes // 2
 
 
-def _threshold(counts: Tensor, rows: HistogramRows, levels: int, *, two_sided: bool) -> Tensor:
+def _threshold(counts: Tensor, rows: HistogramRows, sweep: Sweep) -> Tensor:
     """Return the best thresholds ``[R]`` in real units, infinite where none is better."""
-    sweep = _sweep(counts.shape[1], levels, two_sided)
     result = torch.full_like(rows.width, torch.inf)
     if not sweep.starts.numel():
         return result
     # The first threshold that leaves nothing out is the last one of interest.
     largest = torch.maximum(-rows.low, rows.high)
     widest = (largest / rows.width).floor() + 1
-    tried = (sweep.ends - sweep.starts) // (1 + two_sided)
+    tried = (sweep.ends - sweep.starts) // (1 + rows.two_sided)
     for start in range(0, counts.shape[0], _CHUNK):
         part = slice(start, start + _CHUNK)
         divergence = _divergences(counts[part], sweep)
@@ -113,19 +97,19 @@ def _threshold(counts: Tensor, rows: HistogramRows, levels: int, *, two_sided: b
 def _sweep(bins: int, levels: int, two_sided: bool) -> Sweep:
     """Return the thresholds of histograms of ``bins`` bins, with 0 at an end or in the middle."""
     if two_sided:
-        reach = torch.arange(-(-levels // 2), bins // 2 + 1)
+        least = -(-levels // 2)
+        reach = torch.arange(least, max(least, bins // 2 + 1))
         starts, ends = bins // 2 - reach, bins // 2 + reach
     else:
-        ends = torch.arange(levels, bins + 1)
+        ends = torch.arange(levels, max(levels, bins + 1))
         starts = torch.zeros_like(ends)
     steps = torch.arange(levels + 1)
     borders = starts[:, None] + steps * (ends - starts)[:, None] // levels
     counted = borders.diff(dim=1)
     inner = counted[:, 1:-1]
-    some = inner.numel() > 0
-    sizes = range(int(inner.min()), int(inner.max()) + 1) if some else range(1, 2)
+    sizes = range(int(inner.min()), int(inner.max()) + 1) if inner.numel() else range(1, 2)
     groups = (inner - sizes[0]) * bins + borders[:, 1:-2]
-    return Sweep(bins, starts, ends, counted[:, 0], counted[:, -1], sizes, groups)
+    return Sweep(starts, ends, counted[:, 0], counted[:, -1], sizes, groups)
 
 
 def _divergences(counts: Tensor, sweep: Sweep) -> Tensor:
@@ -160,14 +144,24 @@ def _divergences(counts: Tensor, sweep: Sweep) -> Tensor:
 
 def _group_terms(below: Tensor, filled: Tensor, sweep: Sweep) -> Tensor:
     """Return the sum of ``G log(G / m)`` over all groups but the outer two, ``[R, T]``."""
-    table = below.new_zeros(len(sweep.sizes), sweep.bins, below.shape[0])
-    for row, size in zip(table, sweep.sizes, strict=True):
-        group = below[:, size:] - below[:, :-size]
-        bins = filled[:, size:] - filled[:, :-size]
-        row[: group.shape[1]] = torch.special.xlogy(group, group / bins.clamp_(min=1)).T
-    if not sweep.groups.numel():
-        return below.new_zeros(below.shape[0], sweep.starts.numel())
-    return embedding_bag(sweep.groups, table.flatten(0, 1), mode="sum").T
+    sizes, groups = sweep.sizes, sweep.groups
+    bins = below.shape[1] - 1
+    if groups.numel() < len(sizes) * bins:
+        left = groups % bins
+        right = left + groups // bins + sizes[0]
+        return _spread(below[:, right] - below[:, left], filled[:, right] - filled[:, left]).sum(2)
+    # Thresholds share their groups: each is computed once, and the rows side by side.
+    table = below.new_zeros(len(sizes), bins, below.shape[0])
+    for size, row in zip(sizes, table, strict=True):
+        terms = _spread(below[:, size:] - below[:, :-size], filled[:, size:] - filled[:, :-size])
+        row[: bins + 1 - size] = terms.T
+    return embedding_bag(groups, table.flatten(0, 1), mode="sum").T
+
+
+def _spread(groups: Tensor, filled: Tensor) -> Tensor:
+    """Return ``G log(G / m)``."""
+    result: Tensor = torch.special.xlogy(groups, groups / filled.clamp_(min=1))
+    return result
 
 
 def _summed(values: Tensor) -> Tensor:
@@ -176,4 +170,5 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def _xlogx(values: Tensor) -> Tensor:
-    return torch.special.xlogy(values, values)
+    result: Tensor = torch.special.xlogy(values, values)
+    return result

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwrap.quant.ranges.rows import HistogramRows
 from qwrap.quant.ranges.rounding import rounding_of
+from qwrap.quant.ranges.rows import HistogramRows
 from qwrap.quant.ranges.scaling import RowScaling
 from qwrap.quant.ranges.search import Cost, Steps, least_cost
 
@@ -16,7 +16,7 @@ Error = Literal["mse", "l1", "cosine"]
 
 _STEPS = Steps(
     both=[2 ** (-i / 4) for i in range(1, 34)],
-    each=[0, *(2 ** (-i / 2) for i in range(21))],
+    each=[*(2 ** (-i / 2) for i in range(21)), 0],
     fine=[(0.88, 0.94, 1.06, 1.12), (0.97, 0.985, 1.015, 1.03)],
 )
 
@@ -37,7 +37,7 @@ def least_error_range(
         rows.low,
         rows.high,
         _STEPS,
-        symmetric=scaling.spec.symmetric,
+        apart=rows.two_sided and not scaling.spec.symmetric,
         pinned=scaling.pinned(rows.low, rows.high),
     )
 

@@ -33,7 +33,7 @@ def percentile_range(
         cut = total * ((100 - percentile) / 200)
         low, high = _quantiles(*_with_zeros(rows), torch.stack([cut, total - cut], 1)).unbind(1)
         ends = low, high
-    return torch.maximum(ends[0], rows.low), torch.minimum(ends[1], rows.high)
+    return rows.within(*ends)
 
 
 def _with_zeros(rows: HistogramRows) -> tuple[Tensor, Tensor]:
@@ -48,9 +48,8 @@ def _with_zeros(rows: HistogramRows) -> tuple[Tensor, Tensor]:
 def _magnitudes(rows: HistogramRows) -> tuple[Tensor, Tensor]:
     """Return counts and edges of the magnitudes, zeros first in a bin of no width."""
     middle = -rows.first
-    counts = rows.counts[:, middle:]
-    if middle:
-        counts = counts + rows.counts[:, :middle].flip(1)
+    above, below = rows.counts[:, middle:], rows.counts[:, :middle].flip(1)
+    counts = above + below if rows.two_sided else torch.cat([above, below], 1)
     edges = rows.width[:, None] * torch.arange(counts.shape[1] + 1, dtype=torch.float64)
     largest = torch.maximum(-rows.low, rows.high)
     edges = torch.minimum(edges, largest[:, None])

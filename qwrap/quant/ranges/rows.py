@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class HistogramRows:
     """Histograms of R tensors or channels, of equally many bins, in float64 on the CPU.
 
     The bins that hold the extremes end there, so that no part of the density lies outside of what
-    was seen.
+    was seen; they hold one value at least, also where the histogram's sample has none of them.
 
     Attributes:
         counts: ``[R, N]`` values in each bin, without exact zeros, which have no error.
@@ -44,7 +44,7 @@ class HistogramRows:
             counts: integers ``[R, 2 * bins + 1]``, exact zeros last and in bin ``bins`` too.
             exponent: integers ``[R]``; a row covers ``[-2^exponent, 2^exponent)``.
             low: ``[R]`` smallest value seen.
-            high: ``[R]`` largest value seen; below ``low`` where there was none.
+            high: ``[R]`` largest value seen.
         """
         bins = (counts.shape[1] - 1) // 2
         zeros = counts[:, -1].to(torch.float64)
@@ -52,10 +52,10 @@ class HistogramRows:
         inside[:, bins] -= zeros
         width = torch.ldexp(torch.ones_like(zeros), exponent.to(torch.int32)) / bins
         low, high = low.to(torch.float64), high.to(torch.float64)
-        empty = low > high
-        low, high = (torch.where(empty, 0.0, end) for end in (low, high))
-        lowest = torch.minimum(low, width * (low.div(width).floor_() + 1 - _LEAST_WIDTH))
-        highest = torch.maximum(high, width * (high.div(width).floor_() + _LEAST_WIDTH))
+        bottom, top = low.div(width).floor_(), high.div(width).floor_()
+        _count_extremes(inside, torch.stack([low, high], 1), torch.stack([bottom, top], 1) + bins)
+        lowest = torch.minimum(low, width * (bottom + 1 - _LEAST_WIDTH))
+        highest = torch.maximum(high, width * (top + _LEAST_WIDTH))
         highest = torch.maximum(highest, lowest + width * _LEAST_WIDTH)
         edges = width[:, None] * torch.arange(-bins, bins + 1, dtype=torch.float64)
         edges = torch.minimum(torch.maximum(edges, lowest[:, None]), highest[:, None])
@@ -84,22 +84,36 @@ class HistogramRows:
             self.first,
         )
 
-    def by_side(self) -> Iterator[tuple[Tensor, HistogramRows]]:
-        """Yield indices and rows: those without negative values, from 0 on, and the others."""
-        positive = self.low >= 0
-        for side in (True, False):
-            index = (positive == side).nonzero()[:, 0]
-            if index.numel():
-                yield index, self[index]._above_zero() if side else self[index]
+    @property
+    def two_sided(self) -> bool:
+        """Whether there are bins on both sides of 0."""
+        return self.first < 0 < self.first + self.counts.shape[1]
 
-    def _above_zero(self) -> HistogramRows:
-        bins = -self.first
-        return HistogramRows(
-            self.counts[:, bins:],
-            self.edges[:, bins:],
-            self.zeros,
-            self.width,
-            self.low,
-            self.high,
-            0,
-        )
+    def by_side(self) -> Iterator[tuple[Tensor, HistogramRows]]:
+        """Yield indices and rows with values above 0 alone, below 0 alone, and on both sides.
+
+        The rows of the first two lose the bins on the other side.
+        """
+        bins, end = -self.first, self.counts.shape[1]
+        above = self.low >= 0
+        below = ~above & (self.high <= 0)
+        sides = (above, bins, end), (below, 0, bins), (~(above | below), 0, end)
+        for mask, start, stop in sides:
+            index = mask.nonzero()[:, 0]
+            if index.numel():
+                rows = self[index]
+                counts, edges = rows.counts[:, start:stop], rows.edges[:, start : stop + 1]
+                yield index, replace(rows, counts=counts, edges=edges, first=start - bins)
+
+    def within(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ranges cut to what was seen; what ends before the nearer extreme is a point."""
+        low, high = torch.maximum(low, self.low), torch.minimum(high, self.high)
+        low = torch.minimum(low, high.clamp(min=0))
+        return low, torch.maximum(high, low.clamp(max=0))
+
+
+def _count_extremes(counts: Tensor, ends: Tensor, bins: Tensor) -> None:
+    """Count a value in ``bins`` ``[R, 2]`` of the extremes that are empty, in place."""
+    index = bins.to(torch.int64).clamp_(0, counts.shape[1] - 1)
+    least = (ends != 0).to(counts.dtype)
+    counts.scatter_(1, index, torch.maximum(counts.gather(1, index), least))

@@ -20,7 +20,7 @@ class RowScaling:
 
     Attributes:
         spec: without axis.
-        unit: the range of the pinned row, two float64 ``[1]``; None where each row is on its own.
+        unit: the range of the pinned row, two float32 ``[1]``; None where each row is on its own.
     """
 
     spec: QuantSpec
@@ -34,14 +34,14 @@ class RowScaling:
             return cls(spec)
         scale = choose_qparams(low, high, replace(spec, scale_type="float32")).scale
         widest = scale.argmax().reshape(1)
-        return cls(spec, (low[widest].to(torch.float64), high[widest].to(torch.float64)))
+        return cls(spec, (low[widest], high[widest]))
 
     def qparams(self, low: Tensor, high: Tensor) -> QParams:
         """Return scales and zero points ``[R]`` of float64 ranges ``[R]``."""
         if self.unit is None:
             return choose_qparams(low, high, self.spec)
-        ends = (torch.cat(pair) for pair in zip((low, high), self.unit, strict=True))
-        qparams = choose_qparams(*ends, self.spec)
+        low, high = (torch.cat(ends) for ends in zip((low, high), self.unit, strict=True))
+        qparams = choose_qparams(low, high, self.spec)
         return QParams(qparams.scale[:-1], qparams.zero_point[:-1])
 
     def pinned(self, low: Tensor, high: Tensor) -> Tensor:

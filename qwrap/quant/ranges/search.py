@@ -17,8 +17,8 @@ class Steps:
     """Which shares of a range are tried.
 
     Attributes:
-        both: of the whole range, both ends together.
-        each: of the whole range, one end after the other.
+        both: of the whole range, both ends together, descending.
+        each: of the whole range, one end after the other, descending.
         fine: of the best so far, both ends together or one after the other, a round each.
     """
 
@@ -28,46 +28,80 @@ class Steps:
 
 
 def least_cost(
-    cost: Cost, low: Tensor, high: Tensor, steps: Steps, *, symmetric: bool, pinned: Tensor
+    cost: Cost, low: Tensor, high: Tensor, steps: Steps, *, apart: bool, pinned: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the ranges of least cost, within the given ones and never worse than they are.
+
+    No row's result depends on another row.
 
     Args:
         cost: sees ranges as they are returned, rounded to float32.
         low: float64 ``[R]``; above 0 it counts as 0.
         high: float64 ``[R]``; below 0 it counts as 0.
         steps: what to try.
-        symmetric: whether only the larger end matters, so that both are moved together.
+        apart: whether to move the ends one by one, too; not where only the larger end matters, or
+            all rows have but one.
         pinned: which rows keep their range.
     """
-    whole = low.clamp(max=0), high.clamp(min=0)
-    best = [whole[0], whole[1]]
-    least = cost(*whole)
-
-    def attempt(low: Tensor, high: Tensor) -> None:
-        low, high = (end.to(torch.float32).to(torch.float64) for end in (low, high))
-        low, high = torch.maximum(low, whole[0]), torch.minimum(high, whole[1])
-        error = cost(low, high)
-        better = (error < least) & ~pinned
-        least[better] = error[better]
-        best[0] = torch.where(better, low, best[0])
-        best[1] = torch.where(better, high, best[1])
-
-    def move(ends: Sequence[int], centre: Sequence[Tensor], ratio: float) -> None:
-        attempt(*(centre[e] * ratio if e in ends else best[e] for e in (0, 1)))
-
-    for ratio in steps.both:
-        move((0, 1), whole, ratio)
-    movable = [(e,) for e in (1, 0) if (whole[e] != 0).any()]
-    if symmetric or len(movable) < 2:
-        movable = [(0, 1)]
-    else:
-        for ends in movable:
-            for ratio in steps.each:
-                move(ends, whole, ratio)
+    search = _Search(cost, low.clamp(max=0), high.clamp(min=0), ~pinned)
+    search.shrink((0, 1), steps.both)
+    moves = ((1,), (0,)) if apart else ((0, 1),)
+    if apart:
+        for ends in moves:
+            search.shrink(ends, steps.each)
     for ratios in steps.fine:
-        for ends in movable:
-            centre = list(best)
-            for ratio in ratios:
-                move(ends, centre, ratio)
-    return best[0], best[1]
+        for ends in moves:
+            search.scale(ends, ratios)
+    return search.best[0], search.best[1]
+
+
+class _Search:
+    """The best ranges so far.
+
+    Attributes:
+        best: low and high.
+    """
+
+    def __init__(self, cost: Cost, low: Tensor, high: Tensor, free: Tensor) -> None:
+        self._cost, self._free = cost, free
+        self._whole = [low, high]
+        self._first = cost(low, high)
+        self._least = self._first.clone()
+        self.best = [low, high]
+
+    def shrink(self, ends: Sequence[int], ratios: Sequence[float]) -> None:
+        """Try descending ``ratios`` of the whole range at ``ends``, as long as that may help.
+
+        A narrower range cuts off more, and rounds what is left no worse. So where the cost has
+        grown by more than what rounding cost at first, the ranges within are no better.
+        """
+        helps = self._free
+        for ratio in ratios:
+            error = self._attempt(ends, self._whole, ratio, helps)
+            helps = helps & (error < self._least + self._first)
+            if not helps.any():
+                break
+
+    def scale(self, ends: Sequence[int], ratios: Sequence[float]) -> None:
+        """Try ``ratios`` of the best range at ``ends``."""
+        centre = list(self.best)
+        for ratio in ratios:
+            self._attempt(ends, centre, ratio, self._free)
+
+    def _attempt(
+        self, ends: Sequence[int], centre: Sequence[Tensor], ratio: float, rows: Tensor
+    ) -> Tensor:
+        low, high = (
+            (centre[end] * ratio).to(torch.float32).to(torch.float64)
+            if end in ends
+            else self.best[end]
+            for end in (0, 1)
+        )
+        low, high = torch.maximum(low, self._whole[0]), torch.minimum(high, self._whole[1])
+        error = self._cost(low, high)
+        better = (error < self._least) & rows
+        self._least = torch.where(better, error, self._least)
+        self.best = [
+            torch.where(better, new, old) for new, old in zip((low, high), self.best, strict=True)
+        ]
+        return error
