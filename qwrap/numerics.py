@@ -343,26 +343,6 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     return to_integers(x, scale, zero_point, spec.qmin, spec.qmax)
 
 
-def squared_error_integral(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the integral of ``(t - fake_quantize(t))^2`` over t from 0 to ``x``, in float64.
-
-    The error is a sawtooth within the range and grows linearly beyond, so the integral has a closed
-    form; its difference over a histogram's bin is the bin's squared error under a flat density.
-
-    Args:
-        x: upper ends.
-        scale: broadcasts against ``x``.
-        zero_point: of the shape of ``scale``.
-        spec: gives the range of the codes.
-    """
-    scale = scale.to(torch.float64)
-    steps = x / scale
-    codes = steps.round().clamp_min_(spec.qmin - zero_point).clamp_max_(spec.qmax - zero_point)
-    steps.sub_(codes)
-    cubes = (steps * steps).mul_(steps)
-    return cubes.mul_(4).add_(codes).mul_(scale**3 / 12)
-
-
 def sqnr(reference: Tensor, other: Tensor) -> float:
     """Return the signal-to-quantization-noise ratio of ``other`` in dB, infinite when equal.
 
