@@ -62,7 +62,7 @@ class ConsumerErrors:
         that nothing computes on are missing.
         """
         result: dict[str, Tensor] = {}
-        parts = iter(sums.split([n for c in self._consumers.values() for n in c.sizes]))
+        parts = iter(torch.split(sums, [n for c in self._consumers.values() for n in c.sizes]))
         for consumer in self._consumers.values():
             power = next(parts)
             for source in consumer.uses:
@@ -80,7 +80,7 @@ def _consumers(model: WrappedModel, candidates: Candidates) -> dict[str, _Consum
         uses: dict[str, list[int]] = {}
         for index, value in enumerate(node.inputs):
             source = None if value is None else source_of(plan, graph, value)
-            if source in candidates:
+            if source is not None and source in candidates:
                 uses.setdefault(source, []).append(index)
         function = function_of_node(model, key)
         if uses and function is not None and planned.role in ("integer", "float"):
