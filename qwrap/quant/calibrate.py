@@ -108,8 +108,8 @@ def set_mode(model: WrappedModel, mode: Mode) -> None:
 
 def _start_afresh(model: WrappedModel) -> None:
     for _, stub in stubs(model):
-        observed = stub.observer is not None
-        stub.forget(new_observer(stub.name, config_of(model)) if observed else None)
+        observer = new_observer(stub.name, config_of(model), stub.spec.axis)
+        stub.forget(None if stub.observer is None else observer)
     set_mode(model, "float")
 
 

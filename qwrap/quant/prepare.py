@@ -133,7 +133,7 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
         source = earlier.tensors[key].source
     stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
     if not isinstance(stub, Stub):
-        return Stub(key, tensor.spec, observer=new_observer(key, config))
+        return Stub(key, tensor.spec, observer=new_observer(key, config, tensor.spec.axis))
     return stub if source == key else Stub(key, tensor.spec, observer=copy.deepcopy(stub.observer))
 
 
@@ -147,10 +147,16 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
     return Stub(constant.value, constant.spec, shape, stored=True)
 
 
-def new_observer(name: str, config: QConfig) -> Observer:
-    """Return what watches activation ``name`` for the range method of ``config``."""
+def new_observer(name: str, config: QConfig, axis: int | None = None) -> Observer:
+    """Return what watches activation ``name`` for the range method of ``config``.
+
+    Args:
+        name: the tensor.
+        config: what the model was prepared with.
+        axis: the axis of the channels that have a scale each, None for one scale.
+    """
     kind = MinMaxObserver if config.method in ("minmax", "ema") else HistogramObserver
-    return kind(name, ema=config.ema)
+    return kind(name, axis, config.ema)
 
 
 def plan_of(model: WrappedModel) -> QuantPlan:
