@@ -12,6 +12,7 @@ from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quant.rescale import rescale
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.verify import verify
@@ -34,6 +35,7 @@ __all__ = [
     "prepare",
     "quantize",
     "register_op",
+    "rescale",
     "round_weights",
     "verify",
 ]

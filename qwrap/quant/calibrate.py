@@ -12,11 +12,10 @@ from tqdm import tqdm
 from qwrap.errors import NotCalibratedError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
-from qwrap.quant.prepare import bias_stubs, config_of, new_observer, place_without, plan_of, stubs
-from qwrap.quant.scales import fix_scales, stored
-from qwrap.quant.sources import integer_users
-from qwrap.quant.stubs import Mode
+from qwrap.quant.prepare import config_of, new_observer, plan_of, set_mode, stubs
+from qwrap.quant.problems import leave_out_problems
+from qwrap.quant.rescale import fix_scales
+from qwrap.quant.samples import keeping
 
 
 def calibrate(
@@ -72,7 +71,8 @@ def calibrating(model: WrappedModel) -> Iterator[None]:
     _start_afresh(model)
     set_mode(model, "observe")
     try:
-        yield
+        with keeping(model, config_of(model).kept_samples):
+            yield
         _finish(model)
     except BaseException:
         _start_afresh(model)
@@ -82,16 +82,11 @@ def calibrating(model: WrappedModel) -> Iterator[None]:
             module.training = training
 
 
-def set_mode(model: WrappedModel, mode: Mode) -> None:
-    """Switch every stub to ``mode``, in place."""
-    for _, stub in (*stubs(model), *bias_stubs(model)):
-        stub.mode = mode
-
-
 def _start_afresh(model: WrappedModel) -> None:
     for _, stub in stubs(model):
         observed = stub.observer is not None
         stub.forget(new_observer(stub.name, config_of(model)) if observed else None)
+    model.samples = None
     set_mode(model, "float")
 
 
@@ -99,41 +94,6 @@ def _finish(model: WrappedModel) -> None:
     observers = [s.observer for _, s in stubs(model) if s.observer is not None]
     if observers and not any(o.count + o.masked + o.nonfinite for o in observers):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
-    _leave_out_problems(model)
+    leave_out_problems(model)
     fix_scales(model)
     set_mode(model, "quantize")
-
-
-def _leave_out_problems(model: WrappedModel) -> None:
-    """Return to float what no data reached, and what works on attention masks, in place."""
-    without = dict(plan_of(model).without)
-    while problems := _problems(model):
-        assert not problems.keys() <= without.keys(), "a node stayed although it has to go"
-        without = problems | without
-        place_without(model, without)
-
-
-def _problems(model: WrappedModel) -> dict[str, str]:
-    """Return node key -> why the node cannot be quantized, after all."""
-    plan = plan_of(model)
-    found: dict[str, str] = {}
-    users = integer_users(plan, model.graph)
-    for _, stub in stubs(model):
-        problem = None if stub.observer is None else _trouble(stub.observer)
-        if problem:
-            found |= dict.fromkeys(sorted(users[stub.name]), f"{problem} (tensor {stub.name!r})")
-    for (node, _), constant in plan.constants.items():
-        observer = MinMaxObserver(constant.value)
-        observer.observe(stored(model, constant.value))
-        problem = _trouble(observer)
-        if problem:
-            found[node] = f"{problem} (constant {constant.value!r})"
-    return found
-
-
-def _trouble(observer: Observer) -> str | None:
-    if observer.masked:
-        return f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more"
-    if observer.nonfinite:
-        return f"works on {observer.nonfinite} values that are NaN or infinite"
-    return None if observer.count else "no calibration data reached it"
