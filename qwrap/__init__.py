@@ -12,6 +12,7 @@ from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quant.statistics import Statistics
 from qwrap.quantize import quantize
 from qwrap.verify import verify
 
@@ -21,6 +22,7 @@ __all__ = [
     "QuantSpec",
     "QwrapError",
     "QwrapWarning",
+    "Statistics",
     "WrappedModel",
     "calibrate",
     "calibrating",

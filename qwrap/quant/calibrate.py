@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +14,35 @@ from tqdm import tqdm
 from qwrap.errors import NotCalibratedError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.early_stop import WIDENING, EarlyStop
 from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
-from qwrap.quant.prepare import bias_stubs, config_of, new_observer, place_without, plan_of, stubs
+from qwrap.quant.prepare import (
+    bias_stubs,
+    config_of,
+    decisions_of,
+    new_observer,
+    place_without,
+    plan_of,
+    stubs,
+)
 from qwrap.quant.scales import fix_scales, stored
+from qwrap.quant.session import Session
 from qwrap.quant.sources import integer_users
+from qwrap.quant.statistics import Statistics, restore
 from qwrap.quant.stubs import Mode
+
+STOPPED = "calibration stopped early"
+
+Given = Statistics | str | os.PathLike[str] | None
 
 
 def calibrate(
     model: WrappedModel,
     batches: Iterable[Any],
     *,
+    statistics: Given = None,
+    save: str | os.PathLike[str] | None = None,
+    early_stop: int | None = None,
     progress: bool = True,
     total: int | None = None,
 ) -> None:
@@ -30,49 +50,100 @@ def calibrate(
 
     Memory does not grow with the number of batches. Afterwards the model simulates quantization.
 
+    A long calibration survives an interruption with ``save``: its file then says how many batches
+    it saw, and the rest can be added to it::
+
+        file = "statistics.safetensors"
+        done = qwrap.Statistics.load(file)
+        rest = itertools.islice(batches, done.batches, None)
+        qwrap.calibrate(model, rest, statistics=done, save=file)
+
     Args:
         model: a prepared model; computes in float while observers watch.
         batches: tensors or arrays, tuples of them in graph-input order (more items, such as
             labels, are ignored), or mappings from graph-input name; a DataLoader or an
             onnxruntime ``CalibrationDataReader`` will do.
-        progress: show a bar on a terminal.
+        statistics: what was seen before, or its file, to be taken in first, as if those batches
+            had run too; then ``batches`` may be empty. Several are merged with
+            ``Statistics.merge``.
+        save: where to write ``Statistics``: at the end, every half minute, and when the data fails
+            or the user interrupts between two batches; in the middle of one, the last file stays.
+        early_stop: number of batches in which no range has to have widened by more than 1 % of its
+            width for calibration to be over; the ranges are looked at so often. The plan's
+            ``changes`` then say so. None runs all batches. On several ranks each stops by itself,
+            and waits for the others.
+        progress: show a bar on a terminal, with the time left if it is known how many batches
+            there are.
         total: how many batches there are, for the bar, where ``len(batches)`` does not tell.
 
     Raises:
         InputError: there is no batch, or one lacks an input, has another rank or type, or holds
             NaN or infinity.
-        ConfigError: the model is not prepared.
+        ConfigError: the model is not prepared, or a setting is wrong.
+        StatisticsError: ``statistics`` cannot be read, or were observed in another model.
+        ExportError: ``save`` cannot be written.
     """
-    with calibrating(model), torch.no_grad():
+    given = _opened(statistics)
+    with calibrating(model, statistics=given, save=save), torch.no_grad():
+        stop = None if early_stop is None else EarlyStop(model, early_stop)
         bar = tqdm(
-            iterate(batches, model),
+            iterate(batches, model, may_be_empty=given is not None),
             desc="calibrating",
             total=count_batches(batches) if total is None else total,
             unit="batch",
             disable=None if progress else True,
         )
-        for inputs in bar:
+        for number, inputs in enumerate(bar, 1):
             model(**inputs)
+            if stop is not None and stop.is_settled():
+                bar.set_description("ranges stand still")
+                plan_of(model).changes.append(
+                    f"{STOPPED} after {number} batches: no range had widened by more than "
+                    f"{WIDENING:.0%} in the last {stop.patience}"
+                )
+                break
+        bar.close()
 
 
 @contextmanager
-def calibrating(model: WrappedModel) -> Iterator[None]:
+def calibrating(
+    model: WrappedModel,
+    *,
+    statistics: Given = None,
+    save: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
     """Let observers watch what the user runs in the ``with`` block, then fix all scales, in place.
 
-    Every calibration starts from nothing. One that fails or is interrupted leaves the model
-    prepared, and computing in float. What an earlier one returned to float stays so.
+    Every calibration starts from nothing, but for ``statistics``. One that fails or is interrupted
+    leaves the model prepared, and computing in float.
+
+    Args:
+        model: a prepared model.
+        statistics: as for ``calibrate``.
+        save: as for ``calibrate``.
 
     Raises:
         ConfigError: the model is not prepared.
         NotCalibratedError: nothing was run.
+        StatisticsError: ``statistics`` cannot be read, or were observed in another model.
+        ExportError: ``save`` cannot be written.
     """
     plan_of(model)
+    given = _opened(statistics)
+    if given is not None:
+        given.check(model)
+    known = None if given is None else given.fingerprint
+    session = Session(model, None if save is None else Path(save), known)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     _start_afresh(model)
-    set_mode(model, "observe")
     try:
-        yield
+        if given is not None:
+            restore(model, given)
+        set_mode(model, "observe")
+        with session.watching():
+            yield
+        session.write()
         _finish(model)
     except BaseException:
         _start_afresh(model)
@@ -82,6 +153,12 @@ def calibrating(model: WrappedModel) -> Iterator[None]:
             module.training = training
 
 
+def _opened(statistics: Given) -> Statistics | None:
+    if statistics is None or isinstance(statistics, Statistics):
+        return statistics
+    return Statistics.load(statistics)
+
+
 def set_mode(model: WrappedModel, mode: Mode) -> None:
     """Switch every stub to ``mode``, in place."""
     for _, stub in (*stubs(model), *bias_stubs(model)):
@@ -89,6 +166,13 @@ def set_mode(model: WrappedModel, mode: Mode) -> None:
 
 
 def _start_afresh(model: WrappedModel) -> None:
+    """Forget, in place, what earlier data told: scales, and which nodes it returned to float."""
+    plan = plan_of(model)
+    plan.changes = [line for line in plan.changes if not line.startswith(STOPPED)]
+    if plan.without:
+        place_without(model, {})
+    decisions_of(model).batches = 0
+    decisions_of(model).left_out.clear()
     for _, stub in stubs(model):
         observed = stub.observer is not None
         stub.forget(new_observer(stub.name, config_of(model)) if observed else None)

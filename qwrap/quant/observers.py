@@ -101,6 +101,15 @@ class Observer(nn.Module):
         """
         return self._end(1, 1)
 
+    @property
+    def extremes(self) -> Tensor | None:
+        """``low`` and ``high`` where they are, float32 ``[2, C]``, None before the first batch.
+
+        ``inf`` and ``-inf`` for a channel without any usable value.
+        """
+        tensors = self._ends.tensors()
+        return None if tensors is None else tensors[0]
+
     def _end(self, kind: int, side: int) -> Tensor:
         ends = self._ends.tensors()
         if ends is None or not self.count:
