@@ -13,6 +13,7 @@ from qwrap.quant.exact import exact
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
 from qwrap.quant.statistics import Statistics
+from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.verify import verify
 
@@ -22,7 +23,9 @@ __all__ = [
     "QuantSpec",
     "QwrapError",
     "QwrapWarning",
+    "RangeTable",
     "Statistics",
+    "TensorRange",
     "WrappedModel",
     "calibrate",
     "calibrating",

@@ -53,7 +53,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", quant_type(self.dtype))
-        if not self.dtype.is_integer:
+        if not self.dtype.has_zero_point:
             object.__setattr__(self, "symmetric", True)
         for wrong in self._contradictions():
             raise ConfigError(wrong)

@@ -39,3 +39,7 @@ class StatisticsError(QwrapError):
 
 class ExportError(QwrapError):
     """The quantized file cannot be written as asked."""
+
+
+class TableError(QwrapError):
+    """A table of ranges is broken, or its form cannot hold what it is to say."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
-from qwrap.dtypes import INT32, QuantType
-from qwrap.graph.constants import Constants
-from qwrap.graph.index import OnnxGraph, walk_nodes
+from qwrap.config import QuantSpec
+from qwrap.dtypes import INT32
+from qwrap.errors import ExportError
+from qwrap.export.quantizers import Parameters, Quantizers
+from qwrap.graph.index import OnnxGraph
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, quantize
 from qwrap.quant.plan import TensorPlan
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import BiasStub, Stub
-
-Array = npt.NDArray[Any]
 
 
 class QdqWriter:
@@ -31,23 +28,22 @@ class QdqWriter:
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
         self.model, self.plan, self.draft = model, plan_of(model), draft
         self.graph = OnnxGraph(draft)
-        self.initializers = Constants(draft)
-        self.node_names = {node.name for node in walk_nodes(draft.graph)}
-        self.qparams: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self.constants: dict[tuple[object, ...], list[ir.Value]] = {}
+        self.make = Quantizers(draft)
+        self.qparams: dict[str, Parameters] = {}
+        self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters]] = {}
 
     def write(self) -> None:
         """Write all pairs and codes of the plan, in place."""
         for (node, index), constant in self.plan.constants.items():
             stub = self._stub(UsePoint(node, index))
-            value, spec = self._stored(constant.value), stub.spec
-            codes = quantize(value, stub.qparams, stub.grid)
-            self._constant(node, index, constant.value, codes, stub.qparams, spec.dtype)
+            codes = quantize(self._stored(constant.value), stub.qparams, stub.grid)
+            self._constant(node, index, constant.value, codes, stub.qparams, stub.spec)
         for (node, index), bias in self.plan.biases.items():
             bias_stub = self.model.tap(UsePoint(node, index))
             assert isinstance(bias_stub, BiasStub)
-            codes = bias_stub.codes(self._stored(bias.value))
-            self._constant(node, index, bias.value, codes, bias_stub.qparams, INT32)
+            codes, qparams = bias_stub.codes(self._stored(bias.value)), bias_stub.qparams
+            spec = QuantSpec(dtype=INT32, axis=qparams.axis)
+            self._constant(node, index, bias.value, codes, qparams, spec)
         for key, tensor in self.plan.tensors.items():
             self._pair(self.graph.values[key], tensor)
         self._remove_unused()
@@ -57,6 +53,11 @@ class QdqWriter:
     def _stub(self, point: Point) -> Stub:
         stub = self.model.tap(point)
         assert isinstance(stub, Stub)
+        if not stub.spec.dtype.is_standard:
+            raise ExportError(
+                f"tensor {stub.name!r}: ONNX has no type for {stub.spec.dtype}, and no operators "
+                "were written for it; choose a type of its QuantizeLinear"
+            )
         return stub
 
     def _stored(self, key: str) -> Tensor:
@@ -64,62 +65,34 @@ class QdqWriter:
         assert value is not None
         return value
 
-    # --- new things ------------------------------------------------------------------------------
-
-    def _initializer(self, name: str, array: Array, kind: int) -> ir.Value:
-        array = array.astype(ir.DataType(kind).numpy())
-        name = self.initializers.unique_name(name)
-        return self.initializers.add(self.draft.graph, name, array)
-
-    def _scale_and_zero_point(
-        self, name: str, qparams: QParams, dtype: QuantType
-    ) -> tuple[ir.Value, ir.Value]:
-        scale, zero_point = _array(qparams.scale), _array(qparams.zero_point)
-        if qparams.axis is None:
-            scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        return (
-            self._initializer(f"{name}_scale", scale, ir.DataType.FLOAT.value),
-            self._initializer(f"{name}_zero_point", zero_point, dtype.onnx_type),
-        )
-
-    def _node(
-        self, op_type: str, inputs: list[ir.Value], tensor: str, axis: int | None = None
-    ) -> ir.Node:
-        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-        name = unique = f"{tensor}_{op_type}"
-        count = 0
-        while unique in self.node_names:
-            count += 1
-            unique = f"{name}_{count}"
-        self.node_names.add(unique)
-        node = ir.Node("", op_type, inputs, attributes, num_outputs=1, name=unique)
-        node.outputs[0].name = self.initializers.unique_name(f"{name}_Output")
-        return node
+    def _real(self, value: ir.Value) -> ir.DataType:
+        return self.graph.type_of(value).dtype or ir.DataType.FLOAT
 
     # --- constants -------------------------------------------------------------------------------
 
     def _constant(
-        self, node: str, index: int, key: str, codes: Tensor, qparams: QParams, dtype: QuantType
+        self, node: str, index: int, key: str, codes: Tensor, qparams: QParams, spec: QuantSpec
     ) -> None:
         """Feed input ``index`` of ``node`` from codes; equal codes and scales are stored once."""
-        user, name = self.graph.nodes[node], self.graph.values[key].name or "constant"
-        scale, zero_point = _array(qparams.scale), _array(qparams.zero_point)
-        identity = (key, dtype, qparams.axis, scale.tobytes(), zero_point.tobytes())
+        user, value = self.graph.nodes[node], self.graph.values[key]
+        name = value.name or "constant"
+        parts = (qparams.scale, qparams.zero_point)
+        identity = (key, spec, *(part.detach().cpu().numpy().tobytes() for part in parts))
         if identity not in self.constants:
-            stored = self._initializer(f"{name}_quantized", _array(codes), dtype.onnx_type)
-            qvalues = self._scale_and_zero_point(name, qparams, dtype)
-            self.constants[identity] = [stored, *qvalues]
-        dequantize = self._node(
-            "DequantizeLinear", self.constants[identity], name, axis=qparams.axis
-        )
-        _graph(user).insert_before(user, dequantize)
-        user.replace_input_with(index, dequantize.outputs[0])
+            stored = self.make.codes(name, codes, spec.dtype)
+            parameters = self.make.parameters(name, qparams, spec, self._real(value))
+            self.constants[identity] = stored, parameters
+        nodes = self.make.dequantize(*self.constants[identity], name)
+        _graph(user).insert_before(user, nodes)
+        user.replace_input_with(index, nodes[-1].outputs[0])
 
     def _remove_unused(self) -> None:
         """Drop the float constants that only codes replaced."""
         replaced = [c.value for c in self.plan.constants.values()]
         replaced += [b.value for b in self.plan.biases.values()]
-        self.initializers.drop_unused(self.graph.values[key] for key in dict.fromkeys(replaced))
+        self.make.initializers.drop_unused(
+            self.graph.values[key] for key in dict.fromkeys(replaced)
+        )
 
     # --- activations -----------------------------------------------------------------------------
 
@@ -127,35 +100,34 @@ class QdqWriter:
         """Put a pair behind ``value``; all that read it read what comes out."""
         name = value.name or "tensor"
         if tensor.source not in self.qparams:
-            source = self.graph.values[tensor.source].name or "tensor"
-            qparams = self._stub(ValuePoint(tensor.source)).qparams
-            self.qparams[tensor.source] = self._scale_and_zero_point(
-                source, qparams, tensor.spec.dtype
+            source, stub = self.graph.values[tensor.source], self._stub(ValuePoint(tensor.source))
+            self.qparams[tensor.source] = self.make.parameters(
+                source.name or "tensor", stub.qparams, stub.spec, self._real(source)
             )
-        scale, zero_point = self.qparams[tensor.source]
+        parameters = self.qparams[tensor.source]
         uses = list(value.uses())
-        quantizer = self._node("QuantizeLinear", [value, scale, zero_point], name)
+        quantizer = self.make.quantize(value, parameters, name)
         _insert_behind(value, quantizer)
-        codes = [quantizer.outputs[0], scale, zero_point]
         readers: dict[ir.Graph, ir.Value] = {}
         for use in uses:
             where = _graph(use.node)
             if where not in readers:
-                readers[where] = self._dequantize(codes, name, where, quantizer)
+                readers[where] = self._dequantize(parameters, name, where, quantizer)
             use.node.replace_input_with(use.idx, readers[where])
         if value in _graph(quantizer).outputs and value.producer() is not None:
-            self._take_over_output(value, self._dequantize(codes, name, None, quantizer))
+            result = self._dequantize(parameters, name, _graph(quantizer), quantizer)
+            self._take_over_output(value, result)
 
     def _dequantize(
-        self, codes: list[ir.Value], name: str, where: ir.Graph | None, quantizer: ir.Node
+        self, parameters: Parameters, name: str, where: ir.Graph, quantizer: ir.Node
     ) -> ir.Value:
         """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
-        node = self._node("DequantizeLinear", codes, name)
-        if where is None or where is quantizer.graph:
-            _graph(quantizer).insert_after(quantizer, node)
+        nodes = self.make.dequantize(quantizer.outputs[0], parameters, name)
+        if where is quantizer.graph:
+            where.insert_after(quantizer, nodes)
         else:
-            where.insert_before(where[0], node)
-        return node.outputs[0]
+            where.insert_before(where[0], nodes)
+        return nodes[-1].outputs[0]
 
     def _take_over_output(self, value: ir.Value, result: ir.Value) -> None:
         """Let a graph output come out of the pair under its own name, in place."""
@@ -164,7 +136,7 @@ class QdqWriter:
         for i, output in enumerate(outputs):
             if output is value:
                 outputs[i] = result
-        value.name = self.initializers.unique_name(f"{name}_float")
+        value.name = self.make.initializers.unique_name(f"{name}_float")
         result.name = name
 
 
@@ -181,8 +153,3 @@ def _insert_behind(value: ir.Value, node: ir.Node) -> None:
 def _graph(node: ir.Node) -> ir.Graph:
     assert isinstance(node.graph, ir.Graph)  # nodes of functions are never quantized
     return node.graph
-
-
-def _array(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().cpu().numpy()
-    return array

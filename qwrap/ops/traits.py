@@ -17,26 +17,33 @@ class Weighted:
         weight: index of the weight input.
         bias: index of the bias input, None if the operator has none.
         channel_axis: the axis of the weight that runs over output channels (in one group).
-        transposing: an attribute that, set to 1, puts the channels on axis 0 instead.
+        summed_axis: the axis over which products are summed: input channels (in one group).
+        transposing: an attribute that, set to 1, exchanges the two axes.
     """
 
     weight: int
     bias: int | None
     channel_axis: int
+    summed_axis: int
     transposing: str | None = None
 
     def axis(self, attributes: Mapping[str, Any]) -> int:
         """Return the axis of the weight that runs over output channels for a node."""
-        if self.transposing is not None and attributes.get(self.transposing, 0):
-            return 0
-        return self.channel_axis
+        return self.summed_axis if self._transposed(attributes) else self.channel_axis
+
+    def block_axis(self, attributes: Mapping[str, Any]) -> int:
+        """Return the axis of the weight that products are summed over, which blocks lie along."""
+        return self.channel_axis if self._transposed(attributes) else self.summed_axis
+
+    def _transposed(self, attributes: Mapping[str, Any]) -> bool:
+        return self.transposing is not None and bool(attributes.get(self.transposing, 0))
 
 
 WEIGHTED: Mapping[str, Weighted] = MappingProxyType({
-    "Conv": Weighted(weight=1, bias=2, channel_axis=0),
-    "ConvTranspose": Weighted(weight=1, bias=2, channel_axis=1),
-    "Gemm": Weighted(weight=1, bias=2, channel_axis=1, transposing="transB"),
-    "MatMul": Weighted(weight=1, bias=None, channel_axis=-1),
+    "Conv": Weighted(weight=1, bias=2, channel_axis=0, summed_axis=1),
+    "ConvTranspose": Weighted(weight=1, bias=2, channel_axis=1, summed_axis=0),
+    "Gemm": Weighted(weight=1, bias=2, channel_axis=1, summed_axis=0, transposing="transB"),
+    "MatMul": Weighted(weight=1, bias=None, channel_axis=-1, summed_axis=-2),
 })
 """Operator type to where its weight and bias are.
 
@@ -103,6 +110,22 @@ PASS_THROUGH: Mapping[str, PassThrough] = MappingProxyType({
 """Operator type to what it passes through: these can keep the scale of their input.
 
 Outputs other than the first (indices, masks) are not values of an input, except those of Split.
+"""
+
+OUTPUT_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({
+    "Cos": (-1.0, 1.0),
+    "Erf": (-1.0, 1.0),
+    "HardSigmoid": (0.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Sin": (-1.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Softsign": (-1.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+})
+"""Operator type to the smallest and largest output, whatever the input.
+
+Integer types cover such a range with power-of-two steps, so that the upper end is one step beyond
+the largest code: most operators come near it and do not reach it.
 """
 
 QUANTIZED = re.compile(

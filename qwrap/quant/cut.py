@@ -78,7 +78,7 @@ class _Cut:
                 self.numbers[node] = self.numbers[producer]
             elif node not in self.numbers and facts.moved_input(node) is not None:
                 self.numbers[node] = self._add(node)
-        values = [v for node in facts.nodes for v in node.outputs if facts.is_float32(v)]
+        values = [v for node in facts.nodes for v in node.outputs if facts.is_real(v)]
         for value in (*self.graph.inputs, *values):
             self._connect(value)
 

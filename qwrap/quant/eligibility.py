@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -11,9 +11,11 @@ from qwrap.model.attributes import attributes_of
 from qwrap.model.layout import Layout
 from qwrap.ops.traits import PASS_THROUGH, WEIGHTED
 from qwrap.quant.bounds import bounds_of
+from qwrap.quant.forms import REALS
 from qwrap.quant.target import Target
 
 NO_KERNEL = "no integer kernel"
+NOT_REAL = "not of a float type that can be quantized at this opset"
 QUANTIZED_ALREADY = "is quantized already"
 BOTH_COMPUTED = "both operands are activations: quantizing them costs more than the kernel saves"
 CLAMPED = ("Add", "Conv", "Gemm", "MatMul", "Mul")  # kernels whose output clamp absorbs a Relu
@@ -27,12 +29,19 @@ class Eligibility:
     Attributes:
         nodes: all nodes that run.
         barred: node key -> why it has to stay float, whatever it is.
+        reals: types of the tensors that can be quantized.
     """
 
-    def __init__(self, layout: Layout, target: Target, barred: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        target: Target,
+        barred: Mapping[str, str],
+        reals: Collection[ir.DataType] = REALS,
+    ) -> None:
         self.graph, self.values, self.target = layout.graph, layout.values, target
         self.nodes = [node for node, _ in layout.placed()]
-        self.barred = barred
+        self.barred, self.reals = barred, reals
 
     def obstacle(self, node: ir.Node) -> str | None:
         """Return why ``node`` cannot run in an integer kernel, None if it can."""
@@ -49,15 +58,15 @@ class Eligibility:
         if node.op_type not in self.target.elementwise:
             return NO_KERNEL
         values = list(self.data_inputs(node))
-        if not values or not all(self.is_float32(v) for v in (*values, *node.outputs)):
-            return "not float32 activations"
+        if not values or not all(self.is_real(v) for v in (*values, *node.outputs)):
+            return NOT_REAL
         return None
 
     def _matrix_obstacle(self, node: ir.Node) -> str | None:
         x, weight = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if x is None or weight is None or not self.is_float32(x):
-            return "not float32"
+        if x is None or weight is None or not self.is_real(x):
+            return NOT_REAL
         if not self.is_stored(weight):
             return self._weight_obstacle(x, weight)
         if self.is_stored(x):
@@ -99,7 +108,7 @@ class Eligibility:
     def moved_input(self, node: ir.Node) -> ir.Value | None:
         """Return the input whose values ``node`` only moves, None if it computes."""
         value = node.inputs[0] if node.inputs else None
-        if value is None or node.op_type not in self.target.moving or not self.is_float32(value):
+        if value is None or node.op_type not in self.target.moving or not self.is_real(value):
             return None
         if self._is_barred(node):
             return None
@@ -137,7 +146,7 @@ class Eligibility:
     def is_lookup(self, node: ir.Node) -> bool:
         """Whether ``node`` fetches rows of a table that is worth storing as codes."""
         table = node.inputs[0] if node.op_type in self.target.lookup else None
-        if table is None or not self.is_stored(table) or not self.is_float32(table):
+        if table is None or not self.is_stored(table) or not self.is_real(table):
             return False
         if self._is_barred(node):
             return False
@@ -150,17 +159,36 @@ class Eligibility:
         """Whether a value is a constant of the model."""
         return self.graph.key(value) in self.values.stored
 
-    def is_float32(self, value: ir.Value) -> bool:
-        """Whether a value is known to be float32."""
-        return self.graph.type_of(value).dtype == ir.DataType.FLOAT
+    def is_real(self, value: ir.Value) -> bool:
+        """Whether a value is known to be of a float type that can be quantized."""
+        return self.graph.type_of(value).dtype in self.reals
 
-    def weight_axis(self, node: ir.Node) -> int | None:
-        """Return the axis of a matrix operator's weight that may have a scale per index."""
-        weight = node.inputs[1]
-        rank = None if weight is None else self.graph.type_of(weight).rank
-        if rank is None or rank < 2 or (node.op_type == "MatMul" and rank != 2):
+    def weight_axis(self, node: ir.Node, *, stacked: bool = False) -> int | None:
+        """Return the axis of a matrix operator's weight that may have a scale per index.
+
+        Args:
+            node: has the weight.
+            stacked: whether matrices in a stack may have one too, for which there is no kernel.
+        """
+        rank = self._weight_rank(node)
+        if rank is None or rank < 2 or (node.op_type == "MatMul" and rank != 2 and not stacked):
             return None  # the kernel takes one scale for a stack of matrices
         return WEIGHTED[node.op_type].axis(attributes_of(node)) % rank
+
+    def block_axis(self, node: ir.Node) -> int | None:
+        """Return the axis of a matrix operator's weight that products are summed over."""
+        rank = self._weight_rank(node)
+        if rank is None or rank < 1:
+            return None
+        return 0 if rank == 1 else WEIGHTED[node.op_type].block_axis(attributes_of(node)) % rank
+
+    def _weight_rank(self, node: ir.Node) -> int | None:
+        weight = node.inputs[WEIGHTED[node.op_type].weight]
+        return None if weight is None else self.graph.type_of(weight).rank
+
+    def size_of(self, value: ir.Value) -> tuple[int, ...]:
+        """Return the shape of a constant of the model."""
+        return tuple(self.values.stored[self.graph.key(value)].shape.numpy())
 
 
 def _is_dilated_pool(node: ir.Node | None) -> bool:

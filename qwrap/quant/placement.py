@@ -13,8 +13,12 @@ from qwrap.model.layout import Layout
 from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.cut import worth_it
 from qwrap.quant.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
+from qwrap.quant.opsets import carried_reals
+from qwrap.quant.overrides import apply_overrides
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
+from qwrap.quant.specs import Specs
 from qwrap.quant.target import ORT_CPU, Target
+from qwrap.quant.weights_only import place_weights
 
 TOO_DEAR = "an integer kernel would not pay for the conversions around it"
 NO_CLAMP = "its input comes out of an integer kernel as floats"
@@ -41,25 +45,43 @@ def place(
         without: node key -> reason why it has to stay float.
 
     Raises:
-        ConfigError: a selector of ``config.excluded`` fits no node.
+        ConfigError: a selector of ``config.excluded`` fits no node, or one of
+            ``config.overrides`` no quantized tensor.
     """
-    placement = _Placement(layout, config, target, without or {})
-    placement.decide()
-    plan = placement.plan()
-    plan.without = dict(without or {})
+    strict = without is None
+    without = dict(without or {})
+    reals = carried_reals(config, layout.graph.opset)
+    facts = Eligibility(layout, target, {**without, **_excluded(layout, config)}, reals)
+    specs = Specs(facts, config)
+    if config.activation_spec is None:
+        plan = place_weights(facts, specs)
+    else:
+        placement = _Placement(facts, specs)
+        placement.decide()
+        plan = placement.plan()
+    apply_overrides(plan, layout, config, strict=strict)
+    plan.without = without
     return plan
 
 
+def _excluded(layout: Layout, config: QConfig) -> dict[str, str]:
+    found: dict[str, str] = {}
+    keys = [layout.graph.node_key(node) for node, _ in layout.placed()]
+    for selector in config.excluded:
+        hits = [
+            k for k in keys if layout.graph.nodes[k].op_type == selector or fnmatchcase(k, selector)
+        ]
+        if not hits:
+            raise ConfigError(f"exclude {selector!r}: no node has such a name or operator type")
+        found |= dict.fromkeys(hits, "excluded")
+    return found
+
+
 class _Placement:
-    def __init__(
-        self, layout: Layout, config: QConfig, target: Target, without: Mapping[str, str]
-    ) -> None:
-        self.graph, self.config, self.target = layout.graph, config, target
-        keys = [layout.graph.node_key(node) for node, _ in layout.placed()]
-        self.facts = Eligibility(layout, target, {**without, **self._excluded(keys)})
-        spec = config.activation_spec
-        assert spec is not None
-        self.activation = spec
+    def __init__(self, facts: Eligibility, specs: Specs) -> None:
+        self.graph, self.config, self.target = facts.graph, specs.config, facts.target
+        self.facts, self.specs = facts, specs
+        self.slow = specs.slow()
         self.reasons: dict[ir.Node, str] = {}
         self.integer: dict[ir.Node, None] = {}
 
@@ -75,29 +97,26 @@ class _Placement:
                 self.reasons[node] = reason
         self.integer = dict.fromkeys(candidates)
         self._drop_alone()
-        if self.config.only_if_faster:
+        self.slow = self.slow or self._odd_type()
+        if self.config.only_if_faster and self.slow is None:
             most = list(self.integer)
             self.integer = dict.fromkeys(worth_it(self.facts, candidates, most))
             self.reasons |= {n: TOO_DEAR for n in most if n not in self.integer}
             self._drop_alone()
+
+    def _odd_type(self) -> str | None:
+        """Return why there are no integer kernels for the types of the graph, None if there are."""
+        values = [v for node in self.integer for v in self.facts.data_inputs(node)]
+        types = {self.graph.type_of(v).dtype for v in values} - {ir.DataType.FLOAT, None}
+        names = sorted(t.name.lower() for t in types if t is not None)
+        kind = " and ".join(names)
+        return f"onnxruntime has no integer kernels between tensors of {kind}" if names else None
 
     def _drop_alone(self) -> None:
         while alone := [n for n in self.integer if not self._carries(n)]:
             for node in alone:  # dropping one may leave its neighbours alone
                 del self.integer[node]
                 self.reasons[node] = ALONE
-
-    def _excluded(self, keys: list[str]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for selector in self.config.excluded:
-            hits = [k for k in keys if self._fits(selector, k)]
-            if not hits:
-                raise ConfigError(f"exclude {selector!r}: no node has such a name or operator type")
-            found |= dict.fromkeys(hits, "excluded")
-        return found
-
-    def _fits(self, selector: str, key: str) -> bool:
-        return self.graph.nodes[key].op_type == selector or fnmatchcase(key, selector)
 
     def _carries(self, node: ir.Node) -> bool:
         """Whether a node has its own reason to be quantized, or stands between such nodes."""
@@ -131,7 +150,9 @@ class _Placement:
     # --- the plan --------------------------------------------------------------------------------
 
     def plan(self) -> QuantPlan:
-        plan = QuantPlan()
+        plan = QuantPlan(fused=self.slow is None)
+        if self.slow is not None and self.integer:
+            plan.notes.append(f"{self.slow}: it computes in float between the pairs")
         for node in self.integer:
             for value in self.facts.data_inputs(node):
                 self._add_tensor(plan, value)
@@ -155,8 +176,9 @@ class _Placement:
         if moved is not None and self._from_integer(moved):
             source, fixed = self._add_tensor(plan, moved), None
         else:
-            source, fixed = key, self.target.fixed.get(node.op_type if node else "")
-        plan.tensors[key] = TensorPlan(spec=self.activation, source=source, fixed=fixed)
+            source, fixed = key, self.specs.fixed(node)
+        spec = plan.tensors[source].spec if source != key else self.specs.activation(value)
+        plan.tensors[key] = TensorPlan(spec=spec, source=source, fixed=fixed)
         if node is not None and node.op_type == "Split" and source != key:
             for other in node.outputs:  # the kernel wants all of them quantized alike
                 self._add_tensor(plan, other)
@@ -177,6 +199,8 @@ class _Placement:
             if value is None or not self.facts.is_stored(value):
                 continue
             if node.op_type in self.target.matrix and index == 2:
+                if not self.specs.bias_as_codes(node):
+                    continue
                 x = node.inputs[0]
                 assert x is not None
                 plan.biases[key, 2] = BiasPlan(
@@ -185,9 +209,9 @@ class _Placement:
                     weight=(key, 1),
                 )
             elif value in operands:
-                spec = self.activation
+                spec = self.specs.activation(value)
                 if node.op_type in self.target.matrix:
-                    spec = self.config.weight_spec(self.facts.weight_axis(node))
+                    spec = self.specs.weight(node)
                 plan.constants[key, index] = ConstantPlan(value=self.graph.key(value), spec=spec)
 
     def _add_bias_behind(self, plan: QuantPlan, node: ir.Node) -> None:
@@ -197,7 +221,9 @@ class _Placement:
         and that one fuses only with an int32 bias.
         """
         add = self.facts.bias_add(node)
-        if add is None or add in self.integer or self.graph.key(node.outputs[0]) in plan.tensors:
+        if add is None or self.slow is not None or add in self.integer:
+            return
+        if self.graph.key(node.outputs[0]) in plan.tensors:
             return
         index = 0 if add.inputs[1] is node.outputs[0] else 1
         bias, x = add.inputs[index], node.inputs[0]
@@ -211,9 +237,9 @@ class _Placement:
 
     def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
         key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
-        spec = self.activation
         table = node.inputs[0]
         assert table is not None
+        spec = self.specs.table(node)
         plan.constants[key, 0] = ConstantPlan(value=self.graph.key(table), spec=spec)
         plan.tensors[output] = TensorPlan(spec=spec, source=output, table=(key, 0))
 

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from qwrap.config import QuantSpec
+from qwrap.config import QuantSpec, RangeOverride
 
-Role = Literal["integer", "moves", "absorbed", "float"]
+Role = Literal["integer", "weights", "moves", "absorbed", "float"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +19,17 @@ class TensorPlan:
         spec: its type.
         source: the tensor whose scale and zero point it has: itself, or the one that operators
             which only move values made it from.
-        fixed: scale and zero point that the operator dictates, None to observe them.
+        fixed: scale and zero point that the operator or the user dictates, None to observe them.
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
+        override: what the user said of it, None for nothing.
     """
 
     spec: QuantSpec
     source: str
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
+    override: RangeOverride | None = None
 
     @property
     def is_observed(self) -> bool:
@@ -42,10 +44,12 @@ class ConstantPlan:
     Attributes:
         value: initialiser.
         spec: its type and axis.
+        override: what the user said of it, None for nothing.
     """
 
     value: str
     spec: QuantSpec
+    override: RangeOverride | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +72,9 @@ class NodePlan:
     """How a node will run.
 
     Attributes:
-        role: "integer" in an integer kernel, "moves" codes without computing, "absorbed" into
-            its producer's kernel, or "float".
+        role: "integer" in an integer kernel (or between pairs, where ``QuantPlan.notes`` says that
+            there is none), "weights" in float from a quantized weight, "moves" codes without
+            computing, "absorbed" into its producer's kernel, or "float".
         reason: why, for "float".
     """
 
@@ -89,6 +94,8 @@ class QuantPlan:
         nodes: node key -> how it runs.
         changes: what was rewritten in the graph before placement, one line each.
         without: node key -> why calibration returned the node to float.
+        notes: what to know about the plan as a whole, one line each.
+        fused: whether the runtime has integer kernels for what is quantized.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -97,6 +104,8 @@ class QuantPlan:
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fused: bool = True
 
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
@@ -111,10 +120,11 @@ class QuantPlan:
         """Return a table of what runs in integers and, for the rest, why not."""
         roles = Counter((n.role, n.op_type) for n in self.nodes.values())
         lines = []
-        for role in ("integer", "absorbed", "moves"):
+        for role in ("integer", "weights", "absorbed", "moves"):
             counts = [f"{op} {n}" for (r, op), n in sorted(roles.items()) if r == role]
+            label = "in pairs" if role == "integer" and not self.fused else role
             if counts:
-                lines.append(f"{role + ':':10s} {', '.join(counts)}")
+                lines.append(f"{label + ':':10s} {', '.join(counts)}")
         lines.append(
             f"quantized: {len(self.sources())} activations, "
             f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
@@ -126,6 +136,7 @@ class QuantPlan:
         for reason, keys in sorted(reasons.items()):
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
             lines.append(f"float:     {reason} [{shown}]")
+        lines += [f"note:      {line}" for line in self.notes]
         return "\n".join([*lines, *(f"changed:   {line}" for line in self.changes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +148,8 @@ class QuantPlan:
             "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
             "changes": list(self.changes),
             "without": dict(self.without),
+            "notes": list(self.notes),
+            "fused": self.fused,
         }
 
 

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.canonical import canonicalize
-from qwrap.graph.index import OnnxGraph, opset_of
-from qwrap.graph.opset import raise_opset
+from qwrap.graph.index import OnnxGraph
 from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
@@ -23,11 +21,10 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import scale_shape
 from qwrap.quant.exact import exact_program
 from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
+from qwrap.quant.opsets import let_carry
 from qwrap.quant.placement import place
 from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Stub
-
-PER_AXIS_OPSET = 13  # QuantizeLinear-13 brought ``axis``
 
 
 def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
@@ -56,7 +53,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     config = copy.deepcopy(config) if config else QConfig()
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
-    changes = _raise_opset(draft, config)
+    changes = let_carry(draft, config)
     changes += canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
     kept = {
         name
@@ -68,18 +65,6 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     plan.changes = changes
     install(model, plan, config)
     return plan
-
-
-def _raise_opset(draft: ir.Model, config: QConfig) -> list[str]:
-    """Let ``draft`` import an opset that carries what ``config`` asks for, in place."""
-    specs = (config.activation_spec, config.weight_spec(0))
-    needed = max(spec.dtype.opset for spec in specs if spec is not None)
-    needed = max(needed, PER_AXIS_OPSET if config.per_channel else 0)
-    before = opset_of(draft, "")
-    if before >= needed:
-        return []
-    lines = raise_opset(draft, max(needed, PER_AXIS_OPSET))
-    return [f"opset {before} raised to {opset_of(draft, '')}", *lines]
 
 
 def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:

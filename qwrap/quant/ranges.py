@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError
-from qwrap.numerics import choose_qparams, fake_quantize, squared_error_integral
+from qwrap.numerics import block_extremes, choose_qparams, fake_quantize, squared_error_integral
 from qwrap.quant.observers import HistogramObserver, Observer
 
 ACTIVATION_METHODS = ("mse", "percentile", "minmax")
@@ -195,9 +195,13 @@ def choose_weight_range(
     """
     _check_method(method, WEIGHT_METHODS)
     flat = weight.detach().to(torch.float32)
+    if spec.block_size is not None:
+        low, high = block_extremes(flat, spec)
+        zero = (low == 0) & (high == 0)
+        return torch.where(zero, low.min(), low), torch.where(zero, high.max(), high)
     flat = flat.reshape(1, -1) if spec.axis is None else flat.movedim(spec.axis, 0).flatten(1)
     low, high = (end.clone() for end in torch.aminmax(flat, dim=1))
-    if method == "mse":
+    if method == "mse" and spec.dtype.is_integer:
         rows = max(1, _WEIGHT_CHUNK // flat.shape[1])
         for start in range(0, flat.shape[0], rows):
             part = slice(start, start + rows)
