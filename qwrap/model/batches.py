@@ -25,7 +25,7 @@ def iterate(
         batches: any iterable of batches, such as a ``DataLoader``, or an object whose
             ``get_next()`` returns batches and then None (onnxruntime's ``CalibrationDataReader``).
         model: whose graph inputs the batches are for.
-        may_be_empty: accept that there are none.
+        may_be_empty: whether no batches are fine.
 
     Raises:
         InputError: there are no batches, or one does not fit; the message counts from batch 0.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,7 +15,7 @@ from qwrap.errors import NotCalibratedError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.early_stop import WIDENING, EarlyStop
-from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
+from qwrap.quant.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import (
     bias_stubs,
     config_of,
@@ -30,6 +30,10 @@ from qwrap.quant.session import Session
 from qwrap.quant.sources import integer_users
 from qwrap.quant.statistics import Statistics, restore
 from qwrap.quant.stubs import Mode
+from qwrap.quant.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # missing where torch was built without
 
 STOPPED = "calibration stopped early"
 
@@ -45,10 +49,13 @@ def calibrate(
     early_stop: int | None = None,
     progress: bool = True,
     total: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Run ``batches`` through ``model`` and fix the scale of every quantized tensor, in place.
 
     Memory does not grow with the number of batches. Afterwards the model simulates quantization.
+    Where torch.distributed is initialised, every rank gives its share of the batches, which may be
+    none, and gets the scales that one process gets from all of them.
 
     A long calibration survives an interruption with ``save``: its file then says how many batches
     it saw, and the rest can be added to it::
@@ -65,9 +72,10 @@ def calibrate(
             onnxruntime ``CalibrationDataReader`` will do.
         statistics: what was seen before, or its file, to be taken in first, as if those batches
             had run too; then ``batches`` may be empty. Several are merged with
-            ``Statistics.merge``.
+            ``Statistics.merge``. Of several ranks the first one takes them in.
         save: where to write ``Statistics``: at the end, every half minute, and when the data fails
             or the user interrupts between two batches; in the middle of one, the last file stays.
+            Of several ranks the first one writes, at the end, what all saw.
         early_stop: number of batches in which no range has to have widened by more than 1 % of its
             width for calibration to be over; the ranges are looked at so often. The plan's
             ``changes`` then say so. None runs all batches. On several ranks each stops by itself,
@@ -75,19 +83,21 @@ def calibrate(
         progress: show a bar on a terminal, with the time left if it is known how many batches
             there are.
         total: how many batches there are, for the bar, where ``len(batches)`` does not tell.
+        group: the ranks that calibrate together, all if None.
 
     Raises:
         InputError: there is no batch, or one lacks an input, has another rank or type, or holds
             NaN or infinity.
-        ConfigError: the model is not prepared, or a setting is wrong.
+        ConfigError: the model is not prepared, a setting is wrong, or the ranks differ.
+        NotCalibratedError: there is no batch on any of several ranks.
         StatisticsError: ``statistics`` cannot be read, or were observed in another model.
         ExportError: ``save`` cannot be written.
     """
     given = _opened(statistics)
-    with calibrating(model, statistics=given, save=save), torch.no_grad():
+    with calibrating(model, statistics=given, save=save, group=group), torch.no_grad():
         stop = None if early_stop is None else EarlyStop(model, early_stop)
         bar = tqdm(
-            iterate(batches, model, may_be_empty=given is not None),
+            iterate(batches, model, may_be_empty=given is not None or is_distributed(group)),
             desc="calibrating",
             total=count_batches(batches) if total is None else total,
             unit="batch",
@@ -111,16 +121,23 @@ def calibrating(
     *,
     statistics: Given = None,
     save: str | os.PathLike[str] | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[None]:
     """Let observers watch what the user runs in the ``with`` block, then fix all scales, in place.
 
     Every calibration starts from nothing, but for ``statistics``. One that fails or is interrupted
     leaves the model prepared, and computing in float.
 
+    Where torch.distributed is initialised, the end of the block waits for every rank and merges
+    what they saw. A rank may run nothing; one that fails leaves the others waiting, as anywhere in
+    torch.distributed, until ``torchrun`` ends them. Run the module inside
+    ``DistributedDataParallel`` rather than the wrapper, unless all ranks run as many batches.
+
     Args:
-        model: a prepared model.
+        model: a prepared model; of a wrapper like DistributedDataParallel, its ``module``.
         statistics: as for ``calibrate``.
         save: as for ``calibrate``.
+        group: the ranks that calibrate together, all if None.
 
     Raises:
         ConfigError: the model is not prepared.
@@ -133,16 +150,18 @@ def calibrating(
     if given is not None:
         given.check(model)
     known = None if given is None else given.fingerprint
-    session = Session(model, None if save is None else Path(save), known)
+    path = None if save is None or not is_first(group) else Path(save)
+    session = Session(model, path, known, is_alone=not is_distributed(group))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     _start_afresh(model)
     try:
         if given is not None:
-            restore(model, given)
+            restore(model, given, is_fresh=not is_first(group))
         set_mode(model, "observe")
         with session.watching():
             yield
+        _merge_ranks(model, group)
         session.write()
         _finish(model)
     except BaseException:
@@ -179,9 +198,18 @@ def _start_afresh(model: WrappedModel) -> None:
     set_mode(model, "float")
 
 
+def _merge_ranks(model: WrappedModel, group: ProcessGroup | None) -> None:
+    """Let the model of every rank have seen what all ranks saw, in place."""
+    watched = [(s, s.observer) for _, s in stubs(model) if s.observer is not None]
+    if watched and is_distributed(group):
+        home, decisions = watched[0][0].scale.device, decisions_of(model)
+        merge_ranks([observer for _, observer in watched], home, group)
+        decisions.batches = sum_over_ranks(decisions.batches, home, group)
+
+
 def _finish(model: WrappedModel) -> None:
     observers = [s.observer for _, s in stubs(model) if s.observer is not None]
-    if observers and not any(o.count + o.masked + o.nonfinite for o in observers):
+    if observers and not any(o.seen for o in observers):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
     _leave_out_problems(model)
     fix_scales(model)
@@ -217,7 +245,10 @@ def _problems(model: WrappedModel) -> dict[str, str]:
 
 def _trouble(observer: Observer) -> str | None:
     if observer.masked:
-        return f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more"
+        return (
+            f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more "
+            f"({HALF_SENTINEL:g} in float16)"
+        )
     if observer.nonfinite:
         return f"works on {observer.nonfinite} values that are NaN or infinite"
     return None if observer.count else "no calibration data reached it"

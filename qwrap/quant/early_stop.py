@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
@@ -27,7 +26,7 @@ class EarlyStop:
     def __init__(self, model: WrappedModel, patience: int) -> None:
         if patience < 1:
             raise ConfigError(f"early_stop={patience}: expected a number of batches, 1 or more")
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
             raise ConfigError(
                 "early_stop: the parameters are sharded, so that all ranks have to run as many "
                 "batches, but each would stop by itself; leave early_stop out"
@@ -55,8 +54,8 @@ class EarlyStop:
 
 def _extremes(model: WrappedModel) -> Tensor:
     """Return the ends of all ranges side by side, ``[2, N]``; those of none have width 0."""
-    found = [stub.observer.extremes for _, stub in stubs(model) if stub.observer is not None]
-    known = [ends for ends in found if ends is not None]
+    found = [stub.observer.ends.tensors() for _, stub in stubs(model) if stub.observer is not None]
+    known = [ends[0] for ends in found if ends is not None]
     if not known:
         return torch.zeros(2, 0)
     ends = torch.cat([e.to(known[0].device) for e in known], 1)

@@ -41,29 +41,33 @@ class Observer(nn.Module):
     Attributes:
         name: the observed tensor, for messages.
         axis: what the channels run along that have a range each, None for one range.
+        seen: values seen, those left out too.
+        left_out: how many of them were masked and how many not finite, int64 ``[2]``; None before
+            there were any.
+        ends: the ranges, and how many batches there were.
     """
 
     def __init__(self, name: str = "", axis: int | None = None, ema: float = 0.01) -> None:
         super().__init__()
         self.name, self.axis = name, axis
-        self._seen = 0
-        self._ends = Ends(ema)
-        self._left_out: Tensor | None = None  # masked and not finite, int64 [2]
+        self.seen = 0
+        self.ends = Ends(ema)
+        self.left_out: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Values seen, without those of the next two."""
-        return self._seen - self.masked - self.nonfinite
+        return self.seen - self.masked - self.nonfinite
 
     @property
     def masked(self) -> int:
         """Finite values of a magnitude of ``SENTINEL`` or more (float16: ``HALF_SENTINEL``)."""
-        return 0 if self._left_out is None else int(self._left_out[0])
+        return 0 if self.left_out is None else int(self.left_out[0])
 
     @property
     def nonfinite(self) -> int:
         """NaN and infinities."""
-        return 0 if self._left_out is None else int(self._left_out[1])
+        return 0 if self.left_out is None else int(self.left_out[1])
 
     @property
     def low(self) -> Tensor:
@@ -101,17 +105,8 @@ class Observer(nn.Module):
         """
         return self._end(1, 1)
 
-    @property
-    def extremes(self) -> Tensor | None:
-        """``low`` and ``high`` where they are, float32 ``[2, C]``, None before the first batch.
-
-        ``inf`` and ``-inf`` for a channel without any usable value.
-        """
-        tensors = self._ends.tensors()
-        return None if tensors is None else tensors[0]
-
     def _end(self, kind: int, side: int) -> Tensor:
-        ends = self._ends.tensors()
+        ends = self.ends.tensors()
         if ends is None or not self.count:
             raise NotCalibratedError(
                 f"tensor {self.name!r} saw no usable value ({self.nonfinite} not finite, "
@@ -142,7 +137,7 @@ class Observer(nn.Module):
         self._check_channels(x)
         if not x.numel():
             return
-        self._seen += x.numel()
+        self.seen += x.numel()
         if self.axis is None and can_be_read(x) and self._take_numbers(x):
             return
         ends, usable = _extremes(x, self.axis), None
@@ -150,7 +145,7 @@ class Observer(nn.Module):
             usable = x.abs() < sentinel(x.dtype)
             self._count_left_out(x, usable)
             ends = _extremes(x, self.axis, usable)
-        self._ends.take(ends)
+        self.ends.take(ends)
         # A channel without any usable value has the ends (inf, -inf), and no magnitude.
         largest = torch.maximum(-ends[0], ends[1]).clamp_(min=0)
         self._take(x, exponent_of(largest), usable)
@@ -161,7 +156,7 @@ class Observer(nn.Module):
         limit = sentinel(x.dtype)
         if not (low > -limit and high < limit):  # so written that NaN ends here too
             return False
-        self._ends.take_numbers(low, high)
+        self.ends.take_numbers(low, high)
         self._take(x, exponent_of_number(max(-low, high)), None)
         return True
 
@@ -172,7 +167,7 @@ class Observer(nn.Module):
             raise InputError(
                 f"tensor {self.name!r}: shape {tuple(x.shape)} has no axis {self.axis}"
             )
-        channels, before = x.shape[self.axis], self._ends.channels
+        channels, before = x.shape[self.axis], self.ends.channels
         if before is not None and channels != before:
             raise InputError(
                 f"tensor {self.name!r}: {channels} channels along axis {self.axis}, but {before} "
@@ -182,7 +177,13 @@ class Observer(nn.Module):
     def _count_left_out(self, x: Tensor, usable: Tensor) -> None:
         finite = x.isfinite().sum()
         found = torch.stack((finite - usable.sum(), x.numel() - finite))
-        self._left_out = found if self._left_out is None else self._left_out + found
+        self.left_out = found if self.left_out is None else self.left_out + found
+
+    def reserve(self, channels: int, device: torch.device) -> None:
+        """Give an observer that saw nothing yet its channels, in place."""
+        if self.ends.channels is None:
+            ends = torch.tensor([[math.inf], [-math.inf]]).expand(2, channels).to(device)
+            self.ends.replace(ends.clone(), ends.to(torch.float64), 0)
 
     @abstractmethod
     def _take(self, x: Tensor, exponent: Tensor | int, usable: Tensor | None) -> None:
@@ -194,21 +195,23 @@ class Observer(nn.Module):
         Moving averages are averaged, each with the number of batches behind it.
 
         Raises:
-            ConfigError: ``other`` keeps another statistic.
+            ConfigError: ``other`` keeps another statistic, or saw another number of channels.
         """
+        self._check_mergeable(other)
+        self.ends.merge(other.ends)
+        self.seen += other.seen
+        if other.left_out is not None:
+            found = other.left_out
+            known = torch.zeros_like(found) if self.left_out is None else self.left_out
+            self.left_out = known + found.to(known.device)
+
+    def _check_mergeable(self, other: Observer) -> None:
         if type(other) is not type(self) or other.axis != self.axis:
-            raise ConfigError(
-                f"tensor {self.name!r}: cannot merge {_kind(other)} into {_kind(self)}"
-            )
-        ours, theirs = self._ends.channels, other._ends.channels
-        if None not in (ours, theirs) and ours != theirs:
+            kinds = f"{_kind(other)} into {_kind(self)}"
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {kinds}")
+        ours, theirs = self.ends.channels, other.ends.channels
+        if ours and theirs and ours != theirs:
             raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
-        self._ends.merge(other._ends)
-        self._seen += other._seen
-        if other._left_out is not None:
-            found = other._left_out
-            known = torch.zeros_like(found) if self._left_out is None else self._left_out
-            self._left_out = known + found.to(known.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
         """Move the statistic along with the module, in place."""
@@ -217,30 +220,30 @@ class Observer(nn.Module):
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self._ends.apply(fn)
-        if self._left_out is not None:
-            self._left_out = fn(self._left_out)
+        self.ends.apply(fn)
+        if self.left_out is not None:
+            self.left_out = fn(self.left_out)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the statistic as numbers and tensors."""
-        extremes, averages = self._ends.tensors() or (None, None)
+        extremes, averages = self.ends.tensors() or (None, None)
         return {
             "axis": self.axis,
-            "seen": self._seen,
-            "batches": self._ends.batches,
-            "left_out": _copied(self._left_out),
+            "seen": self.seen,
+            "batches": self.ends.batches,
+            "left_out": _copied(self.left_out),
             "extremes": _copied(extremes),
             "averages": _copied(averages),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replace the statistic by a saved one."""
-        self.axis, self._seen = state["axis"], state["seen"]
-        self._left_out = _copied(state["left_out"])
-        self._ends = Ends(self._ends.share)
+        self.axis, self.seen = state["axis"], state["seen"]
+        self.left_out = _copied(state["left_out"])
+        self.ends = Ends(self.ends.share)
         extremes, averages = _copied(state["extremes"]), _copied(state["averages"])
         if extremes is not None and averages is not None:
-            self._ends.replace(extremes, averages, state["batches"])
+            self.ends.replace(extremes, averages, state["batches"])
 
 
 class MinMaxObserver(Observer):
@@ -281,14 +284,21 @@ class HistogramObserver(Observer):
             taken.values, exponent, taken.weight, rows=taken.rows, usable=taken.usable
         )
 
+    def reserve(self, channels: int, device: torch.device) -> None:
+        """Give an observer that saw nothing yet its channels, in place."""
+        super().reserve(channels, device)
+        if self.histogram.counts is None:
+            self.histogram.cover(exponent_of(torch.zeros(channels, device=device)))
+
     def merge(self, other: Observer) -> None:
         """Take what ``other`` has seen into the statistic, in place.
 
         Raises:
             ConfigError: ``other`` keeps another statistic or another number of bins.
         """
-        if isinstance(other, HistogramObserver):  # first, as it may refuse
-            self.histogram.merge(other.histogram)
+        self._check_mergeable(other)
+        assert isinstance(other, HistogramObserver)
+        self.histogram.merge(other.histogram)  # first, as it may refuse
         super().merge(other)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:

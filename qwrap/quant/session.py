@@ -27,15 +27,21 @@ class Session:
         model: prepared.
         path: where to write what was seen, None for nowhere.
         fingerprint: of the model, if it was taken already.
+        is_alone: whether what is seen here is all there is, so that it may be written any time.
 
     Raises:
         ExportError: no file can be written there.
     """
 
     def __init__(
-        self, model: WrappedModel, path: Path | None, fingerprint: Fingerprint | None = None
+        self,
+        model: WrappedModel,
+        path: Path | None,
+        fingerprint: Fingerprint | None = None,
+        *,
+        is_alone: bool = True,
     ) -> None:
-        self._model, self._path = model, path
+        self._model, self._path, self._is_alone = model, path, is_alone
         self._is_between = True  # two batches: no observer has seen one that another has not
         self._next = time.monotonic() + SECONDS
         if path is not None:
@@ -55,7 +61,7 @@ class Session:
         try:
             yield
         except BaseException:
-            if self._is_between:
+            if self._is_between and self._is_alone:
                 self.write()
             raise
         finally:
@@ -68,7 +74,7 @@ class Session:
     def _end(self, _model: nn.Module, _args: Any, _result: Any) -> None:
         decisions_of(self._model).batches += 1
         self._is_between = True
-        if time.monotonic() >= self._next:
+        if self._is_alone and time.monotonic() >= self._next:
             self.write()
 
     def write(self) -> None:

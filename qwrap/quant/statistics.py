@@ -152,19 +152,20 @@ def seen(model: WrappedModel) -> dict[str, TensorStatistics]:
     return {name: TensorStatistics.of(found) for name, found in observers(model).items()}
 
 
-def restore(model: WrappedModel, statistics: Statistics) -> None:
+def restore(model: WrappedModel, statistics: Statistics, *, is_fresh: bool = False) -> None:
     """Let the observers of a model have seen what ``statistics`` holds, in place.
 
     Args:
         model: prepared, with nothing returned to float yet.
         statistics: those that ``Statistics.check`` found to be of this model.
+        is_fresh: let them have seen nothing instead, but be able to take this in.
     """
     for _, stub in stubs(model):
         if stub.observer is not None:
             tensor = statistics.tensors[stub.name]
-            restored = tensor.observer(stub.name, config_of(model).ema)
-            stub.observer = restored.to(stub.scale.device)
-    decisions_of(model).batches = statistics.batches
+            made = tensor.fresh_observer if is_fresh else tensor.observer
+            stub.observer = made(stub.name, config_of(model).ema).to(stub.scale.device)
+    decisions_of(model).batches = 0 if is_fresh else statistics.batches
 
 
 def _check_tensor(name: str, tensor: TensorStatistics, observer: Observer) -> None:
