@@ -188,7 +188,7 @@ class QConfig:
         if self.kept_samples < 0:
             raise ConfigError(f"kept_samples={self.kept_samples}: expected 0 or more")
         for spec in (self.activation_spec, self.weight_spec(0)):
-            if spec is not None and spec.dtype.bits > 16:
+            if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
                 raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")
 
     @property

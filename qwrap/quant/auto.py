@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qwrap.config import METHODS
@@ -27,7 +27,11 @@ from qwrap.quant.scales import (
     set_activations,
     stub_at,
 )
+from qwrap.quant.sync import summed
 from qwrap.quant.unify import Range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # missing where torch was built without
 
 Choice = Mapping[str, str]
 """Source tensor -> method."""
@@ -45,6 +49,7 @@ def auto_ranges(
     ways: Mapping[str, Way],
     others: Mapping[str, Range],
     given: Mapping[str, QParams],
+    group: ProcessGroup | None = None,
 ) -> dict[str, Range]:
     """Return the range of every tensor in ``ways``, those of method "auto" by trial.
 
@@ -59,6 +64,7 @@ def auto_ranges(
         ways: watched tensor -> method and percentile.
         others: further tensors -> range.
         given: further tensors -> scale.
+        group: the processes that decide together, all if None.
 
     Raises:
         NotCalibratedError: no samples were kept, or an observer saw no value.
@@ -67,7 +73,7 @@ def auto_ranges(
     wanted = {key: way for key, way in ways.items() if way[0] == "auto"}
     if not wanted:
         return ranges
-    trials = _Trials(model, candidates_by(model, wanted), {**others, **ranges}, given)
+    trials = _Trials(model, candidates_by(model, wanted), {**others, **ranges}, given, group)
     choice = trials.decide()
     trials.restore()
     plan_of(model).methods = dict(choice)
@@ -82,6 +88,7 @@ class _Trials:
         candidates: tensor to choose for -> method -> range.
         others: the ranges of other tensors.
         given: the scales of yet others.
+        group: the processes that decide together.
 
     Raises:
         NotCalibratedError: no samples were kept, in no process.
@@ -93,11 +100,12 @@ class _Trials:
         candidates: Mapping[str, Mapping[str, Range]],
         others: Mapping[str, Range],
         given: Mapping[str, QParams],
+        group: ProcessGroup | None,
     ) -> None:
-        self._model, self._candidates = model, candidates
+        self._model, self._candidates, self._group = model, candidates, group
         self._others, self._given = others, given
         samples = model.samples if isinstance(model.samples, Samples) else Samples(0)
-        if not summed(torch.tensor([float(samples.count)]), model):
+        if not self._summed(torch.tensor([samples.count])):
             raise NotCalibratedError(
                 "method 'auto' compares ranges on samples kept from calibration, and there are "
                 "none; calibrate in this process, with QConfig(kept_samples=...) above 0"
@@ -110,10 +118,13 @@ class _Trials:
         wanted = measured.run(batches[:share])
         with model.running(Program()):
             wanted += [outputs_of(model, inputs) for inputs in batches[share:]]
-        self._errors = measured.by_tensor(summed(measured.sums(), model))
+        self._errors = measured.by_tensor(self._summed(measured.sums()))
         self._held_out = HeldOut(model, batches, wanted)
-        self._power = summed(self._held_out.power, model)
+        self._power = self._summed(self._held_out.power)
         self._parts = [slice(i * share, (i + 1) * share) for i in range(ROUNDS)]
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return summed(values, device_of(self._model), self._group)
 
     def ranges(self, choice: Choice) -> dict[str, Range]:
         """Return the ranges of a choice."""
@@ -181,7 +192,7 @@ class _Trials:
         self.restore()
         set_activations(self._model, {**self._others, **self.ranges(choice)}, self._given)
         set_mode(self._model, "quantize")
-        return summed(self._held_out.errors(part), self._model)
+        return self._summed(self._held_out.errors(part))
 
     def restore(self) -> None:
         """Give weights the scales they had before a trial made room for biases, in place."""
@@ -223,12 +234,3 @@ def _weight_scales(model: WrappedModel) -> dict[UsePoint, Tensor]:
     """Return the scales that room for biases may enlarge, as they are now."""
     points = {UsePoint(*bias.weight) for bias in plan_of(model).biases.values()}
     return {point: stub_at(model, point).scale.clone() for point in points}
-
-
-def summed(values: Tensor, model: WrappedModel) -> Tensor:
-    """Return ``values`` added up over the processes of ``torch.distributed``, if there are some."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return values
-    total = values.to(device_of(model), copy=True)  # where NCCL wants it
-    dist.all_reduce(total)
-    return total.to(values.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
+from qwrap.quant.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import place_without, plan_of, stubs
 from qwrap.quant.scales import stored
 from qwrap.quant.sources import integer_users
@@ -46,7 +46,10 @@ def _problems(model: WrappedModel, known: Collection[str]) -> dict[str, str]:
 
 def _trouble(observer: Observer) -> str | None:
     if observer.masked:
-        return f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more"
+        return (
+            f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more "
+            f"({HALF_SENTINEL:g} in float16)"
+        )
     if observer.nonfinite:
         return f"works on {observer.nonfinite} values that are NaN or infinite"
     return None if observer.count else "no calibration data reached it"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +16,15 @@ from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams
 from qwrap.quant.auto import auto_ranges
-from qwrap.quant.observers import Observer
 from qwrap.quant.overrides import has_range
-from qwrap.quant.prepare import bias_stubs, config_of, plan_of, set_mode, stubs
+from qwrap.quant.prepare import (
+    config_of,
+    decisions_of,
+    place_without,
+    plan_of,
+    set_mode,
+    stubs,
+)
 from qwrap.quant.problems import leave_out_problems
 from qwrap.quant.scales import (
     bounds_at,
@@ -30,17 +37,22 @@ from qwrap.quant.scales import (
     watched,
     ways_of,
 )
-from qwrap.quant.stubs import Stub
+from qwrap.quant.statistics import Statistics, restore
+from qwrap.quant.stubs import Stub, Switch
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quant.unify import Range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # missing where torch was built without
 
 
 def rescale(
     model: WrappedModel,
-    source: RangeTable | None = None,
+    source: RangeTable | Statistics | None = None,
     *,
     method: Choice | None = None,
     percentile: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Choose every scale of a prepared model again, in place, without data.
 
@@ -49,44 +61,61 @@ def rescale(
 
     Args:
         model: prepared; calibrated, unless ``source`` tells all.
-        source: where ranges come from: None for what the model's own observers saw; or a table,
-            whose entry may also stand under the name of a tensor that was moved from the one it
-            is for. Tensors that a table lacks take the range that was observed.
+        source: where ranges come from: None for what the model's own observers saw; statistics
+            of the same model, which its observers take over; or a table, whose entry may also
+            stand under the name of a tensor that was moved from the one it is for. Tensors that a
+            table lacks take the range that was observed.
         method: how ranges are chosen from now on, in place of ``model.config.method``. "auto"
             compares them on samples kept from calibration. After a calibration for "minmax" or
             "ema" there is no histogram, which the other methods need.
         percentile: the same for ``model.config.percentile``.
+        group: for method "auto" in several processes of torch.distributed, all of which have to
+            call this: those that decide together, all if None.
 
     Raises:
         ConfigError: the model is not prepared, a setting is unknown, or a method needs a histogram
             that is not there.
         NotCalibratedError: nothing was observed, or there are tensors that neither the table nor
             calibration has seen; the message lists them.
+        StatisticsError: the statistics are those of another model.
         TableError: an entry does not fit its tensor.
     """
     plan_of(model)
-    table = {} if source is None else source
+    statistics = source if isinstance(source, Statistics) else None
+    table = source if isinstance(source, RangeTable) else RangeTable({})
     config = config_of(model)
     config = replace(
         config,
         method=config.method if method is None else method,
         percentile=config.percentile if percentile is None else percentile,
     )
-    _require_ranges(model, table, from_table=source is not None)
+    if statistics is not None:
+        statistics.check(model)
+    else:
+        _require_ranges(model, table, from_table=source is not None)
     _warn_of_unknown(model, table)
     with _undone_on_error(model):
         model.config = config
+        if statistics is not None:
+            place_without(model, {})
+            restore(model, statistics)
         leave_out_problems(model, known=_entries(model, table))
-        fix_scales(model, table)
+        fix_scales(model, table, group=group)
         set_mode(model, "quantize")
 
 
-def fix_scales(model: WrappedModel, table: Mapping[str, TensorRange] | None = None) -> None:
+def fix_scales(
+    model: WrappedModel,
+    table: Mapping[str, TensorRange] | None = None,
+    *,
+    group: ProcessGroup | None = None,
+) -> None:
     """Choose the scale of every quantized tensor, in place.
 
     Args:
         model: prepared, in ``eval`` mode; observed, except for what ``table`` has.
         table: ranges and scales that come from elsewhere.
+        group: the processes that decide together on method "auto".
     """
     table = table or {}
     plan_of(model).methods = {}
@@ -101,7 +130,7 @@ def fix_scales(model: WrappedModel, table: Mapping[str, TensorRange] | None = No
         else:
             given[key] = qparams
     ways = {key: w for key, w in ways_of(model).items() if key not in given and key not in ranges}
-    ranges |= auto_ranges(model, ways, ranges, given)
+    ranges |= auto_ranges(model, ways, ranges, given, group)
     set_activations(model, ranges, given)
     warn_of_enlarged(model)
 
@@ -123,7 +152,7 @@ def _require_ranges(
     model: WrappedModel, table: Mapping[str, TensorRange], *, from_table: bool
 ) -> None:
     entries, found = _entries(model, table), watched(model)
-    seen = {k for k, s in found.items() if s.observer is not None and _has_seen(s.observer)}
+    seen = {k for k, s in found.items() if s.observer is not None and s.observer.seen}
     missing = [key for key in found if key not in entries and key not in seen]
     if from_table and missing:
         raise NotCalibratedError(
@@ -134,10 +163,6 @@ def _require_ranges(
         raise NotCalibratedError(
             "no data ran through the model; run qwrap.calibrate() first, or give a table"
         )
-
-
-def _has_seen(observer: Observer) -> bool:
-    return bool(observer.count + observer.masked + observer.nonfinite)
 
 
 def _warn_of_unknown(model: WrappedModel, table: Mapping[str, TensorRange]) -> None:
@@ -194,22 +219,25 @@ def _range_of(model: WrappedModel, key: str, entry: TensorRange) -> Range:
 
 @contextmanager
 def _undone_on_error(model: WrappedModel) -> Iterator[None]:
-    """Compute in ``eval`` mode; if an error is raised, put scales, modes and settings back."""
+    """Compute in ``eval`` mode; if an error is raised, put back what sat on the model, and how."""
     training = [(module, module.training) for module in model.modules()]
-    config, methods = model.config, plan_of(model).methods
-    before = [(s, s.scale.clone(), s.zero_point.clone(), s.mode) for _, s in stubs(model)]
-    biases = [(s, s.mode) for _, s in bias_stubs(model)]
+    config, plan, decisions = model.config, plan_of(model), decisions_of(model)
+    methods = plan.methods
+    taps = {point: model.tap(point) for point in model.attached}
+    before = [(s, s.observer, s.scale.clone(), s.zero_point.clone()) for _, s in stubs(model)]
+    modes = [(tap, tap.mode) for tap in taps.values() if isinstance(tap, Switch)]
     model.eval()
     try:
         yield
     except BaseException:
-        for stub, scale, zero_point, mode in before:
-            stub.scale.copy_(scale)
-            stub.zero_point.copy_(zero_point)
-            stub.mode = mode
-        for bias, mode in biases:
-            bias.mode = mode
-        model.config, plan_of(model).methods = config, methods
+        model.attach(taps)
+        model.add_module("quantization", decisions)
+        for stub, observer, scale, zero_point in before:
+            stub.forget(observer)
+            stub.set_qparams(QParams(scale, zero_point))
+        for tap, mode in modes:
+            tap.mode = mode
+        model.config, model.plan, plan.methods = config, plan, methods
         raise
     finally:
         for module, was in training:

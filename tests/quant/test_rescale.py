@@ -5,7 +5,13 @@ import pytest
 import torch
 
 import qwrap
-from qwrap.errors import ConfigError, NotCalibratedError, QwrapWarning, TableError
+from qwrap.errors import (
+    ConfigError,
+    NotCalibratedError,
+    QwrapWarning,
+    StatisticsError,
+    TableError,
+)
 from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.quant.tables import RangeTable, TensorRange
 
@@ -103,6 +109,55 @@ def test_a_failure_leaves_the_model_as_it_was(small) -> None:
     assert scales(model) == before
     assert model.config.method == "minmax"
     assert model.tap(ValuePoint("x")).mode == "quantize"
+
+
+# --- from statistics -----------------------------------------------------------------------------
+
+
+def test_statistics_of_another_run_choose_as_if_the_model_had_seen_their_data(small) -> None:
+    statistics = qwrap.Statistics.of(calibrated(small.convs(), small.batches()))
+    model = prepared(small.convs())
+    qwrap.rescale(model, statistics, method="percentile", percentile=95)
+    wanted = calibrated(small.convs(), small.batches(), method="percentile", percentile=95)
+    assert scales(model) == scales(wanted)
+    qwrap.rescale(model, method="mse")  # its own observers know by now
+    assert scales(model) == scales(calibrated(small.convs(), small.batches()))
+
+
+def test_statistics_of_another_model_are_refused(small) -> None:
+    nodes = "a = Conv(x, w) y = Conv(a, v)"
+    other = small.build(nodes, {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)})
+    model = calibrated(small.convs(), small.batches())
+    before = scales(model)
+    with pytest.raises(StatisticsError, match="another model"):
+        qwrap.rescale(model, qwrap.Statistics.of(calibrated(other, small.batches())))
+    assert scales(model) == before
+
+
+def test_what_statistics_bring_back_is_gone_again_after_a_failure(small) -> None:
+    """No data reaches a branch; other statistics have data for it, but no samples."""
+    nodes = (
+        "a = Conv(x, w) m = ReduceMean<keepdims=0>(x) g = Greater(m, z) "
+        "r = If (g) <then_branch = t () => (float[N,4,8,8] p) { p = Conv(a, v) }, "
+        "else_branch = e () => (float[N,4,8,8] q) { q = Conv(a, u) }> "
+        "y = Relu(r)"
+    )
+    weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1), "u": (4, 6, 1, 1)}
+    source = small.build(nodes, weights | {"z": np.array(5, np.float32)})
+    both = calibrated(source, [small.batches()[0], small.batches()[0] + 100])
+    assert {both.plan.nodes[key].role for key in ("/p", "/q")} == {"integer"}
+    model = calibrated(source, small.batches(), kept_samples=0)
+    before, placed = scales(model), model.plan
+    assert placed.nodes["/p"].role == "float"
+    with pytest.raises(NotCalibratedError, match="samples kept"):
+        qwrap.rescale(model, qwrap.Statistics.of(both), method="auto")
+    assert scales(model) == before
+    assert model.plan is placed
+    qwrap.rescale(model)  # from its own observers, as before
+    assert scales(model) == before
+    qwrap.rescale(model, qwrap.Statistics.of(both))
+    assert scales(model) == scales(both)
+    assert model.plan.nodes["/p"].role == "integer"
 
 
 # --- from a table --------------------------------------------------------------------------------

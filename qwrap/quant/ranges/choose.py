@@ -150,7 +150,7 @@ def _check(observer: Observer, request: Request) -> None:
 def _known(observer: Observer, extremes: Range, request: Request) -> Range:
     """Return what the extremes or their averages tell, in memory of its own."""
     if request.method == "ema":
-        return observer.ema_low.cpu(), observer.ema_high.cpu()
+        return observer.ema_low.cpu().to(torch.float32), observer.ema_high.cpu().to(torch.float32)
     return extremes[0].clone(), extremes[1].clone()
 
 

@@ -19,7 +19,7 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
     Integers span the mean and as many deviations on each side as have the least squared error for
     normal values, within what was seen. Floats and code books get the scale at which the deviation
     of their numbers, each as likely as the next, is that of the values; the range may then go
-    beyond what was seen.
+    beyond what was seen. Functions of the user are taken for integers of as many bits.
 
     Args:
         rows: what was seen.
@@ -29,8 +29,10 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
     ``compute_scale_zp_float8`` for floats.
     """
     mean, deviation = moments(rows)
-    if spec.dtype.is_integer:
-        reach = normal_clip(int(spec.qmax - spec.qmin) + 1) * deviation
+    if spec.dtype.levels is None:
+        whole = spec.dtype.is_integer
+        codes = int(spec.qmax - spec.qmin) + 1 if whole else 2**spec.dtype.bits
+        reach = normal_clip(codes) * deviation
         return rows.within(mean - reach, mean + reach)
     # `choose_qparams` divides twice the larger end by the width of the type.
     reach = deviation / deviation_of(spec.dtype) * ((spec.qmax - spec.qmin) / 2)

@@ -2,18 +2,20 @@
 
 Types of up to 8 bits are integrated from one number's cell to the next, with the histogram's own
 integrals looked up in between. Wider integers have too many of those; they are integrated in
-closed form from one edge of the histogram to the next.
+closed form from one edge of the histogram to the next. What a function of the user does is known
+at points alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qwrap.config import QuantSpec
-from qwrap.numerics import QParams
+from qwrap.numerics import QParams, fake_quantize
 from qwrap.quant.integrals import (
     absolute_error_integral,
     error_moment_integral,
@@ -22,11 +24,14 @@ from qwrap.quant.integrals import (
 from qwrap.quant.ranges.rows import HistogramRows
 
 _TABLE_BITS = 8
+_POINTS = 4  # in a bin
 
 
 def rounding_of(rows: HistogramRows, spec: QuantSpec) -> Rounding:
     """Return what rounding does to ``rows``, at the ends of the type as a runtime computes it."""
-    kind = CellRounding if spec.dtype.bits <= _TABLE_BITS else EdgeRounding
+    kind: type[Rounding] = CellRounding if spec.dtype.bits <= _TABLE_BITS else EdgeRounding
+    if spec.dtype.function is not None:
+        kind = PointRounding
     return kind(rows, spec.as_computed())
 
 
@@ -148,6 +153,34 @@ class CellRounding(Rounding):
         counts = self._counts.gather(1, index).add_(part)
         values = self._values.gather(1, index).add_(part.mul_(left.add_(ends)).mul_(0.5))
         return counts, values
+
+
+class PointRounding(Rounding):
+    """Rounding by a function, at points evenly spread in each bin."""
+
+    def __init__(self, rows: HistogramRows, spec: QuantSpec) -> None:
+        super().__init__(rows, replace(spec, axis=0))
+        inside = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
+        left, right = rows.edges[:, :-1, None], rows.edges[:, 1:, None]
+        self._values = (left + (right - left) * inside).flatten(1).to(torch.float32)
+        self._weights = (rows.counts / _POINTS).repeat_interleave(_POINTS, 1)
+        self.power = (self._weights * self._values.to(torch.float64) ** 2).sum(1)
+
+    def squares(self, qparams: QParams) -> Tensor:
+        """Return the sums of the squared errors, ``[R]``."""
+        return (self._errors(qparams) ** 2 * self._weights).sum(1)
+
+    def magnitudes(self, qparams: QParams) -> Tensor:
+        """Return the sums of the magnitudes of the errors, ``[R]``."""
+        return (self._errors(qparams).abs() * self._weights).sum(1)
+
+    def moments(self, qparams: QParams) -> Tensor:
+        """Return the sums of values times errors, ``[R]``."""
+        return (self._errors(qparams) * self._values * self._weights).sum(1)
+
+    def _errors(self, qparams: QParams) -> Tensor:
+        fake = fake_quantize(self._values, qparams.scale, qparams.zero_point, self._spec)
+        return self._values.to(torch.float64) - fake
 
 
 def _middles(numbers: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from qwrap.config import WEIGHT_METHODS, QuantSpec
 from qwrap.errors import ConfigError, InputError
-from qwrap.numerics import fake_quantize, scale_shape
+from qwrap.numerics import block_extremes, fake_quantize, scale_shape
 from qwrap.quant.ranges.scaling import RowScaling
 from qwrap.quant.ranges.search import Cost, Steps, least_cost
 
@@ -48,7 +48,7 @@ def choose_weight_range(
             f"no range method {method!r} for weights; choose one of {', '.join(WEIGHT_METHODS)}"
         )
     rows = _rows(weight.detach(), spec)
-    low, high = torch.aminmax(rows, dim=1)
+    low, high = _extremes(weight, rows, spec)
     if not (low.isfinite().all() and high.isfinite().all()):
         raise InputError("a weight holds NaN or infinity: its range must be finite")
     scaling = RowScaling.of(low, high, spec)
@@ -71,6 +71,16 @@ def _rows(weight: Tensor, spec: QuantSpec) -> Tensor:
     missing = -along.shape[-1] % spec.block_size
     filled = pad(along, (0, missing)) if missing else along
     return filled.reshape(-1, spec.block_size)
+
+
+def _extremes(weight: Tensor, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest value of each row, without what blocks are filled with."""
+    if spec.axis is None or spec.block_size is None:
+        low, high = torch.aminmax(rows, dim=1)
+        return low, high
+    ends = block_extremes(weight.detach().to(torch.float32), spec)
+    low, high = (end.movedim(spec.axis, -1).reshape(-1) for end in ends)
+    return low, high
 
 
 def _least_squares(
