@@ -426,7 +426,7 @@ def test_what_cannot_be_merged_is_said(small) -> None:
 # --- going on
 
 
-@pytest.mark.parametrize("method", ["mse", "minmax", "percentile"])
+@pytest.mark.parametrize("method", ["mse", "minmax", "ema", "percentile"])
 @pytest.mark.parametrize("name", FORMS)
 def test_going_on_from_a_file_equals_one_go(small, tmp_path: Path, name: str, method: str) -> None:
     batches = small.batches(5)
@@ -449,7 +449,7 @@ def test_scales_come_from_a_file_alone(small, tmp_path: Path) -> None:
 
 def test_another_method_needs_no_data(small) -> None:
     statistics = observed(small.convs(), small.batches(), method="mse")
-    for method in ("minmax", "percentile"):
+    for method in ("minmax", "percentile", "ema", "l1", "cosine", "entropy", "distribution"):
         expected = calibrated(small.convs(), small.batches(), method=method)
         model = calibrated(small.convs(), (), statistics=statistics, method=method)
         assert_same_scales(model, expected)
