@@ -38,6 +38,11 @@ _CONTRIB_CODES = (
 )
 _CONTRIB_REALS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
+PRIMITIVE_OPSET = 11
+"""First opset with the operators that types are written in which QuantizeLinear lacks: Round."""
+PACKED_OPSET = 21
+"""First opset whose Cast reads indices of 4 bits."""
+
 Granularity = Literal["tensor", "axis", "block"]
 
 

@@ -111,6 +111,12 @@ class QuantPlan:
         """Return the tensors that have a scale of their own."""
         return {key: plan for key, plan in self.tensors.items() if plan.source == key}
 
+    @property
+    def has_float_constants(self) -> bool:
+        """Whether some constants are of types that a runtime makes floats of before it runs."""
+        dtypes = (constant.spec.dtype for constant in self.constants.values())
+        return any(dtype.codebook or dtype.function is not None for dtype in dtypes)
+
     def drop(self, nodes: dict[str, str]) -> None:
         """Mark ``nodes`` as float with the reasons given, in place."""
         for key, reason in nodes.items():
