@@ -53,7 +53,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", quant_type(self.dtype))
-        if not self.dtype.is_integer:
+        if not self.dtype.has_zero_point:
             object.__setattr__(self, "symmetric", True)
         for wrong in self._contradictions():
             raise ConfigError(wrong)
@@ -183,7 +183,7 @@ class QConfig:
         if not 0 < self.ema <= 1:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
         for spec in (self.activation_spec, self.weight_spec(0)):
-            if spec is not None and spec.dtype.bits > 16:
+            if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
                 raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")
 
     @property

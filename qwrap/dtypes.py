@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
+from qwrap.codebook import middles_of
 from qwrap.errors import ConfigError
 from qwrap.minifloat import numbers
+
+
+@dataclass(frozen=True, slots=True)
+class QuantFunction:
+    """Fake quantization in one piece, written as an ONNX function.
+
+    Attributes:
+        proto: the serialised ``onnx.FunctionProto``, of inputs x, scale and perhaps zero point.
+        compute: the same in torch, on float32 tensors.
+        has_zero_point: whether there are three inputs.
+        own_gradient: whether its own operators propagate the gradient of x, instead of passing it
+            straight through between ``qmin`` and ``qmax``.
+    """
+
+    proto: bytes = field(repr=False)
+    compute: Callable[..., Tensor] = field(repr=False, compare=False)
+    has_zero_point: bool
+    own_gradient: bool
 
 
 @dataclass(frozen=True, slots=True)
 class QuantType:
     """What codes are stored as, and which numbers they stand for before the scale.
 
-    There are integers of any width, floats, and code books. An integer has a zero point; the other
-    two have none, and ``levels`` lists their numbers.
+    There are integers of any width, floats, code books, and functions of the user. An integer has
+    a zero point; floats and code books have none, and ``levels`` lists their numbers. A function
+    has no codes at all: what it rounds to is its own affair.
 
     Attributes:
         name: ONNX's lower-case name, for example ``"uint8"``, or the maker's.
@@ -33,6 +56,8 @@ class QuantType:
         levels: the numbers of a float type or code book, ascending; None for an integer, which has
             all from ``qmin`` to ``qmax``.
         codebook: whether a code is an index into ``levels``, and not the number itself.
+        middles: of a code book, what lies nearer to the next level is above; see ``codebook``.
+        function: what quantizes and dequantizes, of a type without codes.
     """
 
     name: str
@@ -44,6 +69,8 @@ class QuantType:
     opset: int
     levels: tuple[float, ...] | None = None
     codebook: bool = False
+    middles: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    function: QuantFunction | None = None
 
     @property
     def signed(self) -> bool:
@@ -53,14 +80,19 @@ class QuantType:
     @property
     def is_integer(self) -> bool:
         """Whether codes are integers with a zero point."""
-        return self.levels is None
+        return self.levels is None and self.function is None
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether a zero point says which number means 0."""
+        return self.is_integer if self.function is None else self.function.has_zero_point
 
     @property
     def is_standard(self) -> bool:
         """Whether QuantizeLinear saturates where this type ends, so that nothing need be added."""
         carried = _BY_ONNX_TYPE.get(self.onnx_type)
         same = carried is not None and (carried.qmin, carried.qmax) == (self.qmin, self.qmax)
-        return same and not self.codebook
+        return same and not self.codebook and self.function is None
 
     def __str__(self) -> str:
         return self.name
@@ -138,17 +170,21 @@ def codebook_type(name: str, levels: Sequence[float]) -> QuantType:
 
     Args:
         name: what it is called in plans and files; letters, digits and ``_``.
-        levels: 2 to 256 finite numbers in any order, without repetition; 0 has to be among them,
-            so that a padded or masked value keeps its meaning.
+        levels: 2 to 256 finite numbers in any order, which become float32, without repetition; 0
+            has to be among them, so that a padded or masked value keeps its meaning.
 
     Raises:
         ConfigError: the name or the levels are none of that.
     """
-    ordered = tuple(sorted(float(level) for level in levels))
-    if not name.isidentifier() or name in _BY_NAME:
+    if not is_free_name(name):
         raise ConfigError(f"a code book cannot be called {name!r}: give a new identifier")
+    with np.errstate(over="ignore"):
+        ordered = tuple(sorted(float(np.float32(level)) + 0.0 for level in levels))
     if not 2 <= len(ordered) <= 256 or len(set(ordered)) < len(ordered):
-        raise ConfigError(f"code book {name!r} needs 2 to 256 different levels; got {len(ordered)}")
+        raise ConfigError(
+            f"code book {name!r} needs 2 to 256 levels that differ in float32; got {len(ordered)}, "
+            f"{len(set(ordered))} of them different"
+        )
     if not all(map(math.isfinite, ordered)) or 0.0 not in ordered:
         raise ConfigError(f"the levels of code book {name!r} must be finite and hold 0")
     bits = max(2, (len(ordered) - 1).bit_length())
@@ -163,4 +199,11 @@ def codebook_type(name: str, levels: Sequence[float]) -> QuantType:
         carrier.opset,
         ordered,
         codebook=True,
+        middles=middles_of(ordered),
     )
+
+
+def is_free_name(name: str) -> bool:
+    """Whether a new type can have this name: an identifier that no other type has."""
+    fits = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and not re.fullmatch(r"u?int\d+", name)
+    return bool(fits) and name not in _BY_NAME

@@ -33,5 +33,13 @@ class NotCalibratedError(QwrapError):
     """A quantized tensor has no scale yet: no value has reached its observer."""
 
 
+class StatisticsError(QwrapError):
+    """A file of statistics is damaged, or what it holds was observed in another model."""
+
+
 class ExportError(QwrapError):
     """The quantized file cannot be written as asked."""
+
+
+class TableError(QwrapError):
+    """A table of ranges is broken, or its form cannot hold what it is to say."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from qwrap.codebook import as_tensor, nearest
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT32, QuantType
-from qwrap.errors import InputError
+from qwrap.errors import ConfigError, InputError
 from qwrap.minifloat import saturate_to
+from qwrap.rounding import by_function, to_integers, to_levels
 
 MIN_SCALE = 2.0**-62
 """Smallest scale chosen: its inverse and the product of two (a bias's scale) are normal floats."""
@@ -71,6 +72,9 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
         middle = torch.where(low < 0, middle, qmin)
         down, up = (middle - qmin).clamp(min=1), qmax - middle
         width = torch.maximum(-low / down, high / up)
+    elif not spec.dtype.has_zero_point:
+        ends = [e / torch.full_like(e, q) for e, q in ((low, qmin), (high, qmax)) if q != 0]
+        width = ends[0].clamp(min=0) if len(ends) == 1 else torch.maximum(*ends)
     elif spec.symmetric:
         width = torch.maximum(-low, high)
         width = (width + width) / torch.full_like(width, qmax - qmin)
@@ -88,7 +92,7 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
 
 def _middle(spec: QuantSpec) -> int:
     """Return the zero point of a symmetric type: of two middle codes the even one."""
-    return round((spec.qmin + spec.qmax) / 2) if spec.dtype.is_integer else 0
+    return round((spec.qmin + spec.qmax) / 2) if spec.dtype.has_zero_point else 0
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -249,8 +253,10 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     work = torch.float64 if dtype.bits > 16 else torch.float32
     scale = spread(qparams.scale, x.shape, qparams)
     steps = x.detach().to(work) / scale.to(work)
+    if dtype.function is not None:
+        raise ConfigError(f"type {dtype} is a function and has no codes")
     if dtype.codebook:
-        return _nearest_level(steps, dtype).to(dtype.torch_dtype)
+        return nearest(steps, dtype.middles).to(dtype.torch_dtype)
     if not dtype.is_integer:
         return saturate_to(steps, dtype.onnx_type).to(dtype.torch_dtype)
     zero_point = spread(qparams.zero_point, x.shape, qparams)
@@ -269,31 +275,12 @@ def dequantize(codes: Tensor, qparams: QParams, dtype: QuantType | None = None) 
     """
     scale = spread(qparams.scale, codes.shape, qparams)
     if dtype is not None and dtype.codebook:
-        return _levels(dtype, codes.device)[codes.to(torch.int32)] * scale
+        assert dtype.levels is not None
+        return as_tensor(dtype.levels, codes.device)[codes.to(torch.int32)] * scale
     if codes.is_floating_point():
         return codes.to(torch.float32) * scale
     zero_point = spread(qparams.zero_point, codes.shape, qparams)
     return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
-
-
-def _levels(dtype: QuantType, device: torch.device) -> Tensor:
-    return torch.tensor(dtype.levels, dtype=torch.float32, device=device)
-
-
-def _nearest_level(steps: Tensor, dtype: QuantType) -> Tensor:
-    """Return the index of the level nearest to each of ``steps``, of two the lower."""
-    levels = _levels(dtype, steps.device)
-    middles = levels[:-1] + (levels[1:] - levels[:-1]) / 2
-    return torch.bucketize(steps.to(torch.float32), middles)
-
-
-def round_steps(steps: Tensor, dtype: QuantType) -> Tensor:
-    """Return float32 steps rounded to the numbers of a type without zero point, clamped."""
-    if dtype.codebook:
-        nearest = _levels(dtype, steps.device)[_nearest_level(steps, dtype)]
-    else:
-        nearest = saturate_to(steps, dtype.onnx_type)
-    return torch.where(steps.isnan(), steps, nearest)
 
 
 def round_to_codes(steps: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
@@ -335,6 +322,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
     The arithmetic is float32 whatever the dtype of ``x``, and equal to onnxruntime's QuantizeLinear
     and DequantizeLinear bit for bit, save that NaN stays NaN. The gradient of ``x`` passes straight
     through where no code was clamped and is 0 elsewhere; ``scale`` and ``zero_point`` get none.
+    A type that is a function computes and propagates what ``QuantFunction`` says.
 
     Args:
         x: floats of any shape.
@@ -344,74 +332,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
 
     Source: straight-through estimator of Bengio et al., arXiv:1308.3432.
     """
-    scale = spread(scale, x.shape, spec)
-    if not spec.dtype.is_integer:
-        return _fake_quantize_to_levels(x, scale, spec.dtype)
+    dtype, scale = spec.dtype, spread(scale, x.shape, spec)
+    if dtype.levels is not None:
+        return to_levels(x, scale, dtype)
     zero_point = spread(zero_point, x.shape, spec)
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]  # torch has no stub
-            x, scale, zero_point, spec.qmin, spec.qmax
-        )
-        return result
-    codes = _codes(x, scale, zero_point).clamp_(spec.qmin, spec.qmax)
-    return codes.sub_(zero_point).mul_(scale).to(x.dtype)
-
-
-def _fake_quantize_to_levels(x: Tensor, scale: Tensor, dtype: QuantType) -> Tensor:
-    with torch.no_grad():
-        rounded = round_steps(x.to(torch.float32) / scale, dtype).mul_(scale).to(x.dtype)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return rounded
-    clamped = x.clamp((scale * dtype.qmin).to(x.dtype), (scale * dtype.qmax).to(x.dtype))
-    return rounded + (clamped - clamped.detach())  # adds zero, so that the value stays exact
-
-
-def _codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return unclamped codes in a new float32 tensor, which the caller may overwrite."""
-    return (x.to(torch.float32) / scale).round_().add_(zero_point)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Fake quantization that keeps one bool per element for its backward.
-
-    Works in place on one temporary: above some 100 k elements fresh memory costs more than the
-    arithmetic, so that the mask of two comparisons beats comparing with a clamped copy.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
-    ) -> Tensor:
-        codes = _codes(x, scale, zero_point)
-        inside = codes.ge(qmin)
-        inside &= codes.le(qmax)
-        ctx.save_for_backward(inside)
-        return codes.clamp_(qmin, qmax).sub_(zero_point).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None, None, None
-
-
-def squared_error_integral(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the integral of ``(t - fake_quantize(t))^2`` over t from 0 to ``x``, in float64.
-
-    The error is a sawtooth within the range and grows linearly beyond, so the integral has a closed
-    form; its difference over a histogram's bin is the bin's squared error under a flat density.
-
-    Args:
-        x: upper ends.
-        scale: broadcasts against ``x``.
-        zero_point: of the shape of ``scale``.
-        spec: gives the range of the codes.
-    """
-    scale = scale.to(torch.float64)
-    steps = x / scale
-    codes = steps.round().clamp_min_(spec.qmin - zero_point).clamp_max_(spec.qmax - zero_point)
-    steps.sub_(codes)
-    cubes = (steps * steps).mul_(steps)
-    return cubes.mul_(4).add_(codes).mul_(scale**3 / 12)
+    if dtype.function is not None:
+        if spec.axis is None:
+            scale, zero_point = scale.reshape(()), zero_point.reshape(())
+        return by_function(x, scale, zero_point, dtype)
+    return to_integers(x, scale, zero_point, spec.qmin, spec.qmax)
 
 
 def sqnr(reference: Tensor, other: Tensor) -> float:

@@ -1,9 +1,15 @@
 """What calibrating costs: time over the bare forward, and peak memory with few and many samples.
 
-    python scripts/bench_calibration.py --of qwrap onnxruntime
+    python scripts/bench_calibration.py --models resnet50 mobilenet_v2 bert_base --samples 32 128
+    python scripts/bench_calibration.py --only memory --samples 32 512 --methods mse
 
-Every measurement runs in a fresh process. This one imports nothing large: on Linux a child's
-``ru_maxrss`` starts from its parent's.
+Models are networks of ``scripts/networks`` or shared models. Time is taken in one process per
+model and number of samples, all methods in turn in each round, so that ratios are within a run;
+onnxruntime's methods are over onnxruntime's forward. Memory is taken in a process of its own per
+method. What needs more than ``--limit-gib`` is reported so: histogram methods of onnxruntime keep
+every activation of every sample.
+
+This process imports nothing large: on Linux a child's ``ru_maxrss`` starts from its parent's.
 """
 
 from __future__ import annotations
@@ -19,83 +25,100 @@ from pathlib import Path
 from typing import Any
 
 _SCRIPTS = Path(__file__).resolve().parent
-_OWN = ("forward", "minmax", "percentile", "mse")
-_ONNXRUNTIME = ("ort-forward", "ort-minmax", "ort-percentile", "ort-entropy")
+_QWRAP = ("minmax", "ema", "percentile", "mse", "l1", "cosine", "entropy", "distribution", "auto")
+_ONNXRUNTIME = ("ort-minmax", "ort-percentile", "ort-entropy")
+_BASE = {"q": "forward", "o": "ort-forward"}
 
 
-def run(what: str, methods: Sequence[str], samples: int, arguments: argparse.Namespace) -> Any:
-    """What calibration_run.py prints when asked for ``what``."""
-    options = {
-        "--model": arguments.model,
-        "--shared": arguments.shared,
+def run(what: str, model: str, methods: Sequence[str], samples: int, options: Any) -> Any:
+    """Return what calibration_run.py prints when asked for ``what``, None if that is nothing."""
+    given = {
+        "--model": model,
+        "--shared": options.shared,
+        "--workdir": options.workdir,
         "--samples": samples,
-        "--batch-size": arguments.batch_size,
-        "--threads": arguments.threads,
-        "--rounds": arguments.rounds,
+        "--batch-size": options.batch_size,
+        "--threads": options.threads,
+        "--rounds": options.rounds,
+        "--limit-gib": options.limit_gib,
     }
     command = [sys.executable, str(_SCRIPTS / "calibration_run.py"), what, *methods]
-    command += [str(part) for option in options.items() for part in option]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
+    command += [str(part) for option in given.items() for part in option]
+    environment = {**os.environ, "QWRAP_BENCH_OP_TYPES": ",".join(options.ort_op_types)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout) if done.stdout else None
 
 
-def compare(
-    methods: Sequence[str], samples: tuple[int, int], arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """One row per method; the first of ``methods`` is the bare forward the others are over."""
-    seconds = run("time", methods, samples[1], arguments)["seconds"]
+def times(model: str, samples: int, options: Any) -> list[dict[str, Any]]:
+    """Return a row for each method: seconds, over its forward, and over onnxruntime's entropy."""
+    methods = list(options.methods)
+    bases = {m: "ort-forward" if m.startswith("ort-") else "forward" for m in methods}
+    result = run("time", model, [*dict.fromkeys(bases.values()), *methods], samples, options)
+    seconds = result.get("seconds", {})
     rows = []
     for method in methods:
-        ratios = [a / b for a, b in zip(seconds[method], seconds[methods[0]], strict=True)]
-        peaks = [run("memory", [method], n, arguments)["peak_MiB"] for n in samples]
-        rows.append({
-            "method": method,
-            "samples": samples,
-            "seconds": statistics.median(seconds[method]),
-            "over_forward": statistics.median(ratios),
-            "peak_MiB": peaks,
-            "peak_ratio": peaks[1] / peaks[0],
-        })
+        row: dict[str, Any] = {"model": model, "samples": samples, "method": method}
+        if method not in seconds:
+            rows.append({**row, "failed": result["failed"]})
+            continue
+        row["seconds"] = statistics.median(seconds[method])
+        row["over_forward"] = _ratio(seconds[method], seconds[bases[method]])
+        if "ort-entropy" in seconds and method != "ort-entropy":
+            row["over_ort_entropy"] = _ratio(seconds[method], seconds["ort-entropy"])
+        rows.append(row)
+    return rows
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def peaks(model: str, options: Any) -> list[dict[str, Any]]:
+    """Return a row for each method: peak memory at every number of samples."""
+    rows = []
+    for method in options.methods:
+        measured = [run("memory", model, [method], n, options) for n in options.samples]
+        cells = {
+            f"peak_{n}": m.get("peak_MiB") for n, m in zip(options.samples, measured, strict=True)
+        }
+        known = [m.get("peak_MiB") for m in measured]
+        ratio = known[-1] / known[0] if known[0] and known[-1] else None
+        rows.append({"model": model, "method": method, **cells, "ratio": ratio})
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| method | samples | seconds | over the forward | peak, MiB | peak ratio |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        few, many = row["samples"]
-        low, high = row["peak_MiB"]
-        lines.append(
-            f"| {row['method']} | {few}, {many} | {row['seconds']:.2f} | {row['over_forward']:.2f} "
-            f"| {low:.0f}, {high:.0f} | {row['peak_ratio']:.3f} |"
-        )
+    """Return rows as a Markdown table; a value that is missing is a dash."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    lines += [f"| {' | '.join(_shown(row.get(name)) for name in names)} |" for row in rows]
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return "-" if value is None else str(value)
 
 
 def _arguments() -> argparse.Namespace:
     shared = os.environ.get("QWRAP_SHARED", _SCRIPTS.parents[1] / "shared")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mobilenetv2_cifar10_128")
-    parser.add_argument("--shared", type=Path, default=shared)
-    parser.add_argument("--samples", type=int, nargs=2, default=(32, 512), metavar=("FEW", "MANY"))
+    parser.add_argument("--models", nargs="+", default=["mobilenetv2_cifar10_128"])
+    parser.add_argument("--methods", nargs="+", default=[*_QWRAP, *_ONNXRUNTIME])
+    parser.add_argument("--samples", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit-gib", type=float, default=16.0)
+    parser.add_argument("--shared", type=Path, default=shared)
+    parser.add_argument("--workdir", type=Path, default=Path("build/networks"), help="files stay")
     parser.add_argument(
-        "--of",
+        "--ort-op-types",
         nargs="+",
-        choices=("qwrap", "onnxruntime"),
-        default=["qwrap"],
-        help="whose calibration to measure",
-    )
-    parser.add_argument(
-        "--onnxruntime-samples",
-        type=int,
-        nargs=2,
-        default=(32, 128),
-        metavar=("FEW", "MANY"),
-        help="fewer: histogram methods keep every activation of every sample",
+        default=[],
+        help="operators that onnxruntime calibrates, where its histograms fail on others: on masks",
     )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -103,15 +126,19 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = _arguments()
-    rows: list[dict[str, Any]] = []
-    if "qwrap" in arguments.of:
-        rows += compare(_OWN, arguments.samples, arguments)
-    if "onnxruntime" in arguments.of:
-        rows += compare(_ONNXRUNTIME, arguments.onnxruntime_samples, arguments)
-    print(table(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
+    options = _arguments()
+    found: dict[str, list[dict[str, Any]]] = {"time": [], "memory": []}
+    for model in options.models:
+        run("export", model, [], 1, options)
+        if options.only != "memory":
+            for samples in options.samples:
+                found["time"] += times(model, samples, options)
+        if options.only != "time":
+            found["memory"] += peaks(model, options)
+    for rows in filter(None, found.values()):
+        print(f"{table(rows)}\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

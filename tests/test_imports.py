@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qwrap"
-BASE = {"errors", "minifloat", "dtypes", "config", "numerics"}
+BASE = {"errors", "minifloat", "codebook", "dtypes", "config", "rounding", "numerics"}
 MAY_IMPORT = {
     "errors": set(),
     "minifloat": set(),
-    "dtypes": {"errors", "minifloat"},
+    "codebook": set(),
+    "dtypes": {"errors", "minifloat", "codebook"},
     "config": {"errors", "dtypes"},
-    "numerics": {"errors", "minifloat", "dtypes", "config"},
+    "rounding": {"minifloat", "codebook", "dtypes"},
+    "numerics": BASE - {"numerics"},
     "graph": BASE,
     "ops": BASE,
     "model": {*BASE, "graph", "ops"},

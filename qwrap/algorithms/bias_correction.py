@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.held_out import HeldOut, float_model
 from qwrap.errors import InputError
-from qwrap.model.attributes import attributes_of, tensors_to_torch
 from qwrap.model.batches import iterate
+from qwrap.model.operators import function_of_node
 from qwrap.model.points import Program
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.held_out import HeldOut, float_model
 from qwrap.quant.prepare import plan_of
 
 
@@ -103,20 +103,10 @@ def _layers(model: WrappedModel) -> dict[str, _Layer]:
         layer = model.graph.nodes[key].op_type in ("Conv", "Gemm")
         # A shared bias has no shift of its own.
         if layer and bias is not None and users[plan.value] == 1:
-            layers[key] = _Layer(_operator(model, key), bias)
+            function = function_of_node(model, key)
+            assert function is not None
+            layers[key] = _Layer(function, bias)
     return layers
-
-
-def _operator(model: WrappedModel, key: str) -> Callable[..., Tensor]:
-    node = model.graph.nodes[key]
-    operator = model.layout.values.operators[key]
-    keywords = operator.keywords(tensors_to_torch(attributes_of(node)))
-
-    def compute(*inputs: Tensor) -> Tensor:
-        result: Tensor = operator.function(*inputs, **keywords)
-        return result
-
-    return compute
 
 
 def _learn(

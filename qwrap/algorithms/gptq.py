@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.held_out import HeldOut
 from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
@@ -21,6 +20,7 @@ from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize
 from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.held_out import HeldOut
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
 

@@ -44,7 +44,7 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
     for key in model.layout.slots:
         tensor, original = model.stored(key), model.layout.values.stored[key]
         assert tensor is not None
-        if _is_untouched(tensor, original):
+        if is_untouched(tensor, original):
             continue
         dtype = TORCH_DTYPES.get(original.dtype, tensor.dtype)
         if tensor.is_floating_point() and tensor.dtype != dtype:
@@ -57,7 +57,7 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
     return changed
 
 
-def _is_untouched(tensor: Tensor, original: ir.TensorProtocol) -> bool:
+def is_untouched(tensor: Tensor, original: ir.TensorProtocol) -> bool:
     """Whether ``tensor`` is known to be what ``WeightReader`` mapped from the file of ``original``.
 
     The system tells which pages were written to. ``Tensor._version`` would not do, for it does not

@@ -38,6 +38,7 @@ class WrappedModel(Block):
         programs: name -> makes the ``Program`` of that name ("exact" once prepared).
         plan: what ``prepare`` decided, None before.
         config: what it was asked for, None before.
+        samples: what calibration kept of its data, None before; not part of a copy or pickle.
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
@@ -47,6 +48,7 @@ class WrappedModel(Block):
         self.programs: dict[str, Callable[[], Program]] = {}
         self.plan: object = None
         self.config: object = None
+        self.samples: object = None
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self._program: Program | None = None
@@ -88,7 +90,7 @@ class WrappedModel(Block):
             delattr(self, name)
         self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs, self._written = {}, None, {}, {}
-        self.plan = self.config = self.before_loading = None
+        self.plan = self.config = self.samples = self.before_loading = None
         self._build(kept)
 
     def _get(self, slot: Slot) -> Tensor:
@@ -222,7 +224,8 @@ class WrappedModel(Block):
             self._written[code.path] = code
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_written": {}}  # the Blocks keep what a copy needs
+        # The Blocks keep what a copy needs, and nobody expects data in a saved model.
+        return {**super().__getstate__(), "_written": {}, "samples": None}
 
     def _device(self) -> torch.device:
         tensors = itertools.chain(self.parameters(), self.buffers())

@@ -112,6 +112,22 @@ PASS_THROUGH: Mapping[str, PassThrough] = MappingProxyType({
 Outputs other than the first (indices, masks) are not values of an input, except those of Split.
 """
 
+OUTPUT_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({
+    "Cos": (-1.0, 1.0),
+    "Erf": (-1.0, 1.0),
+    "HardSigmoid": (0.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Sin": (-1.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Softsign": (-1.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+})
+"""Operator type to the smallest and largest output, whatever the input.
+
+Integer types cover such a range with power-of-two steps, so that the upper end is one step beyond
+the largest code: most operators come near it and do not reach it.
+"""
+
 QUANTIZED = re.compile(
     r"Q[A-Z]\w*|(Dynamic)?Quantize\w*|Dequantize\w*|\w+Integer(16|ToFloat)?"
     r"|MatMulNBits|MatMulBnb4|GatherBlockQuantized"

@@ -37,6 +37,11 @@ _CONTRIB_CODES = (
     ir.DataType.INT4,
 )
 
+PRIMITIVE_OPSET = 11
+"""First opset with the operators that types are written in which QuantizeLinear lacks: Round."""
+PACKED_OPSET = 21
+"""First opset whose Cast reads indices of 4 bits."""
+
 Granularity = Literal["tensor", "axis", "block"]
 
 

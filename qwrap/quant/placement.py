@@ -14,6 +14,7 @@ from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.cut import worth_it
 from qwrap.quant.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.opsets import carried_reals
+from qwrap.quant.overrides import apply_overrides
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 from qwrap.quant.specs import Specs
 from qwrap.quant.target import ORT_CPU, Target
@@ -44,8 +45,10 @@ def place(
         without: node key -> reason why it has to stay float.
 
     Raises:
-        ConfigError: a selector of ``config.excluded`` fits no node.
+        ConfigError: a selector of ``config.excluded`` fits no node, or one of
+            ``config.overrides`` no quantized tensor.
     """
+    strict = without is None
     without = dict(without or {})
     reals = carried_reals(config, layout.graph.opset)
     facts = Eligibility(layout, target, {**without, **_excluded(layout, config)}, reals)
@@ -56,6 +59,7 @@ def place(
         placement = _Placement(facts, specs)
         placement.decide()
         plan = placement.plan()
+    apply_overrides(plan, layout, config, strict=strict)
     plan.without = without
     return plan
 

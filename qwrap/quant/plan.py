@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from qwrap.config import QuantSpec
+from qwrap.config import QuantSpec, RangeOverride
 
 Role = Literal["integer", "weights", "moves", "absorbed", "float"]
 
@@ -19,15 +19,17 @@ class TensorPlan:
         spec: its type.
         source: the tensor whose scale and zero point it has: itself, or the one that operators
             which only move values made it from.
-        fixed: scale and zero point that the operator dictates, None to observe them.
+        fixed: scale and zero point that the operator or the user dictates, None to observe them.
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
+        override: what the user said of it, None for nothing.
     """
 
     spec: QuantSpec
     source: str
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
+    override: RangeOverride | None = None
 
     @property
     def is_observed(self) -> bool:
@@ -42,10 +44,12 @@ class ConstantPlan:
     Attributes:
         value: initialiser.
         spec: its type and axis.
+        override: what the user said of it, None for nothing.
     """
 
     value: str
     spec: QuantSpec
+    override: RangeOverride | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,12 @@ class QuantPlan:
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
         return {key: plan for key, plan in self.tensors.items() if plan.source == key}
+
+    @property
+    def has_float_constants(self) -> bool:
+        """Whether some constants are of types that a runtime makes floats of before it runs."""
+        dtypes = (constant.spec.dtype for constant in self.constants.values())
+        return any(dtype.codebook or dtype.function is not None for dtype in dtypes)
 
     def drop(self, nodes: dict[str, str]) -> None:
         """Mark ``nodes`` as float with the reasons given, in place."""

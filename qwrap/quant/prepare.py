@@ -149,7 +149,8 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
 
 def new_observer(name: str, config: QConfig) -> Observer:
     """Return what watches activation ``name`` for the range method of ``config``."""
-    return MinMaxObserver(name) if config.method == "minmax" else HistogramObserver(name)
+    kind = MinMaxObserver if config.method in ("minmax", "ema") else HistogramObserver
+    return kind(name, ema=config.ema)
 
 
 def plan_of(model: WrappedModel) -> QuantPlan:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from qwrap.config import WEIGHT_METHODS, QuantSpec, RangeOverride
+from qwrap.errors import QwrapWarning
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, shrink_into
-from qwrap.quant.bounds import bounds_of
+from qwrap.ops.traits import OUTPUT_RANGES
+from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observers import Observer
+from qwrap.quant.overrides import has_range, qparams_of
+from qwrap.quant.plan import ConstantPlan
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
-from qwrap.quant.unify import unify_joined
+from qwrap.quant.unify import Range, unify_joined
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
+FILLED = 7 / 8  # of an operator's range: from there on all of it costs less than a fifth of a bit
+
+Way = tuple[str, float]
+"""How a range is chosen: method and percentile."""
 
 
 def fix_scales(model: WrappedModel) -> None:
     """Choose the scale of every quantized tensor, in place."""
-    _set_activations(model)
-    _set_constants(model)
-    _set_tables(model)
-    _fit_biases(model)
+    set_constants(model)
+    set_activations(model, ranges_by(model, ways_of(model)))
 
 
 def stored(model: WrappedModel, value: str) -> Tensor:
@@ -35,74 +44,177 @@ def stored(model: WrappedModel, value: str) -> Tensor:
     return tensor
 
 
-def _set_activations(model: WrappedModel) -> None:
+# --- activations ---------------------------------------------------------------------------------
+
+
+def watched(model: WrappedModel) -> dict[str, Stub]:
+    """Return the stubs of the tensors whose range is chosen from data, by tensor."""
+    return {stub.name: stub for _, stub in stubs(model) if stub.observer is not None}
+
+
+def ways_of(model: WrappedModel) -> dict[str, Way]:
+    """Return how the range of every watched tensor is to be chosen."""
     plan, config = plan_of(model), config_of(model)
-    watched: list[tuple[Stub, Observer]] = []
-    for _, stub in stubs(model):
-        tensor = plan.tensors.get(stub.name)
-        if stub.observer is not None:
-            watched.append((stub, stub.observer))
-        elif tensor is not None and tensor.fixed is not None:
-            scale, zero_point = tensor.fixed
-            stub.set_qparams(QParams(torch.tensor([scale]), torch.tensor([zero_point])))
-    if not watched:
-        return
-    lows, highs = choose_ranges(
-        [o for _, o in watched], [s.spec for s, _ in watched], config.method, config.percentile
+    result: dict[str, Way] = {}
+    for key in watched(model):
+        override = plan.tensors[key].override or RangeOverride()
+        result[key] = override.method or config.method, override.percentile or config.percentile
+    return result
+
+
+def ranges_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, Range]:
+    """Return the range of every tensor in ``ways``, chosen from what its observer saw.
+
+    Raises:
+        NotCalibratedError: an observer saw no value.
+        ConfigError: a method needs a statistic that was not kept.
+    """
+    found = watched(model)
+    ranges = choose_ranges(
+        [_observer(found[key]) for key in ways],
+        [found[key].spec for key in ways],
+        [method for method, _ in ways.values()],
+        [percentile for _, percentile in ways.values()],
     )
-    ends = zip(lows.tolist(), highs.tolist(), strict=True)
-    ranges = {stub.name: pair for (stub, _), pair in zip(watched, ends, strict=True)}
-    ranges = unify_joined(plan, model.graph, ranges)
-    for stub, _ in watched:
-        low, high = ranges[stub.name]
-        qparams = choose_qparams(torch.tensor(low), torch.tensor(high), stub.spec)
-        low_bound, high_bound = _bounds(model, stub.name)
-        stub.set_qparams(shrink_into(qparams, low_bound, high_bound, stub.grid))
+    return {key: (float(low), float(high)) for key, (low, high) in zip(ways, ranges, strict=True)}
 
 
-def _bounds(model: WrappedModel, key: str) -> tuple[float, float]:
+def _observer(stub: Stub) -> Observer:
+    assert stub.observer is not None
+    return stub.observer
+
+
+@torch.no_grad()
+def set_activations(model: WrappedModel, ranges: Mapping[str, Range]) -> None:
+    """Give every activation its scale, and make room for the biases, in place.
+
+    Args:
+        model: prepared; its weights have their scales.
+        ranges: watched tensor -> what its codes should cover.
+    """
+    plan = plan_of(model)
+    exact: dict[tuple[Range, QuantSpec], QParams] = {}
+    fixed: dict[str, Range] = {}
+    for key, tensor in plan.sources().items():
+        if tensor.fixed is not None:
+            qparams = _from_numbers(*tensor.fixed)
+            stub_at(model, ValuePoint(key)).set_qparams(qparams)
+            fixed[key] = span_of(qparams, tensor.spec)
+            exact[fixed[key], tensor.spec] = qparams
+    wanted = dict(ranges)
+    for key, span in ranges.items():
+        spec = stub_at(model, ValuePoint(key)).spec
+        whole = _operator_qparams(model, key, span, spec)
+        if whole is not None:
+            wanted[key] = span_of(whole, spec)
+            exact[wanted[key], spec] = whole
+    for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
+        stub = stub_at(model, ValuePoint(key))
+        low, high = (torch.tensor(end) for end in span)
+        qparams = exact.get((span, stub.spec)) or choose_qparams(low, high, stub.spec)
+        stub.set_qparams(shrink_into(qparams, *_bounds(model, key, qparams, stub.grid), stub.grid))
+    _set_tables(model)
+    _fit_biases(model)
+
+
+def _from_numbers(scale: float, zero_point: int) -> QParams:
+    return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+
+
+def span_of(qparams: QParams, spec: QuantSpec) -> Range:
+    """Return the smallest and largest value that the codes of one scale stand for."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    return (spec.dtype.qmin - zero_point) * scale, (spec.dtype.qmax - zero_point) * scale
+
+
+def _operator_qparams(
+    model: WrappedModel, key: str, span: Range, spec: QuantSpec
+) -> QParams | None:
+    """Return the scale for all that the tensor's operator can put out, if ``span`` fills it.
+
+    Then what calibration did not show is in range too, for the least bit of resolution. A range
+    that is wider than the codes (an HardSigmoid's that gets to 1) stays as observed.
+    """
+    node = model.graph.values[key].producer()
+    if node is None or node.domain or node.op_type not in OUTPUT_RANGES:
+        return None
+    low, high = OUTPUT_RANGES[node.op_type]
+    qparams = operator_qparams(low, high, spec)
+    reach, half = span_of(qparams, spec), float(qparams.scale) / 2
+    filled = span[1] - span[0] >= FILLED * (high - low)
+    return qparams if filled and reach[0] - half <= span[0] and span[1] <= reach[1] + half else None
+
+
+def _bounds(
+    model: WrappedModel, key: str, qparams: QParams, spec: QuantSpec
+) -> tuple[float, float]:
     """Return where the activation that tensor ``key`` comes out of cuts, if it was absorbed.
 
-    onnxruntime removes it only if none of the output's codes lies outside.
+    onnxruntime removes it only if none of the output's codes lies outside. Where an end is 0 only
+    the zero point can see to that, and no scale.
     """
     node = model.graph.values[key].producer()
     if node is None or plan_of(model).nodes[model.graph.node_key(node)].role != "absorbed":
         return -math.inf, math.inf
     bounds = bounds_of(model.layout.values, node)
     assert bounds is not None
-    return bounds
-
-
-@torch.no_grad()
-def _set_constants(model: WrappedModel) -> None:
-    for point, constant in plan_of(model).constants.items():
-        stub = _stub(model, UsePoint(*point))
-        value, method = stored(model, constant.value), config_of(model).weight_method
-        low, high = choose_weight_range(value, stub.spec, method)
-        stub.set_qparams(choose_qparams(low, high, stub.spec))
+    low, high = bounds
+    beyond = span_of(qparams, spec)
+    return -math.inf if low == 0 > beyond[0] else low, math.inf if high == 0 < beyond[1] else high
 
 
 def _set_tables(model: WrappedModel) -> None:
     """Give what is looked up in a constant table the scale of the table, in place."""
     for key, tensor in plan_of(model).tensors.items():
         if tensor.table is not None:
-            table = _stub(model, UsePoint(*tensor.table))
-            _stub(model, ValuePoint(key)).set_qparams(table.qparams)
+            table = stub_at(model, UsePoint(*tensor.table))
+            stub_at(model, ValuePoint(key)).set_qparams(table.qparams)
+
+
+# --- constants -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def set_constants(model: WrappedModel) -> None:
+    """Choose the scales of weights and constant operands, in place."""
+    for point, constant in plan_of(model).constants.items():
+        stub = stub_at(model, UsePoint(*point))
+        stub.set_qparams(_constant_qparams(model, constant, stub.spec))
+
+
+def _constant_qparams(model: WrappedModel, constant: ConstantPlan, spec: QuantSpec) -> QParams:
+    override = constant.override or RangeOverride()
+    if has_range(override):
+        return qparams_of(constant.value, override, spec)  # one scale, for all channels
+    config = config_of(model)
+    method = override.method if override.method in WEIGHT_METHODS else config.weight_method
+    low, high = choose_weight_range(stored(model, constant.value), spec, method)
+    return choose_qparams(low, high, spec)
 
 
 @torch.no_grad()
 def _fit_biases(model: WrappedModel) -> None:
     """Enlarge the weight scale of channels whose bias would overflow int32, in place."""
-    for bias in plan_of(model).biases.values():
-        weight = _stub(model, UsePoint(*bias.weight))
-        activation = _stub(model, ValuePoint(bias.activation))
+    plan = plan_of(model)
+    for bias in plan.biases.values():
+        weight = stub_at(model, UsePoint(*bias.weight))
+        activation = stub_at(model, ValuePoint(bias.activation))
         least = stored(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
+        override = plan.constants[bias.weight].override
+        if override is not None and override.scale is not None and (weight.scale < least).any():
+            warnings.warn(
+                f"weight {weight.name!r}: scale={override.scale} would let codes of bias "
+                f"{bias.value!r} overflow int32; it was enlarged to {float(least.max()):g}",
+                QwrapWarning,
+                stacklevel=2,
+            )
         weight.scale.copy_(torch.maximum(weight.scale, least))
 
 
-def _stub(model: WrappedModel, point: Point) -> Stub:
+def stub_at(model: WrappedModel, point: Point) -> Stub:
+    """Return the stub on a point of a prepared model."""
     stub = model.tap(point)
     assert isinstance(stub, Stub)
     return stub

@@ -8,14 +8,14 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qwrap.config import QConfig, QuantSpec
-from qwrap.dtypes import INT8, UINT8
 from qwrap.errors import ConfigError
+from qwrap.ops.traits import OUTPUT_RANGES
+from qwrap.quant.bounds import operator_qparams
 from qwrap.quant.eligibility import Eligibility
 from qwrap.quant.forms import scaled_as
 
 EIGHT_BITS = 8
 LARGEST_ACCUMULATOR = 24  # bits of both operands; codes of a bias beyond would overflow int32
-SOFTMAX_ZERO = {UINT8: 0, INT8: -128}
 
 
 def is_fusable(spec: QuantSpec) -> bool:
@@ -61,10 +61,10 @@ class Specs:
     def fixed(self, node: ir.Node | None) -> tuple[float, int] | None:
         """Return the scale and zero point that the kernel of ``node`` gives its output."""
         spec = self.config.activation_spec
-        fixed = self.facts.target.fixed.get(node.op_type if node else "")
-        if fixed is None or spec is None or spec.dtype not in SOFTMAX_ZERO:
+        if node is None or spec is None or node.op_type not in self.facts.target.dictated:
             return None
-        return fixed[0], SOFTMAX_ZERO[spec.dtype]
+        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], spec)
+        return float(qparams.scale), int(qparams.zero_point)
 
     def weight(self, node: ir.Node) -> QuantSpec:
         """Return how the weight of a matrix operator is quantized.

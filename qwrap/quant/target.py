@@ -14,7 +14,7 @@ class Target:
         elementwise: operators with an integer kernel that needs every tensor quantized.
         moving: operators that pass codes on, where input and output have the same qparams.
         absorbed: activations that the clamp of the producer's output replaces.
-        fixed: output scale and zero point that an operator's kernel dictates.
+        dictated: operators whose kernel is right only for the scale that their output range has.
         float_output: matrix operators that also write float, without a pair on their output.
         lookup: operators that fetch rows of a constant table.
         least_table: elements from which storing a table as codes is worth a pair behind it.
@@ -25,7 +25,7 @@ class Target:
     elementwise: frozenset[str]
     moving: frozenset[str]
     absorbed: frozenset[str]
-    fixed: dict[str, tuple[float, int]]
+    dictated: frozenset[str]
     float_output: frozenset[str]
     lookup: frozenset[str]
     least_table: int
@@ -65,7 +65,7 @@ ORT_CPU = Target(
         "Unsqueeze",
     }),
     absorbed=frozenset({"Relu", "Clip"}),
-    fixed={"Softmax": (1 / 256, 0)},
+    dictated=frozenset({"Softmax"}),
     float_output=frozenset({"Gemm", "MatMul"}),
     lookup=frozenset({"Gather"}),
     least_table=2**14,

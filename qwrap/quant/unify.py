@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from qwrap.graph.index import OnnxGraph
 from qwrap.quant.plan import QuantPlan
@@ -13,29 +13,57 @@ LARGEST_LOSS = 2.0  # steps may grow so far, which costs one bit: beyond, a box 
 Range = tuple[float, float]
 
 
-def unify_joined(plan: QuantPlan, graph: OnnxGraph, ranges: dict[str, Range]) -> dict[str, Range]:
+def unify_joined(
+    plan: QuantPlan,
+    graph: OnnxGraph,
+    ranges: Mapping[str, Range],
+    fixed: Mapping[str, Range] | None = None,
+) -> dict[str, Range]:
     """Return the ranges, with a common one for the inputs and output of Concats that allow it.
 
     onnxruntime copies codes of equal scale; others it translates one by one, which takes almost
     twice as long. Concats that share a tensor are taken together, as far as the limit lets them.
+    Fixed members keep what they have: the others take over their range if it holds all of theirs.
 
     Args:
         plan: what is quantized.
         graph: its graph.
         ranges: source tensor -> chosen range.
+        fixed: source tensor -> range that must not change.
     """
-    result = dict(ranges)
-    groups: dict[str, set[str]] = {key: {key} for key in ranges}
+    given = {**ranges, **(fixed or {})}
+    result = dict(given)
+    groups: dict[str, set[str]] = {key: {key} for key in given}
     for members in _joined(plan, graph):
         known = [key for key in members if key in groups]
-        together = set().union(*(groups[key] for key in known)) if known else set()
-        low, high = _union([result[key] for key in together])
-        loss = max((_width((low, high)) / _width(ranges[key]) for key in together), default=0.0)
-        if len(known) == len(members) and loss <= LARGEST_LOSS:
+        together = set[str]().union(*(groups[key] for key in known))
+        common = _common(plan, together, result, fixed or {})
+        if len(known) < len(members) or common is None:
+            continue
+        free = [key for key in together if key in ranges]
+        if all(_width(common) <= LARGEST_LOSS * _width(ranges[key]) for key in free):
             for key in together:
                 groups[key] = together
-                result[key] = low, high
-    return result
+                result[key] = common
+    return {key: result[key] for key in ranges}
+
+
+def _common(
+    plan: QuantPlan,
+    members: Collection[str],
+    ranges: Mapping[str, Range],
+    fixed: Mapping[str, Range],
+) -> Range | None:
+    """Return the range that could hold for all members, None if there is none."""
+    union = _union([ranges[key] for key in members])
+    dictated = {fixed[key] for key in members if key in fixed}
+    if not dictated:
+        return union
+    (low, high), *others = dictated
+    bits = max(plan.tensors[key].spec.dtype.bits for key in members)
+    slack = (high - low) / 2 ** (bits + 1)  # half a step: what is so far beyond rounds to the end
+    holds = low - slack <= union[0] and union[1] <= high + slack
+    return (low, high) if holds and not others else None
 
 
 def _joined(plan: QuantPlan, graph: OnnxGraph) -> list[set[str]]:

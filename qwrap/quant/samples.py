@@ -1,0 +1,98 @@
+"""A few calibration samples, kept so that methods can be compared on them later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwrap.model.wrapped import WrappedModel
+
+BYTES = 2**26
+"""Room for samples: 64 MiB."""
+
+
+class Samples:
+    """The first samples that ran through a model, on the CPU, in bounded memory.
+
+    Attributes:
+        most: how many samples to keep.
+        batches: graph input -> tensor, for each batch kept.
+        count: samples in them.
+    """
+
+    def __init__(self, most: int, room: int = BYTES) -> None:
+        self.most = most
+        self.batches: list[dict[str, Any]] = []
+        self.count = 0
+        self._room = room
+
+    def take(self, inputs: Mapping[str, Any], *, divisible: bool) -> None:
+        """Keep a copy of a batch, as far as there is room.
+
+        Args:
+            inputs: graph input -> tensor, list, array of text or None.
+            divisible: whether the first axis of all inputs counts samples, so that some of them
+                may be left out.
+        """
+        tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+        sizes = {len(x) if x.dim() else 1 for x in tensors}
+        size = sizes.pop() if len(sizes) == 1 else 1
+        left = self.most - self.count
+        if left <= 0 or any(not x.numel() for x in tensors):
+            return
+        if divisible and size > left:
+            inputs, size = {name: x[:left] for name, x in inputs.items()}, left
+        needed = sum(_bytes(x) for x in inputs.values())
+        if needed <= self._room:
+            self.batches.append({name: _copy(x) for name, x in inputs.items()})
+            self._room -= needed
+            self.count += size
+
+    def on(self, device: torch.device) -> Iterator[dict[str, Any]]:
+        """Yield the batches on ``device``, one at a time."""
+        for batch in self.batches:
+            yield {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_bytes, value))
+    return int(value.nbytes) if hasattr(value, "nbytes") else 0
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def keeping(model: WrappedModel, most: int) -> Iterator[None]:
+    """Keep up to ``most`` samples of what runs in the ``with`` block, in ``model.samples``."""
+    samples = Samples(most)
+    divisible = _is_divisible(model)
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if samples.count < most:
+            inputs = {**dict(zip(model.input_names, args, strict=False)), **kwargs}
+            samples.take(inputs, divisible=divisible)
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+        model.samples = samples
+    finally:
+        handle.remove()
+
+
+def _is_divisible(model: WrappedModel) -> bool:
+    """Whether all inputs have one unknown first axis: that of samples."""
+    kinds = [model.graph.type_of(value) for value in model.graph.inputs]
+    if not all(kind.kind == "tensor" and kind.shape for kind in kinds):
+        return False
+    first = {kind.shape[0] for kind in kinds if kind.shape}
+    return len(first) == 1 and not any(isinstance(size, int) for size in first)

@@ -1,0 +1,162 @@
+"""AIMET encodings up to 0.6.1, and QNN's quantization overrides, which are of the same kind.
+
+``{"activation_encodings": {name: [encoding, ...]}, "param_encodings": {...}}``, one encoding for
+each channel of ``bitwidth``, ``dtype``, ``is_symmetric``, ``min``, ``max``, ``scale``, ``offset``.
+Of these QNN needs only the bit width, but of ``min`` and ``max``, ``scale`` and ``offset`` both
+or neither. Old files write offsets with either sign.
+
+Source: AIMET, encoding specification 0.4.0, 0.5.0 and 0.6.1; QNN, qnn-onnx-converter
+``--quantization_overrides``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwrap.errors import TableError
+from qwrap.quant.tables.contents import Contents
+from qwrap.quant.tables.document import Array, Fields, at, render, shorten
+from qwrap.quant.tables.grid import codes, is_symmetric, offsets, on_grid, require_integers
+from qwrap.quant.tables.tensor_range import TensorRange
+
+SECTIONS = {"activation_encodings": False, "param_encodings": True}
+"""Section -> whether it is about weights."""
+
+AIMET, QNN = "aimet-0.6.1", "qnn"
+
+
+def read(document: object) -> Contents:
+    """Return what a parsed file holds."""
+    fields, contents = Fields(document), Contents()
+    for section, stored in sections_of(fields).items():
+        for name, value in fields.inner(section).values.items():
+            with at(f"{section}, tensor {name!r}"):
+                contents.add(name, _entry(value, stored))
+    return contents
+
+
+def sections_of(fields: Fields) -> dict[str, bool]:
+    """Return which of ``SECTIONS`` a file has.
+
+    Raises:
+        TableError: it has none.
+    """
+    found = {name: stored for name, stored in SECTIONS.items() if name in fields}
+    if not found:
+        raise TableError(f"has neither of {', '.join(SECTIONS)}")
+    return found
+
+
+def write(contents: Contents, form: str) -> bytes:
+    """Return the file, with the version if ``form`` is AIMET's."""
+    document: dict[str, object] = {"version": "0.6.1"} if form == AIMET else {}
+    for section, stored in SECTIONS.items():
+        said: dict[str, object] = {}
+        for name, entry in sorted(contents.ranges.items()):
+            if entry.stored == stored:
+                with at(f"tensor {name!r}"):
+                    said[name] = _plain(entry, form)
+        if not stored:
+            floating = sorted(contents.floating.items())
+            said |= {name: [{"bitwidth": b, "dtype": "float"}] for name, b in floating}
+        document[section] = said
+    return render(document)
+
+
+def _plain(entry: TensorRange, form: str) -> list[dict[str, object]]:
+    if entry.block_size is not None:
+        raise TableError(f"{form} has no scales for blocks; write aimet-2.0.0")
+    numbers = {"min": entry.low, "max": entry.high}
+    if form == QNN and entry.scale is None and entry.dtype is not None:
+        dtype, symmetric = entry.dtype, entry.dtype.signed
+    else:
+        dtype, symmetric = require_integers(entry, form), is_symmetric(entry)
+        assert entry.scale is not None
+        numbers |= {"scale": entry.scale, "offset": offsets(entry)}
+    shared = {"bitwidth": dtype.bits, "dtype": "int", "is_symmetric": str(symmetric)}
+    columns = [array.reshape(-1).tolist() for array in numbers.values()]
+    return [
+        {**shared, **dict(zip(numbers, row, strict=True))} for row in zip(*columns, strict=True)
+    ]
+
+
+def _entry(value: object, stored: bool) -> TensorRange | int:
+    if not isinstance(value, list) or not value:
+        raise TableError(f"is {shorten(value)}; expected a list of encodings, one for each channel")
+    channels = [Fields(item) for item in value]
+    bits = _shared(channels, "bitwidth")
+    dtype = channels[0].text("dtype").lower() if "dtype" in channels[0] else "int"
+    if dtype == "float":
+        return bits
+    if dtype != "int":
+        raise TableError(f"dtype {dtype!r}: expected 'int' or 'float'")
+    symmetric = channels[0].flag("is_symmetric")
+    if any(channel.flag("is_symmetric") != symmetric for channel in channels):
+        raise TableError("is symmetric in some channels and not in others")
+    ends = _columns(channels, "min", "max")
+    steps = _columns(channels, "scale", "offset")
+    if steps is not None:
+        offset = _resolve(steps[1], ends, bits, symmetric)
+        return _with_ends(on_grid(steps[0], offset, bits, symmetric), ends, stored)
+    if ends is None:
+        raise TableError("has neither min and max nor scale and offset")
+    return TensorRange(*ends, dtype=codes(bits, symmetric), stored=stored)
+
+
+def _resolve(said: Array, ends: Sequence[Array] | None, bits: int, symmetric: bool) -> Array:
+    """Return offsets with the sign that they mean, and those that symmetric encodings leave out."""
+    offset: Array = -np.abs(said)
+    from_zero = ends is not None and bool((ends[0] >= 0).all())
+    if symmetric and (offset == 0).all() and not from_zero:
+        offset = offset - 2 ** (bits - 1)
+    return offset
+
+
+def _with_ends(entry: TensorRange, ends: Sequence[Array] | None, stored: bool) -> TensorRange:
+    """Return ``entry`` with the ends that the file gives, which may be cut by a step or so.
+
+    Raises:
+        TableError: they contradict the scale and offset.
+    """
+    low, high = (entry.low, entry.high) if ends is None else ends
+    assert entry.scale is not None
+    for end, expected in ((low, entry.low), (high, entry.high)):
+        apart = np.abs(end - expected) / entry.scale
+        if not (apart <= _SLACK).all():
+            index = int(np.argmax(apart))
+            raise TableError(
+                f"min or max {float(end.flat[index]):g}, but its scale and offset say "
+                f"{float(expected.flat[index]):g} (index {index})"
+            )
+    return TensorRange(
+        low,
+        high,
+        scale=entry.scale,
+        zero_point=entry.zero_point,
+        dtype=entry.dtype,
+        stored=stored,
+    )
+
+
+_SLACK = 1.01
+"""Steps between the ends a file gives and those of its codes: AIMET counts the unused smallest
+code of symmetric types, QNN does not; old TensorFlow files are one off."""
+
+
+def _shared(channels: Sequence[Fields], name: str) -> int:
+    first, *others = (channel.integer(name) for channel in channels)
+    if any(other != first for other in others):
+        raise TableError(f"{name!r} differs between channels")
+    return first
+
+
+def _columns(channels: Sequence[Fields], *names: str) -> list[Array] | None:
+    """Return fields of all channels, without dimensions for one channel; None if none has them."""
+    if not any(name in channel for channel in channels for name in names):
+        return None
+    columns = [np.array([channel.numbers(name) for channel in channels]) for name in names]
+    if any(column.ndim != 1 for column in columns):
+        raise TableError(f"{names} hold lists; expected one number for each channel")
+    return [column.reshape(()) if len(channels) == 1 else column for column in columns]
