@@ -112,11 +112,13 @@ class _Placement:
         kind = " and ".join(names)
         if not names:
             return None
-        # Measured: with 16-bit activations the product of two float16 scales is 0.
-        return (
-            f"onnxruntime has no integer kernels between tensors of {kind} (and its optimiser rounds "
-            f"biases to products of {kind} scales, unless session.disable_quant_qdq is 1)"
-        )
+        reason = f"onnxruntime has no integer kernels between tensors of {kind}"
+        if ir.DataType.FLOAT16 in types:  # with 16-bit activations that product is 0
+            reason += (
+                ", and its optimiser rounds biases to products of two such scales, unless the "
+                "session option session.disable_quant_qdq is 1"
+            )
+        return reason
 
     def _drop_alone(self) -> None:
         while alone := [n for n in self.integer if not self._carries(n)]:
