@@ -142,7 +142,7 @@ class Small:
         return build_model(nodes, weights, **changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Small:
     return Small()
 

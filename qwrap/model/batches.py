@@ -16,13 +16,16 @@ from qwrap.model.wrapped import WrappedModel, check_input
 from qwrap.ops.element_types import TORCH_DTYPES
 
 
-def iterate(batches: Iterable[Any], model: WrappedModel | OnnxGraph) -> Iterator[dict[str, Tensor]]:
+def iterate(
+    batches: Iterable[Any], model: WrappedModel | OnnxGraph, *, may_be_empty: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Yield every batch as ``to_inputs`` returns it, one at a time.
 
     Args:
         batches: any iterable of batches, such as a ``DataLoader``, or an object whose
             ``get_next()`` returns batches and then None (onnxruntime's ``CalibrationDataReader``).
         model: whose graph inputs the batches are for.
+        may_be_empty: whether no batches are fine.
 
     Raises:
         InputError: there are no batches, or one does not fit; the message counts from batch 0.
@@ -34,7 +37,7 @@ def iterate(batches: Iterable[Any], model: WrappedModel | OnnxGraph) -> Iterator
         except InputError as error:
             raise InputError(f"batch {index}: {error}") from error
         yield inputs
-    if index < 0:
+    if index < 0 and not may_be_empty:
         raise InputError("no batches: the data is empty (or an iterator that was already used up)")
 
 

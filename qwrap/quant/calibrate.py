@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -12,11 +12,15 @@ from tqdm import tqdm
 from qwrap.errors import NotCalibratedError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.observers import SENTINEL, MinMaxObserver, Observer
+from qwrap.quant.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import bias_stubs, config_of, new_observer, place_without, plan_of, stubs
 from qwrap.quant.scales import fix_scales, stored
 from qwrap.quant.sources import integer_users
 from qwrap.quant.stubs import Mode
+from qwrap.quant.sync import is_distributed, merge_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # missing where torch was built without
 
 
 def calibrate(
@@ -25,10 +29,13 @@ def calibrate(
     *,
     progress: bool = True,
     total: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Run ``batches`` through ``model`` and fix the scale of every quantized tensor, in place.
 
     Memory does not grow with the number of batches. Afterwards the model simulates quantization.
+    Where torch.distributed is initialised, every rank gives its share of the batches, which may be
+    none, and gets the scales that one process gets from all of them.
 
     Args:
         model: a prepared model; computes in float while observers watch.
@@ -37,15 +44,17 @@ def calibrate(
             onnxruntime ``CalibrationDataReader`` will do.
         progress: show a bar on a terminal.
         total: how many batches there are, for the bar, where ``len(batches)`` does not tell.
+        group: the ranks that calibrate together, all if None.
 
     Raises:
         InputError: there is no batch, or one lacks an input, has another rank or type, or holds
             NaN or infinity.
-        ConfigError: the model is not prepared.
+        ConfigError: the model is not prepared, or not the same on all ranks.
+        NotCalibratedError: there is no batch on any of several ranks.
     """
-    with calibrating(model), torch.no_grad():
+    with calibrating(model, group=group), torch.no_grad():
         bar = tqdm(
-            iterate(batches, model),
+            iterate(batches, model, may_be_empty=is_distributed(group)),
             desc="calibrating",
             total=count_batches(batches) if total is None else total,
             unit="batch",
@@ -56,11 +65,20 @@ def calibrate(
 
 
 @contextmanager
-def calibrating(model: WrappedModel) -> Iterator[None]:
+def calibrating(model: WrappedModel, *, group: ProcessGroup | None = None) -> Iterator[None]:
     """Let observers watch what the user runs in the ``with`` block, then fix all scales, in place.
 
     Every calibration starts from nothing. One that fails or is interrupted leaves the model
     prepared, and computing in float. What an earlier one returned to float stays so.
+
+    Where torch.distributed is initialised, the end of the block waits for every rank and merges
+    what they saw. A rank may run nothing; one that fails leaves the others waiting, as anywhere in
+    torch.distributed, until ``torchrun`` ends them. Run the module inside
+    ``DistributedDataParallel`` rather than the wrapper, unless all ranks run as many batches.
+
+    Args:
+        model: a prepared model; of a wrapper like DistributedDataParallel, its ``module``.
+        group: the ranks that calibrate together, all if None.
 
     Raises:
         ConfigError: the model is not prepared.
@@ -73,7 +91,7 @@ def calibrating(model: WrappedModel) -> Iterator[None]:
     set_mode(model, "observe")
     try:
         yield
-        _finish(model)
+        _finish(model, group)
     except BaseException:
         _start_afresh(model)
         raise
@@ -95,9 +113,12 @@ def _start_afresh(model: WrappedModel) -> None:
     set_mode(model, "float")
 
 
-def _finish(model: WrappedModel) -> None:
-    observers = [s.observer for _, s in stubs(model) if s.observer is not None]
-    if observers and not any(o.count + o.masked + o.nonfinite for o in observers):
+def _finish(model: WrappedModel, group: ProcessGroup | None) -> None:
+    watched = [(s, s.observer) for _, s in stubs(model) if s.observer is not None]
+    observers = [observer for _, observer in watched]
+    if watched and is_distributed(group):
+        merge_ranks(observers, watched[0][0].scale.device, group)
+    if observers and not any(o.seen for o in observers):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
     _leave_out_problems(model)
     fix_scales(model)
@@ -133,7 +154,10 @@ def _problems(model: WrappedModel) -> dict[str, str]:
 
 def _trouble(observer: Observer) -> str | None:
     if observer.masked:
-        return f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more"
+        return (
+            f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more "
+            f"({HALF_SENTINEL:g} in float16)"
+        )
     if observer.nonfinite:
         return f"works on {observer.nonfinite} values that are NaN or infinite"
     return None if observer.count else "no calibration data reached it"

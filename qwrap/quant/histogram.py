@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class DyadicHistogram:
     def add(
         self,
         values: Tensor,
-        exponent: Tensor,
+        exponent: Tensor | int,
         weight: int = 1,
         *,
         rows: Tensor | None = None,
@@ -53,30 +55,41 @@ class DyadicHistogram:
         Args:
             values: floats, 1-D.
             exponent: int32 ``[C]``; the values of row c are below ``2^exponent[c]`` in magnitude.
+                A number, for one row on the CPU, is faster.
             weight: how many values each of them stands for.
             rows: int64, the row that each value belongs to; None if there is but one.
             usable: bool, which values to count; None for all. The others may be anything.
         """
-        self.cover(exponent)
-        assert self.counts is not None
-        assert self.exponent is not None
         values = values.to(torch.float32)
         if usable is not None:
             values = values.masked_fill(~usable, 0)
-        inverse = _power_of_two(self.bins.bit_length() - 1 - self.exponent)
-        scaled = values.to(torch.float64).mul_(inverse if rows is None else inverse[rows])
-        index = scaled.floor_().to(torch.int64).add_(self.bins)
-        width = self.counts.shape[1]
+        index = self._bins_of(values, self._bins_per_unit(exponent, rows))
+        assert self.counts is not None
+        width, counts = self.counts.shape[1], self.counts.view(-1)
         if rows is not None:
             index.add_(rows, alpha=width)
-        counts = self.counts.view(-1)
         _tally(counts, index, usable, weight)
         if rows is None:
-            shown = values.numel() if usable is None else usable.sum()
-            counts[-1:].add_(shown - values.count_nonzero(), alpha=weight)
+            total = values.numel() if usable is None else usable.sum()
+            counts[-1:].add_(total - values.count_nonzero(), alpha=weight)
         else:
             zeros = values == 0 if usable is None else (values == 0) & usable
             _tally(counts, rows * width + (width - 1), zeros, weight)
+
+    def _bins_per_unit(self, exponent: Tensor | int, rows: Tensor | None) -> Tensor | float:
+        """Widen to ``exponent``, in place; return how many bins a unit has, at each value."""
+        if isinstance(exponent, int):
+            if self.exponent is None or exponent > int(self.exponent):
+                self.cover(torch.tensor([exponent], dtype=torch.int32))
+            assert self.exponent is not None
+            return self.bins * 2.0 ** -int(self.exponent)
+        self.cover(exponent)
+        assert self.exponent is not None
+        inverse = _power_of_two(self.bins.bit_length() - 1 - self.exponent)
+        return inverse if rows is None else inverse[rows]
+
+    def _bins_of(self, values: Tensor, per_unit: Tensor | float) -> Tensor:
+        return values.to(torch.float64).mul_(per_unit).floor_().to(torch.int64).add_(self.bins)
 
     def merge(self, other: DyadicHistogram) -> None:
         """Add the counts of ``other``, in place.
@@ -127,6 +140,11 @@ def exponent_of(largest: Tensor) -> Tensor:
     """
     field = largest.view(torch.int32) >> _MANTISSA_BITS
     return (field - (_EXPONENT_BIAS - 1)).clamp_(min=_LOWEST_EXPONENT)
+
+
+def exponent_of_number(largest: float) -> int:
+    """Return what ``exponent_of`` does, of a float32 number."""
+    return max(math.frexp(largest)[1], _LOWEST_EXPONENT) if largest else _LOWEST_EXPONENT
 
 
 def widened(counts: Tensor, doublings: Tensor) -> Tensor:

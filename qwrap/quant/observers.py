@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
+from qwrap.quant.ends import Ends
 from qwrap.quant.histogram import (
     BINS,
     CHANNEL_BINS,
     DyadicHistogram,
     can_be_read,
     exponent_of,
+    exponent_of_number,
 )
 from qwrap.quant.sampling import sample
 
@@ -39,31 +41,33 @@ class Observer(nn.Module):
     Attributes:
         name: the observed tensor, for messages.
         axis: what the channels run along that have a range each, None for one range.
-        ema: weight of each new batch in the moving averages.
+        seen: values seen, those left out too.
+        left_out: how many of them were masked and how many not finite, int64 ``[2]``; None before
+            there were any.
+        ends: the ranges, and how many batches there were.
     """
 
     def __init__(self, name: str = "", axis: int | None = None, ema: float = 0.01) -> None:
         super().__init__()
-        self.name, self.axis, self.ema = name, axis, ema
-        self._seen = self._batches = 0
-        # Masked and not finite, int64 [2]; low, high and their moving averages, float32 [4, C].
-        self._left_out: Tensor | None = None
-        self._ends: Tensor | None = None
+        self.name, self.axis = name, axis
+        self.seen = 0
+        self.ends = Ends(ema)
+        self.left_out: Tensor | None = None
 
     @property
     def count(self) -> int:
         """Values seen, without those of the next two."""
-        return self._seen - self.masked - self.nonfinite
+        return self.seen - self.masked - self.nonfinite
 
     @property
     def masked(self) -> int:
         """Finite values of a magnitude of ``SENTINEL`` or more (float16: ``HALF_SENTINEL``)."""
-        return 0 if self._left_out is None else int(self._left_out[0])
+        return 0 if self.left_out is None else int(self.left_out[0])
 
     @property
     def nonfinite(self) -> int:
         """NaN and infinities."""
-        return 0 if self._left_out is None else int(self._left_out[1])
+        return 0 if self.left_out is None else int(self.left_out[1])
 
     @property
     def low(self) -> Tensor:
@@ -72,7 +76,7 @@ class Observer(nn.Module):
         Raises:
             NotCalibratedError: no value was seen yet.
         """
-        return self._end(0)
+        return self._end(0, 0)
 
     @property
     def high(self) -> Tensor:
@@ -81,7 +85,7 @@ class Observer(nn.Module):
         Raises:
             NotCalibratedError: no value was seen yet.
         """
-        return self._end(1)
+        return self._end(0, 1)
 
     @property
     def ema_low(self) -> Tensor:
@@ -90,7 +94,7 @@ class Observer(nn.Module):
         Raises:
             NotCalibratedError: no value was seen yet.
         """
-        return self._end(2)
+        return self._end(1, 0)
 
     @property
     def ema_high(self) -> Tensor:
@@ -99,17 +103,17 @@ class Observer(nn.Module):
         Raises:
             NotCalibratedError: no value was seen yet.
         """
-        return self._end(3)
+        return self._end(1, 1)
 
-    def _end(self, index: int) -> Tensor:
-        if not self.count:
+    def _end(self, kind: int, side: int) -> Tensor:
+        ends = self.ends.tensors()
+        if ends is None or not self.count:
             raise NotCalibratedError(
                 f"tensor {self.name!r} saw no usable value ({self.nonfinite} not finite, "
                 f"{self.masked} of magnitude {SENTINEL:g} or more); calibrate with data that "
                 "reaches it, or exclude it"
             )
-        assert self._ends is not None
-        end = self._ends[index]
+        end = ends[kind][side].to(torch.float32)
         return torch.where(end.isfinite(), end, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,16 +137,28 @@ class Observer(nn.Module):
         self._check_channels(x)
         if not x.numel():
             return
-        usable = None
-        batch = _extremes(x, self.axis)
-        if not (can_be_read(x) and _all_usable(batch, sentinel(x.dtype))):
+        self.seen += x.numel()
+        if self.axis is None and can_be_read(x) and self._take_numbers(x):
+            return
+        ends, usable = _extremes(x, self.axis), None
+        if not (can_be_read(x) and _all_usable(ends, sentinel(x.dtype))):
             usable = x.abs() < sentinel(x.dtype)
             self._count_left_out(x, usable)
-            batch = _extremes(x, self.axis, usable)
-        self._seen += x.numel()
-        self._batches += 1
-        self._take_ends(batch)
-        self._take(x, batch, usable)
+            ends = _extremes(x, self.axis, usable)
+        self.ends.take(ends)
+        # A channel without any usable value has the ends (inf, -inf), and no magnitude.
+        largest = torch.maximum(-ends[0], ends[1]).clamp_(min=0)
+        self._take(x, exponent_of(largest), usable)
+
+    def _take_numbers(self, x: Tensor) -> bool:
+        """Do the same with one range on the CPU, at less cost; return whether all was usable."""
+        low, high = (end.to(torch.float32).item() for end in torch.aminmax(x))
+        limit = sentinel(x.dtype)
+        if not (low > -limit and high < limit):  # so written that NaN ends here too
+            return False
+        self.ends.take_numbers(low, high)
+        self._take(x, exponent_of_number(max(-low, high)), None)
+        return True
 
     def _check_channels(self, x: Tensor) -> None:
         if self.axis is None:
@@ -151,32 +167,27 @@ class Observer(nn.Module):
             raise InputError(
                 f"tensor {self.name!r}: shape {tuple(x.shape)} has no axis {self.axis}"
             )
-        channels = x.shape[self.axis]
-        if self._ends is not None and channels != self._ends.shape[1]:
+        channels, before = x.shape[self.axis], self.ends.channels
+        if before is not None and channels != before:
             raise InputError(
-                f"tensor {self.name!r}: {channels} channels along axis {self.axis}, but "
-                f"{self._ends.shape[1]} before; a scale per channel needs a fixed number of them"
+                f"tensor {self.name!r}: {channels} channels along axis {self.axis}, but {before} "
+                "before; a scale per channel needs a fixed number of them"
             )
 
     def _count_left_out(self, x: Tensor, usable: Tensor) -> None:
         finite = x.isfinite().sum()
         found = torch.stack((finite - usable.sum(), x.numel() - finite))
-        self._left_out = found if self._left_out is None else self._left_out + found
+        self.left_out = found if self.left_out is None else self.left_out + found
 
-    def _take_ends(self, batch: Tensor) -> None:
-        if self._ends is None:
-            self._ends = torch.cat((batch, batch))
-            return
-        low, high, ema = self._ends[:1], self._ends[1:2], self._ends[2:]
-        self._ends = torch.cat((
-            torch.minimum(low, batch[:1]),
-            torch.maximum(high, batch[1:]),
-            _moved(ema, batch, self.ema),
-        ))
+    def reserve(self, channels: int, device: torch.device) -> None:
+        """Give an observer that saw nothing yet its channels, in place."""
+        if self.ends.channels is None:
+            ends = torch.tensor([[math.inf], [-math.inf]]).expand(2, channels).to(device)
+            self.ends.replace(ends.clone(), ends.to(torch.float64), 0)
 
     @abstractmethod
-    def _take(self, x: Tensor, ends: Tensor, usable: Tensor | None) -> None:
-        """Take the usable values, None for all, with the ends ``[2, C]`` of each channel."""
+    def _take(self, x: Tensor, exponent: Tensor | int, usable: Tensor | None) -> None:
+        """Take in the usable values, None for all, below ``2^exponent`` in each channel."""
 
     def merge(self, other: Observer) -> None:
         """Take what ``other`` has seen into the statistic, in place.
@@ -184,35 +195,23 @@ class Observer(nn.Module):
         Moving averages are averaged, each with the number of batches behind it.
 
         Raises:
-            ConfigError: ``other`` keeps another statistic.
+            ConfigError: ``other`` keeps another statistic, or saw another number of channels.
         """
-        if type(other) is not type(self) or other.axis != self.axis:
-            raise ConfigError(
-                f"tensor {self.name!r}: cannot merge {_kind(other)} into {_kind(self)}"
-            )
-        if other._ends is not None:
-            theirs = other._ends if self._ends is None else other._ends.to(self._ends.device)
-            self._ends = theirs.clone() if self._ends is None else self._merged_ends(theirs, other)
-        if other._left_out is not None:
-            found = other._left_out
-            device = found.device if self._left_out is None else self._left_out.device
-            self._left_out = found.to(device) + (0 if self._left_out is None else self._left_out)
-        self._seen += other._seen
-        self._batches += other._batches
+        self._check_mergeable(other)
+        self.ends.merge(other.ends)
+        self.seen += other.seen
+        if other.left_out is not None:
+            found = other.left_out
+            known = torch.zeros_like(found) if self.left_out is None else self.left_out
+            self.left_out = known + found.to(known.device)
 
-    def _merged_ends(self, theirs: Tensor, other: Observer) -> Tensor:
-        assert self._ends is not None
-        if theirs.shape != self._ends.shape:
-            raise ConfigError(
-                f"tensor {self.name!r}: cannot merge {theirs.shape[1]} channels into "
-                f"{self._ends.shape[1]}"
-            )
-        ours, share = self._ends, other._batches / (self._batches + other._batches)
-        return torch.cat((
-            torch.minimum(ours[:1], theirs[:1]),
-            torch.maximum(ours[1:2], theirs[1:2]),
-            _moved(ours[2:], theirs[2:], share),
-        ))
+    def _check_mergeable(self, other: Observer) -> None:
+        if type(other) is not type(self) or other.axis != self.axis:
+            kinds = f"{_kind(other)} into {_kind(self)}"
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {kinds}")
+        ours, theirs = self.ends.channels, other.ends.channels
+        if ours and theirs and ours != theirs:
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
         """Move the statistic along with the module, in place."""
@@ -221,27 +220,30 @@ class Observer(nn.Module):
         return self
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        if self._ends is not None:
-            # As integers, so that a model made float16 keeps its exact ranges.
-            self._ends = fn(self._ends.view(torch.int32)).view(torch.float32)
-        if self._left_out is not None:
-            self._left_out = fn(self._left_out)
+        self.ends.apply(fn)
+        if self.left_out is not None:
+            self.left_out = fn(self.left_out)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the statistic as numbers and tensors."""
+        extremes, averages = self.ends.tensors() or (None, None)
         return {
             "axis": self.axis,
-            "seen": self._seen,
-            "batches": self._batches,
-            "left_out": _copied(self._left_out),
-            "ends": _copied(self._ends),
+            "seen": self.seen,
+            "batches": self.ends.batches,
+            "left_out": _copied(self.left_out),
+            "extremes": _copied(extremes),
+            "averages": _copied(averages),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replace the statistic by a saved one."""
-        self.axis = state["axis"]
-        self._seen, self._batches = state["seen"], state["batches"]
-        self._left_out, self._ends = _copied(state["left_out"]), _copied(state["ends"])
+        self.axis, self.seen = state["axis"], state["seen"]
+        self.left_out = _copied(state["left_out"])
+        self.ends = Ends(self.ends.share)
+        extremes, averages = _copied(state["extremes"]), _copied(state["averages"])
+        if extremes is not None and averages is not None:
+            self.ends.replace(extremes, averages, state["batches"])
 
 
 class MinMaxObserver(Observer):
@@ -250,7 +252,7 @@ class MinMaxObserver(Observer):
     Source: Jacob et al., arXiv:1712.05877, section 3.1.
     """
 
-    def _take(self, x: Tensor, ends: Tensor, usable: Tensor | None) -> None:
+    def _take(self, x: Tensor, exponent: Tensor | int, usable: Tensor | None) -> None:
         """Keep nothing more."""
 
 
@@ -276,13 +278,17 @@ class HistogramObserver(Observer):
             bins = BINS if axis is None else CHANNEL_BINS
         self.histogram = DyadicHistogram(bins)
 
-    def _take(self, x: Tensor, ends: Tensor, usable: Tensor | None) -> None:
-        # A channel without any usable value has the ends (inf, -inf), and largest 0.
-        largest = torch.maximum(-ends[0], ends[1]).clamp_(min=0)
+    def _take(self, x: Tensor, exponent: Tensor | int, usable: Tensor | None) -> None:
         taken = sample(x, self.axis, usable)
         self.histogram.add(
-            taken.values, exponent_of(largest), taken.weight, rows=taken.rows, usable=taken.usable
+            taken.values, exponent, taken.weight, rows=taken.rows, usable=taken.usable
         )
+
+    def reserve(self, channels: int, device: torch.device) -> None:
+        """Give an observer that saw nothing yet its channels, in place."""
+        super().reserve(channels, device)
+        if self.histogram.counts is None:
+            self.histogram.cover(exponent_of(torch.zeros(channels, device=device)))
 
     def merge(self, other: Observer) -> None:
         """Take what ``other`` has seen into the statistic, in place.
@@ -290,8 +296,9 @@ class HistogramObserver(Observer):
         Raises:
             ConfigError: ``other`` keeps another statistic or another number of bins.
         """
-        if isinstance(other, HistogramObserver):  # first, as it may refuse
-            self.histogram.merge(other.histogram)
+        self._check_mergeable(other)
+        assert isinstance(other, HistogramObserver)
+        self.histogram.merge(other.histogram)  # first, as it may refuse
         super().merge(other)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -342,12 +349,6 @@ def _extremes(x: Tensor, axis: int | None, usable: Tensor | None = None) -> Tens
 
 def _all_usable(ends: Tensor, limit: float) -> bool:
     return bool((ends.abs() < limit).all())  # not so with a NaN
-
-
-def _moved(average: Tensor, new: Tensor, share: float) -> Tensor:
-    """Return the average moved towards ``new``; where one of the two is unknown, the other."""
-    mixed = average * (1 - share) + new * share
-    return torch.where(new.isfinite(), torch.where(average.isfinite(), mixed, new), average)
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 _MAX_STRIDE = 64
 _LEAST_PER_CHANNEL = 32
 _KEYS = 16  # values of a row that decide where its sample starts
-_MULTIPLIER = 0x2545F4914F6CDD1D  # of xorshift64*; odd, so that no bit is lost
+_COARSE = 0x7FFF0000  # exponent and 7 bits of the mantissa, not the sign, which zeros have too
+_MULTIPLIER = 0x2545F4914F6CDD1D  # odd
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,10 @@ def sample(x: Tensor, axis: int | None = None, usable: Tensor | None = None) -> 
         return Sample(rows.reshape(-1), 1, _all_channels(x, axis), flat)
     index = _positions(rows, stride)
     return Sample(
-        rows.reshape(-1)[index],
+        rows.reshape(-1).index_select(0, index),
         stride,
         _channels_at(index, x, axis),
-        None if usable is None else usable.reshape(-1)[index],
+        None if usable is None else usable.reshape(-1).index_select(0, index),
     )
 
 
@@ -78,24 +79,28 @@ def sample_stride(size: int, channels: int = 1) -> int:
 
 
 def _positions(rows: Tensor, stride: int) -> Tensor:
-    """Return the flat indices of the sampled values, 1-D."""
+    """Return the flat indices of the sampled values, 1-D.
+
+    Every row gets as many, from a start within the first step or, so that the last positions come
+    up too, within what a row is longer than a number of steps.
+    """
     count, size = rows.shape
-    steps = torch.arange(0, size, stride, device=rows.device)
-    within = _starts(rows, stride)[:, None] + steps
-    within[:, -1].remainder_(size)  # the last step may lead beyond the row; then to its start
-    within += torch.arange(0, count * size, size, device=rows.device)[:, None]
-    return within.view(-1)
+    rest = size % stride
+    start = _hash(rows).remainder_(stride + rest)
+    start += torch.arange(0, count * size, size, device=rows.device)
+    return (start[:, None] + torch.arange(0, size - rest, stride, device=rows.device)).view(-1)
 
 
-def _starts(rows: Tensor, stride: int) -> Tensor:
-    """Return where in the first step each row's sample starts, int64, below ``stride``."""
+def _hash(rows: Tensor) -> Tensor:
+    """Return a number of 32 bits for each row, from the upper bits of some of its values.
+
+    Source: multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4.
+    """
     step = rows.shape[1] // _KEYS
-    keys = rows[:, step // 2 :: step][:, :_KEYS].to(torch.float32) + 0.0  # which makes -0 a 0
-    bits = keys.view(torch.int32) >> 16  # sign, exponent and 7 bits of the mantissa
-    odd = torch.arange(1, 2 * _KEYS, 2, device=rows.device) * _MULTIPLIER
-    mixed = (bits.to(torch.int64) * odd).sum(1)
-    mixed = (mixed ^ (mixed >> 29)) * _MULTIPLIER
-    return (mixed >> 33).remainder_(stride)
+    keys = rows[:, step // 2 : step * _KEYS : step].to(torch.float32).contiguous()
+    coarse = keys.view(torch.int32) & _COARSE
+    odd = torch.arange(1, 2 * _KEYS, 2, device=rows.device)
+    return (coarse * odd).sum(1).mul_(_MULTIPLIER) >> 32
 
 
 def _all_channels(x: Tensor, axis: int | None) -> Tensor | None:

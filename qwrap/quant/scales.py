@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -71,16 +70,13 @@ def ranges_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, Range]:
         ConfigError: a method needs a statistic that was not kept.
     """
     found = watched(model)
-    alike: dict[Way, list[str]] = defaultdict(list)
-    for key, way in ways.items():
-        alike[way].append(key)
-    ranges: dict[str, Range] = {}
-    for way, keys in alike.items():
-        lows, highs = choose_ranges(
-            [_observer(found[key]) for key in keys], [found[key].spec for key in keys], *way
-        )
-        ranges |= dict(zip(keys, zip(lows.tolist(), highs.tolist(), strict=True), strict=True))
-    return {key: ranges[key] for key in ways}
+    ranges = choose_ranges(
+        [_observer(found[key]) for key in ways],
+        [found[key].spec for key in ways],
+        [method for method, _ in ways.values()],
+        [percentile for _, percentile in ways.values()],
+    )
+    return {key: (float(low), float(high)) for key, (low, high) in zip(ways, ranges, strict=True)}
 
 
 def _observer(stub: Stub) -> Observer:

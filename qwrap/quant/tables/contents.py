@@ -78,8 +78,8 @@ def one_line(names: Iterable[str], form: str) -> None:
     """Refuse names that a form of lines cannot hold.
 
     Raises:
-        TableError: a name is empty or holds a line break.
+        TableError: a name is empty, or holds a line break or a NUL.
     """
     for name in names:
-        if not name or "\n" in name:
+        if not name or "\n" in name or "\0" in name:
             raise TableError(f"{form} has one line for a tensor and cannot hold the name {name!r}")

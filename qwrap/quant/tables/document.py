@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qwrap.errors import TableError
 
 Array = NDArray[Any]
+BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
@@ -25,13 +26,13 @@ def at(where: str) -> Iterator[None]:
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file.
+    """Return the text of a file; a byte order mark is part of it.
 
     Raises:
         TableError: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TableError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -42,7 +43,7 @@ def parse(data: bytes) -> object:
     Raises:
         TableError: it is not JSON, is nested too deeply, or an object says a name twice.
     """
-    text = decode(data)
+    text = decode(data.removeprefix(BOM))
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -142,6 +143,22 @@ def numbers(value: object) -> Array:
     if array.dtype.kind not in "iuf" and array.size:
         raise TableError(f"expected numbers; got {shorten(value)}")
     return array.astype(np.float64)
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """Return numbers in another type.
+
+    Raises:
+        TableError: one is too large for it, or has a fraction that it cannot hold.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(result)
+    if result.dtype.kind in "iu":
+        lost = array != result
+    if lost.any():
+        raise TableError(f"{float(array[lost].flat[0]):g} is no {dtype}")
+    return result
 
 
 def shorten(value: object) -> str:

@@ -30,13 +30,23 @@ AIMET, QNN = "aimet-0.6.1", "qnn"
 def read(document: object) -> Contents:
     """Return what a parsed file holds."""
     fields, contents = Fields(document), Contents()
-    for section, stored in SECTIONS.items():
-        if section not in fields:
-            continue
+    for section, stored in sections_of(fields).items():
         for name, value in fields.inner(section).values.items():
             with at(f"{section}, tensor {name!r}"):
                 contents.add(name, _entry(value, stored))
     return contents
+
+
+def sections_of(fields: Fields) -> dict[str, bool]:
+    """Return which of ``SECTIONS`` a file has.
+
+    Raises:
+        TableError: it has none.
+    """
+    found = {name: stored for name, stored in SECTIONS.items() if name in fields}
+    if not found:
+        raise TableError(f"has neither of {', '.join(SECTIONS)}")
+    return found
 
 
 def write(contents: Contents, form: str) -> bytes:

@@ -15,7 +15,7 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import QuantType, quant_type
 from qwrap.errors import ConfigError, TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, render
+from qwrap.quant.tables.document import Array, Fields, at, cast, render
 from qwrap.quant.tables.encodings_v1 import check_multiples, multiples
 from qwrap.quant.tables.grid import encoded, require_scale
 from qwrap.quant.tables.tensor_range import Lpbq, TensorRange
@@ -89,7 +89,7 @@ def _scales(fields: Fields, axis: int | None) -> tuple[Array, Lpbq | None]:
         raise TableError(f"has block scales {whole.shape} and channel scales {channel.shape}")
     scale: Array = whole * channel
     bits = 2 * _type(fields.text("output_dtype")).bits
-    return scale, Lpbq(channel.astype(np.float32), bits)
+    return scale, Lpbq(cast(channel, "float32"), bits)
 
 
 def write(contents: Contents) -> bytes:

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, numbers, render, shorten
+from qwrap.quant.tables.document import Array, Fields, at, cast, numbers, render, shorten
 from qwrap.quant.tables.tensor_range import TensorRange
 
 METHODS = ("MinMax", "Entropy", "Percentile", "Distribution")
@@ -89,9 +87,9 @@ def _array(fields: Fields, name: str, dtypes: tuple[str, ...]) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and name in ("bins", "hist"):
             return value
         if not isinstance(value, dict):
-            return numbers(value).astype(np.float32)
+            return cast(numbers(value), "float32")
         array = Fields(value)
         dtype = array.text("dtype")
         if array.text("CLS") != "numpy.array" or dtype not in dtypes:
             raise TableError(f"is {shorten(array.values['CLS'])} of {dtype}; expected {dtypes}")
-        return np.array(numbers(array.get("data")), dtype=dtype)
+        return cast(numbers(array.get("data")), dtype)

@@ -26,7 +26,7 @@ def read(document: object) -> Contents:
 
 
 def _ends(value: object) -> TensorRange:
-    ends = numbers(value).astype(np.float32)
+    ends = numbers(value)
     if ends.ndim == 0:
         return TensorRange(-np.abs(ends), np.abs(ends))
     if ends.shape != (2,):
