@@ -15,7 +15,9 @@ from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import QuantType, codebook_type, quant_type
 from qwrap.errors import ExportError
 from qwrap.export.custom import at_opset
+from qwrap.model.points import ValuePoint
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.stubs import Stub
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 MODES = [LEVELS.ORT_DISABLE_ALL, LEVELS.ORT_ENABLE_ALL]
@@ -299,3 +301,18 @@ def test_odd_integers_go_by_name_on_the_command_line() -> None:
     config = QConfig(activation="uint3", weight="int3")
     assert config.weight_spec(0).dtype == qwrap.integer_type(3)
     assert config.weight_spec(0).narrow_range
+
+
+METHODS = ("minmax", "ema", "percentile", "mse", "l1", "cosine", "entropy", "distribution")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["int3", LOG2, WIDE, TERNARY], ids=str)
+def test_every_method_chooses_a_range_for_such_types(dtype: QuantType | str, method: str) -> None:
+    model = qwrap.load(network())
+    qwrap.prepare(model, QConfig(activation=dtype, weight="int8", method=method))
+    qwrap.calibrate(model, [images(16)], progress=False)
+    stub = model.tap(ValuePoint("x"))
+    assert isinstance(stub, Stub)
+    reach = float(stub.scale) * stub.spec.qmax / float(images(16).abs().max())
+    assert 0.1 < reach < 2  # "distribution" may go beyond what was seen
