@@ -78,12 +78,13 @@ def test_the_scale_of_an_input_is_its_range_over_255(small) -> None:
     assert int(stub.zero_point) == round(-low / float(stub.scale))
 
 
-def test_minmax_depends_neither_on_order_nor_on_size_of_batches(small) -> None:
-    batches = small.batches(4)
-    expected = calibrated(small.convs(), batches, method="minmax")
-    assert_same_scales(calibrated(small.convs(), batches[::-1], method="minmax"), expected)
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_scales_depend_neither_on_order_nor_on_size_of_batches(small, method: str) -> None:
+    batches = small.batches(4, (2, 3, 20, 20))  # long enough to be sampled
+    expected = calibrated(small.convs(), batches, method=method)
+    assert_same_scales(calibrated(small.convs(), batches[::-1], method=method), expected)
     # One batch may be summed in another order than four: scales agree to float32 rounding.
-    whole = calibrated(small.convs(), [np.concatenate(batches)], method="minmax")
+    whole = calibrated(small.convs(), [np.concatenate(batches)], method=method)
     for key, (scale, _) in scales(expected).items():
         torch.testing.assert_close(scales(whole)[key][0], scale, rtol=1e-5, atol=0)
 
