@@ -3,6 +3,7 @@ import io
 import weakref
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -177,8 +178,6 @@ def test_a_layer_of_zeros_runs_exactly(small, quantized) -> None:
 
 
 def qwrap_tensor(array, name):
-    import onnx
-
     return onnx.numpy_helper.from_array(array, name)
 
 
@@ -300,6 +299,18 @@ def test_what_works_on_masks_is_float_with_the_reason(small) -> None:
     plan = model.plan
     assert {plan.nodes[k].role for k in ("/a", "/y")} == {"integer"}
     assert {plan.nodes[k].role for k in ("/b", "/c")} == {"float"}
+
+
+def test_the_summary_says_how_many_values_of_which_tensor_were_not_finite(small) -> None:
+    weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)}
+    source = small.build("a = Conv(x, w) b = Sqrt(a) y = Conv(b, v)", weights)
+    batches = small.batches()
+    model = calibrated(source, batches)
+    w = onnx.numpy_helper.to_array(source.graph.initializer[0])[:, :, 0, 0]
+    negative = sum((np.einsum("oc,nchw->nohw", w, batch) < 0).sum() for batch in batches)
+    reason = f"works on {negative} values that are NaN or infinite (tensor 'b')"
+    assert model.plan.nodes["/y"].reason == reason
+    assert f"Conv: {reason} [/y]" in model.plan.summary()
 
 
 def test_a_mask_between_integers_leaves_its_neighbours_float(small) -> None:
