@@ -14,6 +14,7 @@ from qwrap.quant.exact import exact
 from qwrap.quant.functions import function_type
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "quantize",
     "register_op",
+    "rescale",
     "round_weights",
     "verify",
 ]

@@ -15,22 +15,21 @@ from qwrap.errors import NotCalibratedError, StatisticsError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.early_stop import WIDENING, EarlyStop
-from qwrap.quant.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import (
-    bias_stubs,
     config_of,
     decisions_of,
     new_observer,
     observers,
     place_without,
     plan_of,
+    set_mode,
     stubs,
 )
-from qwrap.quant.scales import fix_scales, stored
+from qwrap.quant.problems import leave_out_problems
+from qwrap.quant.rescale import fix_scales
+from qwrap.quant.samples import keeping
 from qwrap.quant.session import Session
-from qwrap.quant.sources import integer_users
 from qwrap.quant.statistics import Statistics, restore
-from qwrap.quant.stubs import Mode
 from qwrap.quant.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -162,11 +161,11 @@ def calibrating(
         if given is not None:
             restore(model, given, is_fresh=not is_first(group))
         set_mode(model, "observe")
-        with session.watching():
+        with session.watching(), keeping(model, config_of(model).kept_samples):
             yield
         _merge_ranks(model, group)
         session.write()
-        _finish(model)
+        _finish(model, group)
     except BaseException:
         _start_afresh(model)
         raise
@@ -189,12 +188,6 @@ def _opened(statistics: Given, model: WrappedModel) -> Statistics | None:
     return given
 
 
-def set_mode(model: WrappedModel, mode: Mode) -> None:
-    """Switch every stub to ``mode``, in place."""
-    for _, stub in (*stubs(model), *bias_stubs(model)):
-        stub.mode = mode
-
-
 def _start_afresh(model: WrappedModel) -> None:
     """Forget, in place, what earlier data told: scales, and which nodes it returned to float."""
     plan = plan_of(model)
@@ -204,8 +197,9 @@ def _start_afresh(model: WrappedModel) -> None:
     decisions_of(model).batches = 0
     decisions_of(model).left_out.clear()
     for _, stub in stubs(model):
-        observed = stub.observer is not None
-        stub.forget(new_observer(stub.name, config_of(model)) if observed else None)
+        observer = new_observer(stub.name, config_of(model), stub.spec.axis)
+        stub.forget(None if stub.observer is None else observer)
+    model.samples = None
     set_mode(model, "float")
 
 
@@ -218,48 +212,10 @@ def _merge_ranks(model: WrappedModel, group: ProcessGroup | None) -> None:
         decisions.batches = sum_over_ranks(decisions.batches, home, group)
 
 
-def _finish(model: WrappedModel) -> None:
+def _finish(model: WrappedModel, group: ProcessGroup | None) -> None:
     watching = observers(model).values()
     if watching and not any(observer.seen for observer in watching):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
-    _leave_out_problems(model)
-    fix_scales(model)
+    leave_out_problems(model)
+    fix_scales(model, group=group)
     set_mode(model, "quantize")
-
-
-def _leave_out_problems(model: WrappedModel) -> None:
-    """Return to float what no data reached, and what works on attention masks, in place."""
-    without = dict(plan_of(model).without)
-    while problems := _problems(model):
-        assert not problems.keys() <= without.keys(), "a node stayed although it has to go"
-        without = problems | without
-        place_without(model, without)
-
-
-def _problems(model: WrappedModel) -> dict[str, str]:
-    """Return node key -> why the node cannot be quantized, after all."""
-    plan = plan_of(model)
-    found: dict[str, str] = {}
-    users = integer_users(plan, model.graph)
-    for _, stub in stubs(model):
-        problem = None if stub.observer is None else _trouble(stub.observer)
-        if problem:
-            found |= dict.fromkeys(sorted(users[stub.name]), f"{problem} (tensor {stub.name!r})")
-    for (node, _), constant in plan.constants.items():
-        observer = MinMaxObserver(constant.value)
-        observer.observe(stored(model, constant.value))
-        problem = _trouble(observer)
-        if problem:
-            found[node] = f"{problem} (constant {constant.value!r})"
-    return found
-
-
-def _trouble(observer: Observer) -> str | None:
-    if observer.masked:
-        return (
-            f"works on {observer.masked} mask values, of magnitude {SENTINEL:g} or more "
-            f"({HALF_SENTINEL:g} in float16)"
-        )
-    if observer.nonfinite:
-        return f"works on {observer.nonfinite} values that are NaN or infinite"
-    return None if observer.count else "no calibration data reached it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.opsets import let_carry
 from qwrap.quant.placement import place
 from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
-from qwrap.quant.stubs import BiasStub, Stub
+from qwrap.quant.stubs import BiasStub, Mode, Stub
 
 
 def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
@@ -183,7 +184,7 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
         source = earlier.tensors[key].source
     stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
     if not isinstance(stub, Stub):
-        return Stub(key, tensor.spec, observer=new_observer(key, config))
+        return Stub(key, tensor.spec, observer=new_observer(key, config, tensor.spec.axis))
     return stub if source == key else Stub(key, tensor.spec, observer=copy.deepcopy(stub.observer))
 
 
@@ -197,10 +198,17 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
     return Stub(constant.value, constant.spec, shape, stored=True)
 
 
-def new_observer(name: str, config: QConfig) -> Observer:
-    """Return what watches activation ``name`` for the range method of ``config``."""
-    kind = MinMaxObserver if config.method in ("minmax", "ema") else HistogramObserver
-    return kind(name, ema=config.ema)
+def new_observer(name: str, config: QConfig, axis: int | None = None) -> Observer:
+    """Return what watches activation ``name`` for the range methods that ``config`` asks for.
+
+    Args:
+        name: the tensor.
+        config: what the model was prepared with.
+        axis: the axis of the channels that have a scale each, None for one scale.
+    """
+    methods = {config.method, *(o.method for _, o in config.overrides if o.method)}
+    kind = MinMaxObserver if methods <= {"minmax", "ema"} else HistogramObserver
+    return kind(name, axis, config.ema)
 
 
 def plan_of(model: WrappedModel) -> QuantPlan:
@@ -239,3 +247,15 @@ def bias_stubs(model: WrappedModel) -> Iterator[tuple[UsePoint, BiasStub]]:
         module = model.tap(point)
         if isinstance(module, BiasStub) and isinstance(point, UsePoint):
             yield point, module
+
+
+def set_mode(model: WrappedModel, mode: Mode) -> None:
+    """Switch every stub to ``mode``, in place."""
+    for _, stub in (*stubs(model), *bias_stubs(model)):
+        stub.mode = mode
+
+
+def device_of(model: WrappedModel) -> torch.device:
+    """Return where the model's parameters or buffers are."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

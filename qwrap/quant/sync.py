@@ -29,8 +29,15 @@ def is_first(group: dist.ProcessGroup | None = None) -> bool:
 
 def sum_over_ranks(number: int, home: torch.device, group: dist.ProcessGroup | None = None) -> int:
     """Return the sum of what every rank calls this with."""
-    (total,) = _Ranks(home, group).reduce([torch.tensor([number])], dist.ReduceOp.SUM)
-    return int(total)
+    return int(summed(torch.tensor([number]), home, group))
+
+
+def summed(values: Tensor, home: torch.device, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of the tensors that every rank calls this with; of one process, the tensor."""
+    if not is_distributed(group):
+        return values
+    (total,) = _Ranks(home, group).reduce([values], dist.ReduceOp.SUM)
+    return total
 
 
 def merge_ranks(
