@@ -95,7 +95,12 @@ class Specs:
         return self._scaled(spec, table)
 
     def is_worth_it(self, value: ir.Value, spec: QuantSpec) -> bool:
-        """Whether codes and scales of a constant take less space than its floats."""
+        """Whether codes and scales of a constant take less space than its floats.
+
+        What has no codes is not quantized for space at all.
+        """
+        if spec.dtype.function is not None:
+            return True
         shape = self.facts.size_of(value)
         scales = 1
         if spec.axis is not None:
