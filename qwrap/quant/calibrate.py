@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from qwrap.errors import NotCalibratedError
+from qwrap.errors import NotCalibratedError, StatisticsError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.early_stop import WIDENING, EarlyStop
@@ -19,6 +19,7 @@ from qwrap.quant.prepare import (
     config_of,
     decisions_of,
     new_observer,
+    observers,
     place_without,
     plan_of,
     set_mode,
@@ -92,11 +93,11 @@ def calibrate(
         StatisticsError: ``statistics`` cannot be read, or were observed in another model.
         ExportError: ``save`` cannot be written.
     """
-    given = _opened(statistics)
-    with calibrating(model, statistics=given, save=save, group=group), torch.no_grad():
+    with calibrating(model, statistics=statistics, save=save, group=group), torch.no_grad():
+        may_be_empty = statistics is not None or is_distributed(group) or not observers(model)
         stop = None if early_stop is None else EarlyStop(model, early_stop)
         bar = tqdm(
-            iterate(batches, model, may_be_empty=given is not None or is_distributed(group)),
+            iterate(batches, model, may_be_empty=may_be_empty),
             desc="calibrating",
             total=count_batches(batches) if total is None else total,
             unit="batch",
@@ -145,12 +146,14 @@ def calibrating(
         ExportError: ``save`` cannot be written.
     """
     plan_of(model)
-    given = _opened(statistics)
-    if given is not None:
-        given.check(model)
-    known = None if given is None else given.fingerprint
-    path = None if save is None or not is_first(group) else Path(save)
-    session = Session(model, path, known, is_alone=not is_distributed(group))
+    given = _opened(statistics, model)
+    session = Session(
+        model,
+        None if save is None or not is_first(group) else Path(save),
+        None if given is None else given.fingerprint,
+        held=0 if given is None or statistics != save else given.batches,
+        is_alone=not is_distributed(group),
+    )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     _start_afresh(model)
@@ -171,10 +174,18 @@ def calibrating(
             module.training = training
 
 
-def _opened(statistics: Given) -> Statistics | None:
+def _opened(statistics: Given, model: WrappedModel) -> Statistics | None:
+    """Return statistics that were found to be of ``model``."""
     if statistics is None or isinstance(statistics, Statistics):
-        return statistics
-    return Statistics.load(statistics)
+        given, where = statistics, ""
+    else:
+        given, where = Statistics.load(statistics), f"{os.fspath(statistics)}: "
+    try:
+        if given is not None:
+            given.check(model)
+    except StatisticsError as error:
+        raise StatisticsError(f"{where}{error}") from error
+    return given
 
 
 def _start_afresh(model: WrappedModel) -> None:
@@ -202,8 +213,8 @@ def _merge_ranks(model: WrappedModel, group: ProcessGroup | None) -> None:
 
 
 def _finish(model: WrappedModel, group: ProcessGroup | None) -> None:
-    observers = [s.observer for _, s in stubs(model) if s.observer is not None]
-    if observers and not any(o.seen for o in observers):
+    watching = observers(model).values()
+    if watching and not any(observer.seen for observer in watching):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
     leave_out_problems(model)
     fix_scales(model, group=group)

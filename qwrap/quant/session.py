@@ -27,6 +27,7 @@ class Session:
         model: prepared.
         path: where to write what was seen, None for nowhere.
         fingerprint: of the model, if it was taken already.
+        held: how many batches the file holds already.
         is_alone: whether what is seen here is all there is, so that it may be written any time.
 
     Raises:
@@ -39,10 +40,12 @@ class Session:
         path: Path | None,
         fingerprint: Fingerprint | None = None,
         *,
+        held: int = 0,
         is_alone: bool = True,
     ) -> None:
         self._model, self._path, self._is_alone = model, path, is_alone
         self._is_between = True  # two batches: no observer has seen one that another has not
+        self._held = held
         self._next = time.monotonic() + SECONDS
         if path is not None:
             check_target(path)
@@ -78,12 +81,13 @@ class Session:
             self.write()
 
     def write(self) -> None:
-        """Write what was seen until now, if anything was and there is a file to write."""
+        """Write what was seen until now, if there is a file to write and something new for it."""
         batches = decisions_of(self._model).batches
-        if self._path is None or not batches:
+        if self._path is None or batches == self._held:
             return
         start = time.monotonic()
         tensors = seen(self._model)
         Statistics(batches=batches, fingerprint=self._fingerprint, tensors=tensors).save(self._path)
+        self._held = batches
         taken = time.monotonic() - start
         self._next = time.monotonic() + max(SECONDS, taken / SHARE)
