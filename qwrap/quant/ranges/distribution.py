@@ -34,9 +34,8 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
         codes = int(spec.qmax - spec.qmin) + 1 if whole else 2**spec.dtype.bits
         reach = normal_clip(codes) * deviation
         return rows.within(mean - reach, mean + reach)
-    # `choose_qparams` divides twice the larger end by the width of the type.
-    reach = deviation / deviation_of(spec.dtype) * ((spec.qmax - spec.qmin) / 2)
-    return -reach, reach
+    scale = deviation / deviation_of(spec.dtype)
+    return scale * spec.qmin, scale * spec.qmax
 
 
 def moments(rows: HistogramRows) -> tuple[Tensor, Tensor]:
