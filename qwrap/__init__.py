@@ -3,6 +3,7 @@
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig, QuantSpec
+from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.model.build import load
@@ -10,8 +11,11 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
+from qwrap.quant.functions import function_type
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quant.rescale import rescale
+from qwrap.quant.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.verify import verify
@@ -23,17 +27,22 @@ __all__ = [
     "QwrapError",
     "QwrapWarning",
     "RangeTable",
+    "Statistics",
     "TensorRange",
     "WrappedModel",
     "calibrate",
     "calibrating",
+    "codebook_type",
     "correct_biases",
     "exact",
     "export",
+    "function_type",
+    "integer_type",
     "load",
     "prepare",
     "quantize",
     "register_op",
+    "rescale",
     "round_weights",
     "verify",
 ]

@@ -50,8 +50,8 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     The range is first widened to hold 0, which then has a code of its own, and to
     ``spec.min_real_range``. A symmetric one reaches as far on both sides; where it has one code
     more on the lower side, both ends lie half a step within. The range ``[0, 0]`` gets scale 1;
-    scales below ``MIN_SCALE`` become ``MIN_SCALE``. Scales are rounded as ``spec`` says before
-    the zero point is chosen.
+    scales below ``MIN_SCALE`` become ``MIN_SCALE``. The zero point goes with the scale before it
+    is rounded to float32, and after it is rounded to anything coarser.
 
     Args:
         low: smallest value to represent, a float scalar, ``[C]`` or one for each block.
@@ -80,11 +80,13 @@ def choose_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
         width = (width + width) / torch.full_like(width, qmax - qmin)
     else:
         width = (high - low) / torch.full_like(low, qmax - qmin)
-    scale = round_scale(torch.where(width > 0, width.clamp(min=MIN_SCALE), 1.0), spec)
+    chosen = torch.where(width > 0, width.clamp(min=MIN_SCALE), 1.0)
+    scale = round_scale(chosen, spec)
     if spec.symmetric or spec.restricted:
         zero_point = torch.zeros_like(scale) + middle
     else:
-        zero_point = (qmin - low / scale).round_().clamp_(qmin, qmax)
+        plain = spec.scale_type == "float32" and not spec.power_of_two
+        zero_point = (qmin - low / (chosen if plain else scale)).round_().clamp_(qmin, qmax)
     return QParams(scale.to(torch.float32), zero_point.to(torch.int32), spec.axis, spec.block_size)
 
 
@@ -175,7 +177,12 @@ def _range_with_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor
             "both ends must be finite; look for NaN or infinity in the data"
         )
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    return low, torch.maximum(high, low + spec.min_real_range)
+    if not spec.min_real_range:
+        return low, high
+    least = low + spec.min_real_range
+    if not spec.restricted:  # onnxruntime adds in float32 but there
+        least = (low.float() + spec.min_real_range).double()
+    return low, torch.maximum(high, least)
 
 
 def block_extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -232,8 +239,9 @@ def along_axis(values: Tensor, axis: int | None, rank: int) -> Tensor:
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     """Return the codes of ``x``, stored as ``spec.dtype.torch_dtype``.
 
-    Equal to onnxruntime's QuantizeLinear bit for bit, which gives NaN the smallest code of an
-    integer type.
+    Equal to onnxruntime's QuantizeLinear bit for bit up to 2^31 steps from 0. What lies beyond
+    saturates, and NaN gets the smallest code of an integer type, as in its kernels for 8 and 16
+    bits of float32; those for blocks, 4 and 2 bits and float16 overflow there.
 
     Args:
         x: floats of any shape.

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime as ort
 
 from qwrap.errors import ExportError
 from qwrap.export.qdq import QdqWriter
+from qwrap.export.runtime import Written, check_session
+from qwrap.graph.index import opset_of
 from qwrap.graph.load import external_tensors
 from qwrap.graph.original import with_values
 from qwrap.graph.save import write_message, write_model
@@ -25,7 +26,9 @@ def export(
 
     A prepared model becomes a QDQ file that onnxruntime runs in integer kernels. Names, metadata
     and everything that is not quantized stay as ``prepare`` left them. An onnxruntime session is
-    opened on the result before it takes its place, so that a file which exists can be run.
+    opened on the result before it takes its place, so that a file which exists can be run. Where
+    it is onnxruntime that cannot run a format, or the float model, a ``QwrapWarning`` says so and
+    the file is written all the same.
 
     A model that was not prepared becomes the file it was read from with its current parameters:
     all else is equal, node for node, and a tensor that did not change is equal byte for byte. It
@@ -55,7 +58,7 @@ def _export_quantized(
     source = model.graph.source
     if source is not None and same_file(source, path):
         raise ExportError(f"{path}: is the float model itself; write to another file")
-    draft = to_quantized_graph(model)
+    draft, written = _quantized(model)
     sources = [Path(tensor.path) for tensor in external_tensors(model.graph.model)]
     data = Path(f"{os.fspath(path)}.data")
     if data.exists() and any(data.samefile(source) for source in sources):
@@ -65,7 +68,12 @@ def _export_quantized(
         )
     if external_data is None and sources:
         external_data = True
-    write_model(draft, path, external_data=external_data, check=_open_session)
+
+    def check(file: Path) -> None:
+        folder = Path() if source is None else Path(source).parent
+        check_session(file, written, opset_of(draft, ""), lambda: materialize(model), folder)
+
+    write_model(draft, path, external_data=external_data, check=check)
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
@@ -75,18 +83,14 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
 
 def to_quantized_graph(model: WrappedModel) -> ir.Model:
     """Return a copy of the model's graph with its QDQ pairs, codes and current parameters."""
+    return _quantized(model)[0]
+
+
+def _quantized(model: WrappedModel) -> tuple[ir.Model, list[Written]]:
     plan_of(model)
     for _, stub in stubs(model):
         stub.qparams  # noqa: B018 -- raises where a scale is missing, before any work is done
     draft = materialize(model)
-    QdqWriter(model, draft).write()
-    return draft
-
-
-def _open_session(path: Path) -> None:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise ExportError(f"onnxruntime refuses the quantized model: {error}") from error
+    writer = QdqWriter(model, draft)
+    writer.write()
+    return draft, list(writer.make.written)

@@ -21,7 +21,6 @@ from qwrap.dtypes import QuantType
 
 DOMAIN = "qwrap"
 VERSION = 1
-LOWEST_OPSET = 11  # Round
 LOWEST_IR_VERSION = 8  # functions of a model
 MOST_COMPARED = 32  # levels; from more on halving takes less time than comparing with all
 
@@ -32,7 +31,7 @@ def fake_quantizer(dtype: QuantType, real: ir.DataType, opset: int, name: str) -
     Args:
         dtype: an integer, whose function has a zero point of type int32, or a code book.
         real: type of ``x``; scales are float32, and have to broadcast against it.
-        opset: of ai.onnx, ``LOWEST_OPSET`` or more.
+        opset: of ai.onnx, 11 or more.
         name: what to call it.
     """
     body = _Body()
@@ -46,21 +45,26 @@ def fake_quantizer(dtype: QuantType, real: ir.DataType, opset: int, name: str) -
 
 
 def dequantizer(dtype: QuantType, real: ir.DataType, opset: int, name: str) -> ir.Function:
-    """Return the function ``(codes, scale) -> y`` of a code book.
+    """Return the function ``(codes, scale[, zero_point]) -> y`` of a stored constant.
 
     Args:
-        dtype: a code book.
+        dtype: an integer, whose function has a zero point of type int32, or a code book.
         real: type of ``y``; scales are float32, and have to broadcast against the codes.
-        opset: of ai.onnx, ``LOWEST_OPSET`` or more.
+        opset: of ai.onnx, 11 or more.
         name: what to call it.
     """
     body = _Body()
-    index = body.add("Cast", "codes", to=TensorProto.INT32)
-    assert dtype.levels is not None
-    level = body.add("Gather", body.constant("levels", dtype.levels), index, axis=0)
-    result = body.add("Mul", level, "scale")
-    text = f"Levels of {dtype} by their index, times scale."
-    return body.function(name, ["codes", "scale"], result, real, opset, text)
+    if dtype.codebook:
+        inputs, index = ["codes", "scale"], body.add("Cast", "codes", to=TensorProto.INT32)
+        assert dtype.levels is not None
+        number = body.add("Gather", body.constant("levels", dtype.levels), index, axis=0)
+        text = f"Levels of {dtype} by their index, times scale."
+    else:
+        inputs = ["codes", "scale", "zero_point"]
+        code, zero_point = (body.add("Cast", n, to=TensorProto.FLOAT) for n in inputs[::2])
+        number = body.add("Sub", code, zero_point)
+        text = f"What codes of {dtype} stand for, in units of scale."
+    return body.function(name, inputs, body.add("Mul", number, "scale"), real, opset, text)
 
 
 def _integer(body: _Body, x: str, dtype: QuantType) -> str:

@@ -145,13 +145,17 @@ class Quantizers:
             self.draft.graph.opset_imports.setdefault(CONTRIB, 1)
         self.written[form, op_type, domain] = None
         given = inputs if inputs[-1] is not None else inputs[:-1]
-        name = unique = f"{tensor}_{op_type}"
-        count = 0
+        node = ir.Node(domain, op_type, given, attributes, num_outputs=1)
+        return self.named(node, f"{tensor}_{op_type}")
+
+    def named(self, node: ir.Node, name: str) -> ir.Node:
+        """Give a new node of one output a free name, and its output as well; return it."""
+        unique, count = name, 0
         while unique in self._names:
             count += 1
             unique = f"{name}_{count}"
         self._names.add(unique)
-        node = ir.Node(domain, op_type, given, attributes, num_outputs=1, name=unique)
+        node.name = unique
         node.outputs[0].name = self.initializers.unique_name(f"{name}_Output")
         return node
 

@@ -14,13 +14,13 @@ from qwrap.model.attributes import attributes_of
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
+from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
 from qwrap.quant.plan import NodePlan, QuantPlan
 from qwrap.quant.sources import source_of, written_by
+from qwrap.quant.specs import is_fusable, is_fusable_weight
 from qwrap.quant.stubs import BiasStub, Stub
 from qwrap.quant.target import ORT_CPU
-
-EIGHT_BITS = 8
 
 
 @contextmanager
@@ -91,10 +91,21 @@ class _Lowering:
         return producer
 
     def _fits(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has the kernel: it fuses 8-bit activations only."""
+        """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
         sources = [source_of(self.plan, self.graph, v) for v in node.inputs if v is not None]
         specs = [self.plan.tensors[key].spec for key in sources if key is not None]
-        return all(s.dtype.is_integer and s.dtype.bits == EIGHT_BITS for s in specs)
+        key = self.graph.node_key(node)
+        points = [(key, i) for i in range(len(node.inputs))]
+        constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
+        stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
+        fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        # Beside constants of other types the pairs are kept from all kernels.
+        return fits and not self._has_float_bias(node) and not self.plan.has_float_constants
+
+    def _has_float_bias(self, node: ir.Node) -> bool:
+        index = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None
+        given = index is not None and len(node.inputs) > index and node.inputs[index] is not None
+        return given and (self.graph.node_key(node), index) not in self.plan.biases
 
     def _stub(self, point: Point) -> Stub:
         stub = self.model.tap(point)

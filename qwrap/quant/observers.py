@@ -114,7 +114,7 @@ class Observer(nn.Module):
                 "reaches it, or exclude it"
             )
         end = ends[kind][side].to(torch.float32)
-        return torch.where(end.isfinite(), end, 0.0)
+        return torch.where(end.isfinite(), end, 0.0) + 0.0  # makes -0 a 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` and return it."""
@@ -140,15 +140,28 @@ class Observer(nn.Module):
         self.seen += x.numel()
         if self.axis is None and can_be_read(x) and self._take_numbers(x):
             return
-        ends, usable = _extremes(x, self.axis), None
-        if not (can_be_read(x) and _all_usable(ends, sentinel(x.dtype))):
-            usable = x.abs() < sentinel(x.dtype)
-            self._count_left_out(x, usable)
-            ends = _extremes(x, self.axis, usable)
+        ends, usable = self._usable_ends(x)
         self.ends.take(ends)
         # A channel without any usable value has the ends (inf, -inf), and no magnitude.
         largest = torch.maximum(-ends[0], ends[1]).clamp_(min=0)
         self._take(x, exponent_of(largest), usable)
+
+    def _usable_ends(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return each channel's ends, and which values are usable, None for all; count the rest.
+
+        Whether there is a rest is asked only where the answer costs no wait.
+        """
+        limit = sentinel(x.dtype)
+        if can_be_read(x):
+            ends = _extremes(x, self.axis)
+            if bool((ends.abs() < limit).all()):  # not so with a NaN
+                return ends, None
+        magnitude = x.abs()
+        usable = magnitude < limit
+        finite = (magnitude < math.inf).sum()
+        found = torch.stack((finite - usable.sum(), x.numel() - finite))
+        self.left_out = found if self.left_out is None else self.left_out + found
+        return _extremes(x, self.axis, usable), usable
 
     def _take_numbers(self, x: Tensor) -> bool:
         """Do the same with one range on the CPU, at less cost; return whether all was usable."""
@@ -174,11 +187,6 @@ class Observer(nn.Module):
                 "before; a scale per channel needs a fixed number of them"
             )
 
-    def _count_left_out(self, x: Tensor, usable: Tensor) -> None:
-        finite = x.isfinite().sum()
-        found = torch.stack((finite - usable.sum(), x.numel() - finite))
-        self.left_out = found if self.left_out is None else self.left_out + found
-
     def reserve(self, channels: int, device: torch.device) -> None:
         """Give an observer that saw nothing yet its channels, in place."""
         if self.ends.channels is None:
@@ -195,21 +203,23 @@ class Observer(nn.Module):
         Moving averages are averaged, each with the number of batches behind it.
 
         Raises:
-            ConfigError: ``other`` keeps another statistic.
+            ConfigError: ``other`` keeps another statistic, or saw another number of channels.
         """
-        if type(other) is not type(self) or other.axis != self.axis:
-            raise ConfigError(
-                f"tensor {self.name!r}: cannot merge {_kind(other)} into {_kind(self)}"
-            )
-        ours, theirs = self.ends.channels, other.ends.channels
-        if None not in (ours, theirs) and ours != theirs:
-            raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
+        self._check_mergeable(other)
         self.ends.merge(other.ends)
         self.seen += other.seen
         if other.left_out is not None:
             found = other.left_out
             known = torch.zeros_like(found) if self.left_out is None else self.left_out
             self.left_out = known + found.to(known.device)
+
+    def _check_mergeable(self, other: Observer) -> None:
+        if type(other) is not type(self) or other.axis != self.axis:
+            kinds = f"{_kind(other)} into {_kind(self)}"
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {kinds}")
+        ours, theirs = self.ends.channels, other.ends.channels
+        if ours and theirs and ours != theirs:
+            raise ConfigError(f"tensor {self.name!r}: cannot merge {theirs} channels into {ours}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
         """Move the statistic along with the module, in place."""
@@ -230,8 +240,9 @@ class Observer(nn.Module):
             "seen": self.seen,
             "batches": self.ends.batches,
             "left_out": _copied(self.left_out),
-            "extremes": _copied(extremes),
-            "averages": _copied(averages),
+            # Of two zeros either may be the least; a sum with 0 makes both the same one.
+            "extremes": None if extremes is None else extremes + 0.0,
+            "averages": None if averages is None else averages + 0.0,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -294,8 +305,9 @@ class HistogramObserver(Observer):
         Raises:
             ConfigError: ``other`` keeps another statistic or another number of bins.
         """
-        if isinstance(other, HistogramObserver):  # first, as it may refuse
-            self.histogram.merge(other.histogram)
+        self._check_mergeable(other)
+        assert isinstance(other, HistogramObserver)
+        self.histogram.merge(other.histogram)  # first, as it may refuse
         super().merge(other)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -342,10 +354,6 @@ def _extremes(x: Tensor, axis: int | None, usable: Tensor | None = None) -> Tens
     if others:  # an empty list would stand for all
         low, high = low.amin(others), high.amax(others)
     return torch.stack((low, high)).to(torch.float32)
-
-
-def _all_usable(ends: Tensor, limit: float) -> bool:
-    return bool((ends.abs() < limit).all())  # not so with a NaN
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

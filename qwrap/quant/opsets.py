@@ -15,6 +15,8 @@ from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.forms import (
     CONTRIB,
     DEQUANTIZE,
+    PACKED_OPSET,
+    PRIMITIVE_OPSET,
     QUANTIZE,
     REALS,
     Format,
@@ -46,13 +48,23 @@ def let_carry(draft: ir.Model, config: QConfig) -> list[str]:
     before = opset_of(draft, "")
     contrib = [need for need in needs if carried_by_contrib(need[0])]
     wanted = [need for need in needs if need not in contrib] if config.contrib else needs
-    target = _lowest(wanted)
-    if before >= target:
+    target = max(_lowest(wanted), _primitive_opset(config))
+    packed = _packed_opset(config)
+    if before >= max(target, packed):
         return []
+    if packed > target:
+        try:
+            lines = raise_opset(draft, packed)
+        except ExportError as error:
+            if before >= target:
+                return [f"opset stays {before}, with indices of 4 bits in 8: {error}"]
+        else:
+            return [f"opset {before} raised to {packed}", *lines]
     try:
         lines = raise_opset(draft, max(target, LOWEST_RAISED))
     except ExportError as error:
         without = _lowest([need for need in needs if need not in contrib])
+        without = max(without, _primitive_opset(config))
         if before < without:
             formats = ", ".join(sorted({str(f) for f, _ in wanted if _lowest([(f, _)]) > before}))
             raise ConfigError(
@@ -70,6 +82,23 @@ def carried_reals(config: QConfig, opset: int) -> frozenset[ir.DataType]:
         for real in REALS
         if all(domain_for(form, op, opset) is not None for form, op in _needs(config, {real}))
     )
+
+
+def _primitive_opset(config: QConfig) -> int:
+    """Return the first opset with the operators of types that have no QuantizeLinear."""
+    opsets = [0]
+    for spec in (config.activation_spec, config.weight_spec(0, 0)):
+        if spec is None or spec.dtype.is_standard:
+            continue
+        own = spec.dtype.opset if spec.dtype.function is not None else 0
+        opsets.append(max(PRIMITIVE_OPSET, own))
+    return max(opsets)
+
+
+def _packed_opset(config: QConfig) -> int:
+    """Return the opset that stores a weight's indices in 4 bits, 0 if they need more."""
+    dtype = config.weight_spec(0, 0).dtype
+    return PACKED_OPSET if dtype.codebook and dtype.onnx_type == ir.DataType.UINT4 else 0
 
 
 def _lowest(needs: list[Need]) -> int:
@@ -92,7 +121,7 @@ def _needs(config: QConfig, reals: set[ir.DataType]) -> Iterator[Need]:
             yield from ((form, op_type) for op_type in (QUANTIZE, DEQUANTIZE))
         for spec in _weight_specs(config):
             spec = scaled_as(spec, real)
-            if not spec.dtype.is_standard:
+            if not (spec.dtype.is_standard or spec.dtype.is_integer):
                 continue  # its operators are primitive ones
             yield Format.of(spec, real), DEQUANTIZE
             if spec.scale_type == "float8e4m3fn":

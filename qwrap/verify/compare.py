@@ -28,6 +28,10 @@ DISTURBED = (
     "the copy that returns them only"
 )
 
+UNFUSED = (
+    "onnxruntime opens the file only with session.disable_quant_qdq=1, as its optimiser makes "
+    "integer kernels for types that they do not take; the deployed level ran the training form"
+)
 ISOLATED = "every tensor was computed from onnxruntime's own values of the tensors before it"
 
 
@@ -73,7 +77,8 @@ def verify(
         form = training_form(model)
         literal, optimised = (Runtime(file, mode, chosen) for mode in Mode)
         specification = Level(literal, model, form, chosen, stack, isolated=isolated)
-        program = model.programs[EXACT]() if exact else form
+        fused = exact and not optimised.unfused
+        program = model.programs[EXACT]() if fused else form
         deployed = Level(optimised, model, program, chosen, stack, isolated=isolated)
         # What was prepared, not what algorithms have made of its weights since.
         float_model = Simulation(WrappedModel(model.graph), Program(), stack)
@@ -87,12 +92,13 @@ def verify(
             add_outputs(quantization, reference=float_model.run(inputs), other=outputs)
     notes = (
         (NO_EXACT, not exact),
+        (UNFUSED, optimised.unfused),
         (DISTURBED, optimised.disturbed),
         (ISOLATED, isolated and bool(chosen)),
     )
     return VerifyReport(
         specification=specification.report("specification", "training form"),
-        deployed=deployed.report("deployed", "exact simulation" if exact else "training form"),
+        deployed=deployed.report("deployed", "exact simulation" if fused else "training form"),
         quantization=tuple(tally.report() for tally in quantization),
         skipped=(*skipped, *specification.unseen()),
         notes=tuple(note for note, holds in notes if holds),

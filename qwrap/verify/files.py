@@ -59,7 +59,7 @@ def verify_files(
         deployed, codes = optimised.run(feed)
         written, meant = literal.run(feed)
         for tally in tallies:
-            name = tally.tensor.codes
+            name = tally.tensor.returned
             tally.add(tally.tensor.dequantize(meant[name]), codes[name])
         add_outputs(outputs, reference=deployed, other=written)
         reference = float_file.run(file.outputs, feed)

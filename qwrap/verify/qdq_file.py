@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qwrap.dtypes import quant_type
 from qwrap.errors import ModelError
 from qwrap.graph.index import OnnxGraph, bodies, walk_nodes
 from qwrap.graph.load import read_model
@@ -18,7 +20,18 @@ from qwrap.verify.report import SkippedTensor
 from qwrap.verify.session import Array, Mode, Session
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")
+# Those that onnxruntime hands over as arrays, and those that have to become floats first.
 CODES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
+CONVERTED = (
+    ir.DataType.UINT4,
+    ir.DataType.INT4,
+    ir.DataType.UINT2,
+    ir.DataType.INT2,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +41,8 @@ class QuantizedTensor:
     Attributes:
         name: its key in the float model.
         codes: name of the QuantizeLinear's output.
+        returned: name of the copy's output that has them, as floats where numpy lacks the type.
+        domain: of the QuantizeLinear.
         dequantized: names of the DequantizeLinear outputs that stand for it from there on.
         dtype: type of the codes.
         scale: float32, one element or one per index of ``axis``.
@@ -37,6 +52,8 @@ class QuantizedTensor:
 
     name: str
     codes: str
+    returned: str
+    domain: str
     dequantized: tuple[str, ...]
     dtype: str
     scale: Tensor
@@ -55,6 +72,22 @@ class QuantizedTensor:
         scale, zero_point = self.along_axis(codes.ndim)
         # float32 holds every code of up to 16 bits
         return torch.from_numpy(codes.astype("float32")).sub_(zero_point).mul_(scale)
+
+    def position(self, steps: Tensor) -> Tensor:
+        """Return how many numbers of the type lie below what ``steps`` are rounded to.
+
+        Where a value cannot be held it is counted on, as if the last distance between two numbers
+        went on. For integers that is their own value.
+        """
+        levels = quant_type(self.dtype).levels
+        if levels is None:
+            return steps.round()
+        numbers = torch.tensor(levels, dtype=torch.float32)
+        last = numbers[-1] - numbers[-2]
+        beyond = (steps.abs() - numbers[-1]).clamp(min=0).div(last).round() * steps.sign()
+        middles = numbers[:-1] + (numbers[1:] - numbers[:-1]) / 2
+        found = torch.bucketize(steps, middles).to(torch.float32) + beyond
+        return torch.where(steps.isnan(), steps, found)
 
 
 class QdqFile:
@@ -131,11 +164,30 @@ class QdqFile:
         copy = self._model.clone()
         values = {v.name: v for node in copy.graph for v in node.outputs}
         present = {v.name for v in copy.graph.outputs}
-        for name in dict.fromkeys(tensor.codes for tensor in tensors):
-            if name not in present:
-                copy.graph.outputs.append(values[name])
+        for tensor in {tensor.returned: tensor for tensor in tensors}.values():
+            if tensor.returned in present:
+                continue
+            value = values[tensor.codes]
+            if tensor.returned != tensor.codes:
+                value = _as_floats(copy.graph, value, tensor)
+            copy.graph.outputs.append(value)
         data: bytes = ir.to_proto(copy).SerializeToString()
         return data
+
+
+def _as_floats(graph: ir.Graph, codes: ir.Value, tensor: QuantizedTensor) -> ir.Value:
+    """Return the numbers that codes are, unscaled, as float32."""
+    one = ir.tensor(np.array(1, dtype=np.float32), name=f"{tensor.returned}_scale")
+    scale = ir.Value(
+        name=one.name, type=ir.TensorType(one.dtype), shape=ir.Shape(()), const_value=one
+    )
+    graph.register_initializer(scale)
+    node = ir.Node(tensor.domain, "DequantizeLinear", [codes, scale], num_outputs=1)
+    producer, result = codes.producer(), node.outputs[0]
+    assert producer is not None
+    graph.insert_after(producer, node)
+    result.name, result.type = tensor.returned, ir.TensorType(ir.DataType.FLOAT)
+    return result
 
 
 def _quantize_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
@@ -190,6 +242,8 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
     return QuantizedTensor(
         name=name,
         codes=_name(node.outputs[0]),
+        returned=_name(node.outputs[0]) + ("" if dtype in CODES else "_as_floats"),
+        domain=node.domain,
         dequantized=dequantized,
         dtype=dtype.name.lower(),
         scale=scale,
@@ -209,7 +263,7 @@ def _parameters(node: ir.Node) -> tuple[Tensor, Tensor, ir.DataType] | str:
         return "its zero point is computed while the model runs"
     stated = _integer(node, "output_dtype", 0) or ir.DataType.UINT8.value
     dtype = ir.DataType(stated) if zero_point is None else zero_point.dtype
-    if dtype not in CODES:
+    if dtype not in (*CODES, *CONVERTED):
         return f"its codes are {dtype.name.lower()}"
     if _integer(node, "block_size", 0):
         return "it has a scale for each block"

@@ -23,6 +23,7 @@ class Runtime:
     Attributes:
         mode: how onnxruntime runs the file.
         disturbed: whether the copy ever gave other outputs than the file.
+        unfused: whether onnxruntime opens the file only without integer kernels.
     """
 
     def __init__(self, file: QdqFile, mode: Mode, tensors: tuple[QuantizedTensor, ...]) -> None:
@@ -34,10 +35,11 @@ class Runtime:
         self.mode = mode
         self.disturbed = False
         self._outputs = file.outputs
-        self._codes = [tensor.codes for tensor in tensors]
+        self._codes = [tensor.returned for tensor in tensors]
         self._copy = file.session_with_codes(mode, tensors) if tensors else None
         both = self._copy is None or mode is Mode.OPTIMISED
         self._file = file.session(mode) if both else None
+        self.unfused = self._file is not None and self._file.unfused
 
     def run(self, feed: Mapping[str, Array]) -> tuple[dict[str, Tensor], dict[str, Array]]:
         """Return the graph outputs and the codes, both by name.

@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from qwrap.errors import InputError, ModelError
 
 Array = npt.NDArray[Any]
+NO_FUSION = "session.disable_quant_qdq"
 FATAL = 4  # onnxruntime's log severity; what goes wrong also arrives as an exception
 
 _ERRORS = (
@@ -46,6 +47,7 @@ class Session:
 
     Attributes:
         label: names the model in errors.
+        unfused: whether it opened only without integer kernels, in a mode that has them.
     """
 
     def __init__(
@@ -53,28 +55,31 @@ class Session:
     ) -> None:
         """Open ``model``: a path, or a serialised model whose external data lies in ``folder``.
 
+        The optimiser of onnxruntime makes integer kernels for types that these do not take, such
+        as uint4 and float8. Such a model is opened without them.
+
         Raises:
             ModelError: onnxruntime refuses it.
         """
-        self.label = label
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = FATAL
-        # Threads that spin while they wait would slow down torch, which runs in turn with this.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if mode is Mode.LITERAL:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if isinstance(model, bytes):
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(folder)
-            )
+        self.label, self.unfused = label, False
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
-            self._session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _open(source, _options(mode, folder, isinstance(source, bytes)))
         except _ERRORS as error:
-            raise ModelError(f"{label}: onnxruntime refuses the model: {error}") from error
+            if not self._open_unfused(source, mode, folder):
+                raise ModelError(f"{label}: onnxruntime refuses the model: {error}") from error
+
+    def _open_unfused(self, source: str | bytes, mode: Mode, folder: Path) -> bool:
+        if mode is Mode.LITERAL:
+            return False
+        options = _options(mode, folder, isinstance(source, bytes))
+        options.add_session_config_entry(NO_FUSION, "1")
+        try:
+            self._session = _open(source, options)
+        except _ERRORS:
+            return False
+        self.unfused = True
+        return True
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array]) -> dict[str, Array]:
         """Return outputs ``names`` by name.
@@ -90,3 +95,22 @@ class Session:
                 f"{self.label}: onnxruntime fails on inputs of shape {shapes}: {error}"
             ) from error
         return dict(zip(names, arrays, strict=True))
+
+
+def _options(mode: Mode, folder: Path, in_memory: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    # Threads that spin while they wait would slow down torch, which runs in turn with this.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if mode is Mode.LITERAL:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(NO_FUSION, "1")
+    if in_memory:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+    return options
+
+
+def _open(source: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -56,7 +56,7 @@ class Simulation:
 
     def _compare(self, tallies: Sequence[TensorTally], value: Tensor) -> None:
         for tally in tallies:
-            tally.add(value, self._codes[tally.tensor.codes])
+            tally.add(value, self._codes[tally.tensor.returned])
 
     def _replacing(
         self, name: str, tallies: Sequence[TensorTally], program: Program
@@ -70,7 +70,7 @@ class Simulation:
         def replaced(value: Tensor) -> Tensor:
             simulated = value if tap is None else tap(value)
             self._compare(tallies, simulated)
-            return first.dequantize(self._codes[first.codes]).to(simulated)
+            return first.dequantize(self._codes[first.returned]).to(simulated)
 
         return replaced
 

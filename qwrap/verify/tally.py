@@ -60,20 +60,24 @@ class TensorTally:
         Raises:
             ModelError: the shapes differ.
         """
-        value = simulated.detach().to("cpu", torch.float32)
+        real = simulated.detach().cpu()
+        value = real.to(torch.float32)
         actual = torch.from_numpy(codes.astype("float32"))  # holds every code of up to 16 bits
         _same_shape(f"tensor {self.tensor.name!r}", value, actual)
         scale, zero_point = self.tensor.along_axis(value.ndim)
+        reference = self.tensor.dequantize(codes)
         # Not clamped: a value that the type cannot hold is off by as many steps. A NaN is off by
         # more than any code can be.
-        steps = value.div(scale).round_().add_(zero_point).sub_(actual).abs_()
+        position = self.tensor.position
+        steps = position(value.div(scale)).add_(position(zero_point)).sub_(position(actual)).abs_()
         steps.nan_to_num_(nan=math.inf)
+        # Neighbouring codes of 16 bits may be one number of 16 bits.
+        steps.masked_fill_(real == reference.to(real.dtype), 0.0)
         self._seen = True
         self._elements += value.numel()
         self._differing += int(steps.count_nonzero())
         if value.numel():
             self._worst = max(self._worst, float(steps.amax()))
-        reference = self.tensor.dequantize(codes)
         self._noise.add(reference, value - reference)
 
     def report(self) -> TensorReport | None:

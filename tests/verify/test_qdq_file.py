@@ -9,6 +9,9 @@ from qwrap.graph import OnnxGraph, read_model
 from qwrap.model import ValuePoint, load
 from qwrap.verify import verify
 from qwrap.verify.qdq_file import QdqFile
+from qwrap.verify.runtime import Runtime
+from qwrap.verify.session import Mode
+from qwrap.verify.tally import TensorTally
 
 
 def optimised_op_types(model: bytes, folder) -> list[str]:
@@ -73,16 +76,52 @@ def test_a_scale_that_is_computed_is_skipped(build, tmp_path) -> None:
     assert skipped(file, graph) == {"x": "its scale is computed while the model runs"}
 
 
-def test_types_without_integer_codes_are_skipped(build, tmp_path) -> None:
-    zero = helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0])
+def test_types_that_onnxruntime_lacks_are_skipped(build, tmp_path) -> None:
+    kind = TensorProto.FLOAT4E2M1
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["c"], output_dtype=kind),
+        helper.make_node("DequantizeLinear", ["c", "s"], ["d"]),
+        helper.make_node("Relu", ["d"], ["y"]),
+    ]
+    stored = [build.constant("s", np.float32(0.1))]
+    file, graph = save(build, nodes, stored, tmp_path, [RELU], opset=23)
+    assert skipped(file, graph) == {"x": "its codes are float4e2m1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "numbers"),
+    [
+        (TensorProto.FLOAT8E4M3FN, 19, [0.0, 2**-9, 1.0, 1.125, 448.0]),
+        (TensorProto.FLOAT8E5M2, 19, [0.0, 2**-16, 1.0, 1.25, 57344.0]),
+        (TensorProto.INT4, 21, [0, 1, 6, 7, -8]),
+        (TensorProto.UINT4, 21, [0, 1, 6, 7, 15]),
+        (TensorProto.INT2, 25, [0, 1, -1, -2, 1]),
+    ],
+)
+def test_codes_that_numpy_lacks_are_counted_in_steps(
+    build, tmp_path, kind: int, opset: int, numbers: list[float]
+) -> None:
+    zero = helper.make_tensor("z", kind, [], [0])
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["c"]),
         helper.make_node("DequantizeLinear", ["c", "s", "z"], ["d"]),
         helper.make_node("Relu", ["d"], ["y"]),
     ]
-    stored = [build.constant("s", np.float32(0.1)), zero]
-    file, graph = save(build, nodes, stored, tmp_path, [RELU], opset=19)
-    assert skipped(file, graph) == {"x": "its codes are float8e4m3fn"}
+    stored = [build.constant("s", np.float32(0.5)), zero]
+    file, graph = save(build, nodes, stored, tmp_path, [RELU], opset=opset)
+    (tensor,), _ = file.tensors(graph)
+    values = np.zeros((1, 12), np.float32)
+    values.flat[: len(numbers)] = np.float32(0.5) * np.array(numbers, np.float32)
+    runtime = Runtime(file, Mode.LITERAL, (tensor,))
+    codes = runtime.run({"x": values})[1][tensor.returned]
+    tally = TensorTally(tensor)
+    tally.add(torch.from_numpy(values), codes)
+    assert tally.report().differing == 0
+    wrong = values.copy()
+    wrong.flat[0] = 0.5 * numbers[1]  # one number further, however small
+    wrong.flat[4] *= 2  # what the type cannot hold
+    tally.add(torch.from_numpy(wrong), codes)
+    assert tally.report().differing == 2
 
 
 def test_a_quantize_linear_in_a_branch_is_skipped(build, tmp_path) -> None:

@@ -8,13 +8,11 @@ point, that scale decides, so that TensorRT computes with it and no other.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8
 from qwrap.errors import TableError
-from qwrap.numerics import QParams
-from qwrap.quant.tables.document import Array
+from qwrap.quant.tables.grid import encoded
 from qwrap.quant.tables.tensor_range import TensorRange
 
 CODES = QuantSpec(dtype=INT8, narrow_range=True)
@@ -45,7 +43,7 @@ def from_maximum(value: float) -> TensorRange:
     """
     if value < 0:
         raise TableError(f"absolute maximum {value:g}: expected 0 or more")
-    return TensorRange(np.float32(-value), np.float32(value))
+    return TensorRange(-value, value)
 
 
 def from_scale(scale: float) -> TensorRange:
@@ -56,6 +54,4 @@ def from_scale(scale: float) -> TensorRange:
     """
     if scale == 0:
         return from_maximum(0.0)
-    one: Array = np.array([scale], np.float32)
-    qparams = QParams(torch.from_numpy(one), torch.zeros(1, dtype=torch.int32))
-    return TensorRange.from_qparams(qparams, CODES)
+    return encoded(np.array(scale), np.array(0.0), CODES)

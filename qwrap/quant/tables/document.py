@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qwrap.errors import TableError
 
 Array = NDArray[Any]
+BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
@@ -24,14 +25,19 @@ def at(where: str) -> Iterator[None]:
         raise TableError(f"{where}: {error}") from error
 
 
+def at_tensor(name: str) -> AbstractContextManager[None]:
+    """Put the name of a tensor before the message of a ``TableError``."""
+    return at(f"tensor {shorten(name, 200)}")
+
+
 def decode(data: bytes) -> str:
-    """Return the text of a file.
+    """Return the text of a file; a byte order mark is part of it.
 
     Raises:
         TableError: it is not UTF-8.
     """
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TableError(f"is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -42,7 +48,7 @@ def parse(data: bytes) -> object:
     Raises:
         TableError: it is not JSON, is nested too deeply, or an object says a name twice.
     """
-    text = decode(data)
+    text = decode(data.removeprefix(BOM))
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -60,7 +66,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise TableError(f"{name!r} is there twice in one object")
+            raise TableError(f"{shorten(name, 200)} is there twice in one object")
         found[name] = value
     return found
 
@@ -83,7 +89,7 @@ class Fields:
             TableError: there is none.
         """
         if name not in self.values:
-            raise TableError(f"has no {name!r}; it has {sorted(self.values)}")
+            raise TableError(f"has no {name!r}; it has {listed(self.values)}")
         return self.values[name]
 
     def inner(self, name: str) -> Fields:
@@ -144,9 +150,32 @@ def numbers(value: object) -> Array:
     return array.astype(np.float64)
 
 
-def shorten(value: object) -> str:
-    """Return ``value`` as messages show it."""
+def cast(array: Array, dtype: str) -> Array:
+    """Return numbers in another type.
+
+    Raises:
+        TableError: one is too large for it, or has a fraction that it cannot hold.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(result)
+    if result.dtype.kind in "iu":
+        lost = array != result
+    if lost.any():
+        raise TableError(f"{float(array[lost].flat[0]):g} is no {dtype}")
+    return result
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as messages show them, the first few of many."""
+    first = sorted(names)
+    shown = ", ".join(shorten(name) for name in first[:8])
+    return shown + (f", … ({len(first)} in all)" if len(first) > 8 else "")
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return ``value`` as messages show it, in at most ``limit`` characters or so."""
     if isinstance(value, (dict, list)):
         return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -17,7 +17,7 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, render, shorten
+from qwrap.quant.tables.document import Array, Fields, at, at_tensor, render, shorten
 from qwrap.quant.tables.grid import codes, is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import TensorRange
 
@@ -30,13 +30,23 @@ AIMET, QNN = "aimet-0.6.1", "qnn"
 def read(document: object) -> Contents:
     """Return what a parsed file holds."""
     fields, contents = Fields(document), Contents()
-    for section, stored in SECTIONS.items():
-        if section not in fields:
-            continue
+    for section, stored in sections_of(fields).items():
         for name, value in fields.inner(section).values.items():
-            with at(f"{section}, tensor {name!r}"):
+            with at(section), at_tensor(name):
                 contents.add(name, _entry(value, stored))
     return contents
+
+
+def sections_of(fields: Fields) -> dict[str, bool]:
+    """Return which of ``SECTIONS`` a file has.
+
+    Raises:
+        TableError: it has none.
+    """
+    found = {name: stored for name, stored in SECTIONS.items() if name in fields}
+    if not found:
+        raise TableError(f"has neither of {', '.join(SECTIONS)}")
+    return found
 
 
 def write(contents: Contents, form: str) -> bytes:
@@ -46,7 +56,7 @@ def write(contents: Contents, form: str) -> bytes:
         said: dict[str, object] = {}
         for name, entry in sorted(contents.ranges.items()):
             if entry.stored == stored:
-                with at(f"tensor {name!r}"):
+                with at_tensor(name):
                     said[name] = _plain(entry, form)
         if not stored:
             floating = sorted(contents.floating.items())

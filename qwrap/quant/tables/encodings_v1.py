@@ -12,8 +12,8 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, render
-from qwrap.quant.tables.encodings_v0 import SECTIONS
+from qwrap.quant.tables.document import Array, Fields, at, at_tensor, cast, render
+from qwrap.quant.tables.encodings_v0 import SECTIONS, sections_of
 from qwrap.quant.tables.grid import is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import Lpbq, TensorRange
 
@@ -24,14 +24,12 @@ _TYPES = ("PER_TENSOR", "PER_CHANNEL", "PER_BLOCK", "LPBQ")
 def read(document: object) -> Contents:
     """Return what a parsed file holds."""
     fields, contents = Fields(document), Contents()
-    for section, stored in SECTIONS.items():
-        if section not in fields:
-            continue
+    for section, stored in sections_of(fields).items():
         for index, value in enumerate(fields.sequence(section)):
             with at(f"{section}[{index}]"):
                 encoding = Fields(value)
                 name = encoding.text("name")
-            with at(f"{section}, tensor {name!r}"):
+            with at(section), at_tensor(name):
                 contents.add(name, _entry(encoding, stored))
     return contents
 
@@ -78,7 +76,7 @@ def _low_power(fields: Fields, channel_scale: Array, bits: int, stored: bool) ->
         symmetric=True,
         block_size=fields.integer("block_size"),
         stored=stored,
-        lpbq=Lpbq(channel_scale.astype(np.float32), bits),
+        lpbq=Lpbq(cast(channel_scale, "float32"), bits),
     )
 
 
@@ -100,7 +98,7 @@ def write(contents: Contents) -> bytes:
         said: list[dict[str, object]] = []
         for name, entry in sorted(contents.ranges.items()):
             if entry.stored == stored:
-                with at(f"tensor {name!r}"):
+                with at_tensor(name):
                     said.append({"name": name, **_plain(entry)})
         if not stored:
             said += [

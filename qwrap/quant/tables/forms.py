@@ -18,7 +18,7 @@ from qwrap.quant.tables import (
     tensorrt_text,
 )
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import parse
+from qwrap.quant.tables.document import BOM, parse
 
 Form = Literal[
     "onnxruntime",
@@ -69,7 +69,6 @@ def decode_table(data: bytes, form: str | None) -> Contents:
     Raises:
         TableError: the file is broken, or of no known form.
     """
-    check_form(form)
     if form in _FILES:
         return _FILES[form](data)
     if form is None:
@@ -79,7 +78,7 @@ def decode_table(data: bytes, form: str | None) -> Contents:
             return tensorrt_cache.read(data)
         if b"\0" in data[:4]:  # the first offset; no text begins like this
             return tensorrt_flatbuffers.read(data)
-        if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
+        if data.removeprefix(BOM).lstrip()[:1] not in (b"{", b"["):
             return _read_lines(data)
     document = parse(data)
     return _DOCUMENTS[form or _form_of(document)](document)
@@ -89,9 +88,8 @@ def encode_table(contents: Contents, form: str) -> bytes:
     """Return the file that holds ``contents`` in ``form``.
 
     Raises:
-        TableError: the form is unknown or cannot hold them.
+        TableError: the form cannot hold them.
     """
-    check_form(form)
     try:
         return _WRITERS[form](contents)
     except UnicodeEncodeError as error:

@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, numbers, render, shorten
+from qwrap.quant.tables.document import (
+    Array,
+    Fields,
+    at,
+    at_tensor,
+    cast,
+    listed,
+    numbers,
+    render,
+    shorten,
+)
 from qwrap.quant.tables.tensor_range import TensorRange
 
 METHODS = ("MinMax", "Entropy", "Percentile", "Distribution")
@@ -26,7 +34,7 @@ def read(document: object) -> Contents:
     fields = Fields(document)
     contents = Contents(method=_method(fields), smooth_quant=fields.flag("smooth_quant"))
     for name, value in fields.inner("data").values.items():
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             contents.add(name, tensor_data(value))
     return contents
 
@@ -53,7 +61,7 @@ def tensor_data(value: object) -> TensorRange:
     fields = Fields(value)
     known = {"CLS", "lowest", "highest", *STATISTICS}
     if strange := fields.values.keys() - known:
-        raise TableError(f"has {sorted(strange)}; onnxruntime's TensorData knows {sorted(known)}")
+        raise TableError(f"has {listed(strange)}; onnxruntime's TensorData knows {listed(known)}")
     statistics = {n: _array(fields, n, _NUMBERS) for n in STATISTICS if n in fields}
     low, high = (_array(fields, name, _FLOATS) for name in ("lowest", "highest"))
     return TensorRange(low, high, statistics=statistics)
@@ -89,9 +97,9 @@ def _array(fields: Fields, name: str, dtypes: tuple[str, ...]) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and name in ("bins", "hist"):
             return value
         if not isinstance(value, dict):
-            return numbers(value).astype(np.float32)
+            return cast(numbers(value), "float32")
         array = Fields(value)
         dtype = array.text("dtype")
         if array.text("CLS") != "numpy.array" or dtype not in dtypes:
             raise TableError(f"is {shorten(array.values['CLS'])} of {dtype}; expected {dtypes}")
-        return np.array(numbers(array.get("data")), dtype=dtype)
+        return cast(numbers(array.get("data")), dtype)

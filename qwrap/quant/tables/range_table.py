@@ -15,7 +15,7 @@ from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
 from qwrap.quant.tables.contents import Contents
 from qwrap.quant.tables.document import at
-from qwrap.quant.tables.forms import decode_table, encode_table
+from qwrap.quant.tables.forms import check_form, decode_table, encode_table
 from qwrap.quant.tables.tensor_range import TensorRange
 
 LIMIT = 2**30
@@ -78,6 +78,7 @@ class RangeTable(Mapping[str, TensorRange]):
             TableError: it cannot be read, is broken, or is of no known form; the message names
                 file and entry.
         """
+        check_form(form)
         with at(os.fspath(path)):
             contents = decode_table(_load(Path(path)), form)
         return cls(
@@ -97,6 +98,7 @@ class RangeTable(Mapping[str, TensorRange]):
         Raises:
             TableError: the form cannot hold an entry, or the file cannot be written.
         """
+        check_form(form)
         contents = Contents(
             ranges=self._ranges,
             floating=self.floating,

@@ -14,7 +14,7 @@ import flatbuffers
 from qwrap.errors import TableError
 from qwrap.quant.tables.absolute_maximum import from_maximum, maximum_of
 from qwrap.quant.tables.contents import Contents, per_tensor
-from qwrap.quant.tables.document import at
+from qwrap.quant.tables.document import at, at_tensor
 from qwrap.quant.tables.tensorrt_text import decimal
 
 WORD = 4  # bytes of an offset or a length
@@ -49,7 +49,7 @@ def read(data: bytes) -> Contents:
     for index, pair in enumerate(buffer.tables(buffer.follow(0), slot=0)):
         with at(f"entry {index}"):
             name, value = (buffer.text(pair, slot) for slot in (0, 1))
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             contents.add(name, from_maximum(decimal(value)))
     return contents
 
@@ -65,7 +65,7 @@ class Buffer:
         """Return where the tables of a vector field begin."""
         field = self._field(table, slot)
         if field is None:
-            return []
+            raise TableError("is broken or no table: it has no entries")
         start = self.follow(field)
         count = self._word(start)
         self._require(start + WORD, count * WORD)
@@ -89,7 +89,10 @@ class Buffer:
 
     def follow(self, position: int) -> int:
         """Return where the offset at ``position`` points to."""
-        target = position + self._word(position)
+        offset = self._word(position)
+        if offset < WORD:
+            raise TableError(f"is broken: the offset at byte {position} is {offset}")
+        target = position + offset
         self._require(target, WORD)
         return target
 
@@ -99,6 +102,8 @@ class Buffer:
         back = int.from_bytes(self._data[table : table + WORD], "little", signed=True)
         layout = table - back
         size = self._short(layout)
+        if size < WORD:
+            raise TableError(f"is broken: the table at byte {table} has a layout of {size} bytes")
         entry = WORD + 2 * slot
         offset = self._short(layout + entry) if entry < size else 0
         return table + offset if offset else None

@@ -45,6 +45,8 @@ def decimal(text: str) -> float:
         TableError: it says none.
     """
     try:
-        return float(text)
-    except ValueError as error:
-        raise TableError(f"{shorten(text)}: expected a number") from error
+        if "_" not in text:  # which Python would take
+            return float(text)
+    except ValueError:
+        pass
+    raise TableError(f"{shorten(text)}: expected a number")
