@@ -209,6 +209,21 @@ def test_no_operator_of_onnxruntime_rounds_weights_or_activations_again(tmp_path
         assert not found & {"MatMulNBits", "QLinearConv", "FusedMatMul", "QGemm", "QLinearMatMul"}
 
 
+@pytest.mark.parametrize("weight", ["int5", "int6", "int7", "uint7"])
+@pytest.mark.parametrize("activation", ["uint8", "int8"])
+def test_weights_that_eight_bits_carry_run_in_integer_kernels(
+    activation: str, weight: str, tmp_path: Path
+) -> None:
+    model = quantized(network(), activation, weight, only_if_faster=False)
+    assert len(model.plan.biases) == 2
+    path = tmp_path / "quantized.onnx"
+    qwrap.export(model, path)
+    report = qwrap.verify(model, path, [images(seed=5)], progress=False)
+    assert report.specification.tensors
+    assert not any(t.differing for t in report.deployed.tensors)
+    assert not any(t.differing for t in report.deployed.outputs)
+
+
 def test_biases_stay_float() -> None:
     for activation, weight in (("int3", "int8"), ("uint8", LOG2), (TERNARY, TERNARY)):
         plan = quantized(network(), activation, weight).plan
