@@ -102,8 +102,8 @@ def _entry(value: object, stored: bool) -> TensorRange | int:
         return _with_ends(on_grid(steps[0], offset, bits, symmetric), ends, stored)
     if ends is None:
         raise TableError(
-            "has neither min and max nor scale and offset: a bit width alone is no range; take it out "
-            "of the file and ask for the type in QConfig"
+            "has neither min and max nor scale and offset: a bit width alone is no range; take "
+            "it out of the file and ask for the type in QConfig"
         )
     return TensorRange(*ends, dtype=codes(bits, symmetric), stored=stored)
 
