@@ -97,6 +97,8 @@ class _Lowering:
         key = self.graph.node_key(node)
         points = [(key, i) for i in range(len(node.inputs))]
         specs += [self.plan.constants[p].spec for p in points if p in self.plan.constants]
+        if self.plan.kept_apart:
+            return False
         return all(map(is_fusable, specs)) and not self._has_float_bias(node)
 
     def _has_float_bias(self, node: ir.Node) -> bool:
