@@ -18,7 +18,7 @@ from qwrap.model.attributes import attributes_of
 from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
-from qwrap.numerics import fake_quantize
+from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.held_out import HeldOut
 from qwrap.quant.prepare import plan_of
@@ -142,7 +142,7 @@ class _Layer:
         mean, second = self.moments.mean, self.moments.covariance
         if self.bias is None:
             second += mean[:, :, None] * mean[:, None]
-        original = self._matrix()
+        original = self._matrix(self.weight)
         rounded = compensate(original, second, self._grid(), damping)
         if self.bias is not None:
             self.bias += ((original - rounded).mT @ mean[:, :, None]).flatten().to(self.bias.dtype)
@@ -150,28 +150,37 @@ class _Layer:
         first = columns if self.outputs_first else columns.t()
         self.weight.copy_(first.reshape(self.weight.shape))
 
-    def _matrix(self) -> Tensor:
-        """Return the weight as float64 ``[G, K, R]``."""
-        weight = self.weight if self.outputs_first else self.weight.t()
+    def _matrix(self, values: Tensor) -> Tensor:
+        """Return the weight, or one value for each of its elements, as float64 ``[G, K, R]``."""
+        values = values if self.outputs_first else values.t()
         groups = self.moments.unfold.groups
-        matrix = weight.double().reshape(groups, weight.shape[0] // groups, -1)
+        matrix = values.double().reshape(groups, values.shape[0] // groups, -1)
         return matrix.mT.contiguous()
 
-    def _grid(self) -> Callable[[Tensor], Tensor]:
-        qparams = self.stub.qparams
-        spec = replace(self.stub.spec, axis=None if qparams.axis is None else 0)
+    def _grid(self) -> Callable[[Tensor, Tensor], Tensor]:
+        qparams, shape = self.stub.qparams, self.weight.shape
+        spec = replace(self.stub.grid, axis=0, block_size=None)
+        scale, zero_point = (
+            self._matrix(spread(values, shape, qparams).expand(shape))
+            for values in (qparams.scale, qparams.zero_point)
+        )
 
-        def round_to_grid(values: Tensor) -> Tensor:
-            """Round what one input contributes to every output, ``[G, R]``."""
-            flat = values.flatten().to(torch.float32)
-            rounded = fake_quantize(flat, qparams.scale, qparams.zero_point, spec)
+        def round_to_grid(values: Tensor, inputs: Tensor) -> Tensor:
+            """Round what one input of each group contributes to every output, ``[G, R]``."""
+            rows = inputs[:, None, None].expand(-1, 1, values.shape[1])
+            rounded = fake_quantize(
+                values.flatten().to(torch.float32),
+                scale.gather(1, rows).flatten().to(torch.float32),
+                zero_point.gather(1, rows).flatten().to(torch.int32),
+                spec,
+            )
             return rounded.reshape(values.shape).to(values.dtype)
 
         return round_to_grid
 
 
 def compensate(
-    weight: Tensor, second: Tensor, grid: Callable[[Tensor], Tensor], damping: float
+    weight: Tensor, second: Tensor, grid: Callable[[Tensor, Tensor], Tensor], damping: float
 ) -> Tensor:
     """Return ``weight`` on its grid, every rounding error made good by the inputs still to round.
 
@@ -180,7 +189,7 @@ def compensate(
     Args:
         weight: float64 ``[G, K, R]``.
         second: second moments of the inputs, float64 ``[G, K, K]``.
-        grid: rounds ``[G, R]`` values, one of each output.
+        grid: rounds ``[G, R]`` values, one of each output, that belong to inputs ``[G]``.
         damping: share of the mean power that is added to every power.
 
     Source: Frantar et al., arXiv:2210.17323, algorithm 1; the order is their "act_order".
@@ -195,7 +204,7 @@ def compensate(
         errors = torch.empty_like(weight[:, start:end])
         for k in range(start, end):
             value = weight[:, k].clone()
-            weight[:, k] = grid(value)
+            weight[:, k] = grid(value, order[:, k])
             error = (value - weight[:, k]) / factor[:, k, k, None]
             weight[:, k + 1 : end] -= factor[:, k, k + 1 : end, None] * error[:, None]
             errors[:, k - start] = error

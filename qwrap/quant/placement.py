@@ -97,7 +97,7 @@ class _Placement:
                 self.reasons[node] = reason
         self.integer = dict.fromkeys(candidates)
         self._drop_alone()
-        self.slow = self.slow or self._odd_type()
+        self.slow = self._odd_type() or self.slow
         if self.config.only_if_faster and self.slow is None:
             most = list(self.integer)
             self.integer = dict.fromkeys(worth_it(self.facts, candidates, most))
@@ -110,7 +110,15 @@ class _Placement:
         types = {self.graph.type_of(v).dtype for v in values} - {ir.DataType.FLOAT, None}
         names = sorted(t.name.lower() for t in types if t is not None)
         kind = " and ".join(names)
-        return f"onnxruntime has no integer kernels between tensors of {kind}" if names else None
+        if not names:
+            return None
+        reason = f"onnxruntime has no integer kernels between tensors of {kind}"
+        if ir.DataType.FLOAT16 in types:  # with 16-bit activations that product is 0
+            reason += (
+                ", and its optimiser rounds biases to products of two such scales, unless the "
+                "session option session.disable_quant_qdq is 1"
+            )
+        return reason
 
     def _drop_alone(self) -> None:
         while alone := [n for n in self.integer if not self._carries(n)]:

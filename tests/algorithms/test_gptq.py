@@ -10,6 +10,7 @@ from onnx import helper
 import qwrap
 from qwrap.algorithms.gptq import _Moments, compensate, round_weights
 from qwrap.algorithms.unfold import Unfold
+from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
@@ -118,6 +119,32 @@ def test_outputs_come_closer_than_with_nearest_rounding(name: str) -> None:
     assert output_error(model, wrapped, unseen) < 0.5 * nearest
 
 
+@pytest.mark.parametrize("activation", ["uint16", None])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        QuantSpec(dtype="int4", block_size=4),
+        QuantSpec(dtype="uint4", symmetric=False, block_size=8),
+        QuantSpec(dtype="int2", block_size=3),
+        QuantSpec(dtype="float4e2m1", block_size=4, scale_type="float8e8m0"),
+    ],
+    ids=lambda spec: f"{spec.dtype}-{spec.block_size}",
+)
+@pytest.mark.parametrize("name", ["Conv", "groups", "Gemm", "Gemm transB", "MatMul"])
+def test_weights_in_blocks_come_closer_too_and_stay_on_their_grids(
+    name: str, weight: QuantSpec, activation: str | None
+) -> None:
+    model = build(name)
+    batches = correlated(LAYERS[name][2], 24)
+    batches, unseen = batches[:16], torch.cat(batches[16:])
+    wrapped = calibrated(model, batches, weight=weight, activation=activation)
+    before = output_error(model, wrapped, unseen)
+    assert round_weights(wrapped, batches)
+    assert output_error(model, wrapped, unseen) < 0.7 * before
+    rounded, stub = wrapped.stored("w").detach(), wrapped.tap(UsePoint("node", 1))
+    assert torch.equal(stub(rounded), rounded)
+
+
 @pytest.mark.parametrize("weight_type", ["int8", "uint8"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("name", ["Conv", "groups", "Gemm", "Gemm transB", "MatMul"])
@@ -133,11 +160,15 @@ def test_rounded_weights_quantize_to_themselves(
     assert not torch.equal(stub(before), weight)
 
 
+def nearest(values: torch.Tensor, _inputs: torch.Tensor) -> torch.Tensor:
+    return values.round()
+
+
 def test_with_uncorrelated_inputs_every_weight_is_rounded_to_nearest() -> None:
     weight = torch.randn(2, 200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     power = torch.rand(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     power[:, 7] = 0
-    rounded = compensate(weight * 50, torch.diag_embed(power), torch.round, 0.01)
+    rounded = compensate(weight * 50, torch.diag_embed(power), nearest, 0.01)
     assert torch.equal(rounded, (weight * 50).round())
 
 
@@ -145,14 +176,14 @@ def test_two_correlated_inputs_are_rounded_as_worked_out_by_hand() -> None:
     weight = torch.tensor([[[0.4], [0.4]]], dtype=torch.float64)
     second = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]], dtype=torch.float64)
     # 0.4 -> 0; the second weight then wants 0.4 + 0.4 * 0.9 / 1.01 = 0.756 -> 1
-    assert compensate(weight, second, torch.round, 0.01).flatten().tolist() == [0.0, 1.0]
+    assert compensate(weight, second, nearest, 0.01).flatten().tolist() == [0.0, 1.0]
 
 
 def test_inputs_that_never_change_are_left_out() -> None:
     weight = torch.tensor([[[0.4], [1.4], [0.4]]], dtype=torch.float64)
     second = torch.tensor([[[1.0, 0, 0.9], [0, 0, 0], [0.9, 0, 1.0]]], dtype=torch.float64)
     # A third of the mean power is missing, so that the damping is 0.01 * 2 / 3; as above else.
-    assert compensate(weight, second, torch.round, 0.01).flatten().tolist() == [0.0, 1.0, 1.0]
+    assert compensate(weight, second, nearest, 0.01).flatten().tolist() == [0.0, 1.0, 1.0]
 
 
 def test_moments_are_those_of_all_rows_in_constant_memory() -> None:
