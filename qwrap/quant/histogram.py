@@ -86,7 +86,7 @@ class DyadicHistogram:
         self.cover(exponent)
         assert self.exponent is not None
         inverse = _power_of_two(self.bins.bit_length() - 1 - self.exponent)
-        return inverse if rows is None else inverse[rows]
+        return inverse if rows is None else inverse.index_select(0, rows)
 
     def _bins_of(self, values: Tensor, per_unit: Tensor | float, rows: Tensor | None) -> Tensor:
         # A product with 1 or more does not underflow in float32 either, which is twice as fast.
@@ -113,8 +113,9 @@ class DyadicHistogram:
         self.cover(theirs)
         assert self.counts is not None
         assert self.exponent is not None
-        self.counts += widened(other.counts.to(device), self.exponent - theirs)
+        self.counts = self.counts + widened(other.counts.to(device), self.exponent - theirs)
 
+    @torch.inference_mode(False)  # its tensors could not be added to outside of it
     def cover(self, exponent: Tensor) -> None:
         """Widen the rows to at least ``2^exponent``, int32 ``[C]``, in place."""
         if self.counts is None or self.exponent is None:

@@ -204,9 +204,11 @@ def _scale_of(model: WrappedModel, key: str, entry: TensorRange) -> QParams | No
     cut = cut_to_bounds(model, key, qparams)
     low, high = bounds_at(model, key)
     reach = span_of(cut, stub_at(model, ValuePoint(key)).grid)
-    # An absorbed activation lets nothing through beyond its bounds: such codes are a waste.
+    # An absorbed activation lets nothing through beyond its bounds: such codes are a waste, where
+    # another zero point would spare them.
     same = torch.allclose(cut.scale, qparams.scale, rtol=1e-6)
-    return cut if same and low <= reach[0] and reach[1] <= high else None
+    free = not stub_at(model, ValuePoint(key)).spec.symmetric
+    return cut if same and not (free and (reach[0] < low or high < reach[1])) else None
 
 
 def _range_of(model: WrappedModel, key: str, entry: TensorRange) -> Range:
