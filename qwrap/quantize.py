@@ -17,9 +17,10 @@ from qwrap.graph.save import check_target
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.calibrate import calibrate
+from qwrap.quant.calibrate import calibrate, calibrating, run_batches
 from qwrap.quant.prepare import observers, plan_of, prepare
 from qwrap.quant.rescale import rescale
+from qwrap.quant.samples import keep
 from qwrap.quant.statistics import Statistics
 from qwrap.quant.tables import RangeTable
 
@@ -121,7 +122,10 @@ def _calibrate(
     done, count = _batches_of(given), count_batches(calibration)
     left = None if count is None else max(0, count - done)
     rest = () if left == 0 else itertools.islice(itertools.chain(kept, batches), done, None)
-    calibrate(model, rest, statistics=given, save=file, progress=progress, total=left)
+    with calibrating(model, statistics=given, save=file):
+        for inputs in kept[:done]:  # not observed again, but method "auto" wants to see some
+            keep(model, inputs)
+        run_batches(model, rest, progress=progress, total=left)
     return kept
 
 

@@ -197,6 +197,7 @@ def test_another_configuration_takes_its_ranges_from_the_file(small, tmp_path: P
     before = file.read_bytes()
     for settings in (
         {"method": "entropy"},
+        {"method": "auto"},
         {"excluded": ["/y"]},
         {"activation": "int8"},
         {"weight": "int4"},

@@ -28,9 +28,7 @@ class QdqWriter:
         in_float: whether activations are rounded by functions. Then integer weights are too, for
             behind a DequantizeLinear onnxruntime makes MatMul an operator that rounds what it
             multiplies to 8 bits.
-        apart: whether some weights are floats when the model runs, so that no operator may be
-            behind a DequantizeLinear: onnxruntime would round its weights to 8 bits, to have an
-            integer kernel.
+        apart: whether no operator may be behind a DequantizeLinear, see ``QuantPlan.kept_apart``.
     """
 
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
@@ -40,7 +38,7 @@ class QdqWriter:
         self.calls = FunctionCalls(self.make)
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         self.in_float = any(not spec.dtype.is_standard for spec in specs)
-        self.apart = self.plan.has_float_constants
+        self.apart = self.plan.kept_apart
         self.qparams: dict[str, Parameters] = {}
         self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters | Call]] = {}
 
@@ -141,8 +139,12 @@ class QdqWriter:
             )
         parameters = self.qparams[tensor.source]
         uses = list(value.uses())
-        quantizer = self.make.quantize(value, parameters, name)
-        _insert_behind(value, [quantizer])
+        data, before = value, list[ir.Node]()
+        if self._follows_relu(value, tensor, parameters):
+            before = [self.calls.keep_apart(value, name, parameters.real)]
+            data = before[0].outputs[0]
+        quantizer = self.make.quantize(data, parameters, name)
+        _insert_behind(value, [*before, quantizer])
         readers: dict[ir.Graph, ir.Value] = {}
         for use in uses:
             where = _graph(use.node)
@@ -153,6 +155,14 @@ class QdqWriter:
             where = _graph(quantizer)
             result = self._dequantize(parameters, name, where, quantizer, is_output=True)
             self._take_over_output(value, result)
+
+    def _follows_relu(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
+        """Whether a Relu is in front that onnxruntime would wrongly remove."""
+        producer = value.producer()
+        if producer is None or producer.op_type != "Relu":
+            return False
+        zero_point = self._stub(ValuePoint(tensor.source)).zero_point
+        return self.make.loses_relu(parameters, zero_point)
 
     def _call(self, value: ir.Value, tensor: TensorPlan) -> None:
         """Put the call of a function behind ``value``, unless it only has moved since one."""

@@ -23,6 +23,8 @@ from qwrap.quant.forms import CONTRIB, DEQUANTIZE, QUANTIZE, Format, domain_for,
 
 Array = npt.NDArray[Any]
 ZERO_POINT = 2  # index of the input
+EIGHT_BITS = 8
+OUTPUT_DTYPE_OPSET = 21  # QuantizeLinear-21 brought ``output_dtype``
 PRECISION_OPSET = 23  # QuantizeLinear-23 brought ``precision``
 
 
@@ -77,15 +79,15 @@ class Quantizers:
     ) -> Parameters:
         """Make the initialisers of scale and zero point of a tensor of type ``real``.
 
-        Zero points are left out where they would be many zeros (of blocks), and of floats of 4
-        bits, which need none to be known by.
+        Zero points are left out where they would be many zeros (of blocks), and where there is
+        another way to tell the type: onnxruntime takes any zero point of 4 or 2 bits or of float8
+        for the smallest code, and removes a Relu in front as if the clamp did its work.
         """
         scale, zero_point = qparams.scale, qparams.zero_point
         if qparams.axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
-        needless = qparams.block_size is not None and not zero_point.any()
         kind, zero = spec.dtype.onnx_type, None
-        if kind != ir.DataType.FLOAT4E2M1 and not (needless and spec.dtype.signed):
+        if not self._is_needless(spec, zero_point):
             zero = self.initializer(f"{name}_zero_point", as_array(zero_point, kind))
         if spec.scale_type != "float8e4m3fn" or scale.numel() == 1:
             stored = as_array(scale, _STORED[spec.scale_type])
@@ -99,6 +101,20 @@ class Quantizers:
             zero,
             self.initializer(f"{name}_scale_scale", as_array(outer.reshape(()), 1)),
         )
+
+    def _is_needless(self, spec: QuantSpec, zero_point: Tensor) -> bool:
+        if spec.dtype.onnx_type == ir.DataType.FLOAT4E2M1:
+            return True
+        small = not spec.dtype.is_integer or spec.dtype.bits < EIGHT_BITS
+        known = spec.block_size is not None or (small and self.opset >= OUTPUT_DTYPE_OPSET)
+        return known and spec.dtype.signed and not bool(zero_point.any())
+
+    def loses_relu(self, parameters: Parameters, zero_point: Tensor) -> bool:
+        """Whether onnxruntime would wrongly remove a Relu in front of the quantizer."""
+        dtype = parameters.spec.dtype
+        small = not dtype.is_integer or dtype.bits < EIGHT_BITS
+        given = parameters.zero_point is not None
+        return small and given and bool((zero_point != dtype.qmin).any())
 
     def quantize(self, value: ir.Value, parameters: Parameters, name: str) -> ir.Node:
         """Make the node that turns ``value`` into codes."""

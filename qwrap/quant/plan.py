@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qwrap.config import QuantSpec, RangeOverride
 
+EIGHT_BITS = 8
 Role = Literal["integer", "weights", "moves", "absorbed", "float"]
 
 
@@ -118,6 +119,23 @@ class QuantPlan:
         """Whether some constants are of types that a runtime makes floats of before it runs."""
         dtypes = (constant.spec.dtype for constant in self.constants.values())
         return any(dtype.codebook or dtype.function is not None for dtype in dtypes)
+
+    @property
+    def kept_apart(self) -> bool:
+        """Whether operators must not follow a DequantizeLinear, lest onnxruntime fuse them.
+
+        Of weights that are floats when the model runs it would make 8 bits, to have an integer
+        kernel; and it would hand weights of 2 bits, or of 8 in blocks, to kernels that take
+        neither.
+        """
+        if self.has_float_constants:
+            return True
+        dtypes = [tensor.spec.dtype for tensor in self.tensors.values()]
+        if not any(d.is_integer and d.bits == EIGHT_BITS for d in dtypes):
+            return False
+        specs = [constant.spec for constant in self.constants.values()]
+        in_blocks = [s.dtype.bits == EIGHT_BITS and s.block_size is not None for s in specs]
+        return any(in_blocks) or any(s.dtype.bits == 2 for s in specs)
 
     def drop(self, nodes: dict[str, str]) -> None:
         """Mark ``nodes`` as float with the reasons given, in place."""

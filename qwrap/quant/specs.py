@@ -81,7 +81,7 @@ class Specs:
         """
         weight = node.inputs[1]
         assert weight is not None
-        kernels = self.slow() is None
+        kernels = self.config.activation_spec is not None and self.slow() is None
         axis = self.facts.weight_axis(node, stacked=not kernels)
         spec = self.config.weight_spec(axis, self.facts.block_axis(node))
         if spec.block_size is not None and spec.axis is not None:

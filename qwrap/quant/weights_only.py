@@ -15,6 +15,11 @@ COMPUTED = "its weight is computed at run time"
 NO_FLOATS = "its weight is not floating point"
 TOO_SMALL = "codes and scales would take as much space as its weight"
 NOTE = "weights alone: DequantizeLinear makes floats of them, and all else computes as before"
+# Measured: 8, 4 and 2 bits, per column or in blocks of 16 and more.
+ROUNDED = (
+    "onnxruntime runs a MatMul behind such a weight as MatMulNBits, which rounds activations to 8 "
+    "bits unless the session option session.qdq_matmulnbits_accuracy_level is 1"
+)
 
 
 def place_weights(facts: Eligibility, specs: Specs) -> QuantPlan:
@@ -25,6 +30,8 @@ def place_weights(facts: Eligibility, specs: Specs) -> QuantPlan:
     plan = QuantPlan(notes=[NOTE])
     for node in facts.nodes:
         plan.nodes[facts.graph.node_key(node)] = _place(plan, facts, specs, node)
+    if any(n.role == "weights" and n.op_type == "MatMul" for n in plan.nodes.values()):
+        plan.notes.append(ROUNDED)
     return plan
 
 
