@@ -14,6 +14,8 @@ from qwrap.quant.exact import exact
 from qwrap.quant.functions import function_type
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
+from qwrap.quant.rescale import rescale
+from qwrap.quant.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.verify import verify
@@ -25,6 +27,7 @@ __all__ = [
     "QwrapError",
     "QwrapWarning",
     "RangeTable",
+    "Statistics",
     "TensorRange",
     "WrappedModel",
     "calibrate",
@@ -39,6 +42,7 @@ __all__ = [
     "prepare",
     "quantize",
     "register_op",
+    "rescale",
     "round_weights",
     "verify",
 ]

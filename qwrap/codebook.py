@@ -41,7 +41,8 @@ def nearest(steps: Tensor, middles: tuple[float, ...]) -> Tensor:
         steps: float32 of any shape; NaN is nearest to the last level.
         middles: as ``middles_of`` returns them.
     """
-    return torch.bucketize(steps, as_tensor(middles, steps.device))
+    # Of what does not lie in order torch makes a copy too, and warns.
+    return torch.bucketize(steps.contiguous(), as_tensor(middles, steps.device))
 
 
 def as_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -154,6 +154,8 @@ class QConfig:
         weight_method: how a weight's range is chosen.
         percentile: share of the values, in percent, that method "percentile" keeps in range.
         ema: weight of each new batch in method "ema".
+        kept_samples: calibration samples kept in memory, of up to 64 MiB, on which "auto" compares
+            ranges, then or later; 0 keeps none.
         only_if_faster: leave in float what integer kernels would not speed up, going by the shapes
             and costs measured for onnxruntime on CPUs; False quantizes all that has a kernel.
         contrib: write com.microsoft's QuantizeLinear and DequantizeLinear, which carry 16 and 4
@@ -169,6 +171,7 @@ class QConfig:
     weight_method: Literal["minmax", "mse"] = "mse"
     percentile: float = 99.999
     ema: float = 0.01
+    kept_samples: int = 32
     only_if_faster: bool = True
     contrib: bool = False
     excluded: list[str] = field(default_factory=list)
@@ -182,6 +185,8 @@ class QConfig:
             )
         if not 0 < self.ema <= 1:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
+        if self.kept_samples < 0:
+            raise ConfigError(f"kept_samples={self.kept_samples}: expected 0 or more")
         for spec in (self.activation_spec, self.weight_spec(0)):
             if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
                 raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")

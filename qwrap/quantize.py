@@ -10,7 +10,7 @@ from typing import Any
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QConfig
-from qwrap.errors import ExportError
+from qwrap.errors import ConfigError, ExportError
 from qwrap.export.exporter import export, same_file
 from qwrap.graph.load import Source
 from qwrap.graph.save import check_target
@@ -18,7 +18,8 @@ from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.calibrate import calibrate
-from qwrap.quant.prepare import plan_of, prepare
+from qwrap.quant.prepare import observers, plan_of, prepare
+from qwrap.quant.statistics import Statistics
 
 KEPT = 32  # batches that stay in memory for what follows calibration
 
@@ -27,7 +28,8 @@ def quantize(
     source: Source,
     target: str | os.PathLike[str],
     *,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None = None,
+    statistics: Statistics | str | os.PathLike[str] | None = None,
     config: QConfig | None = None,
     progress: bool = True,
 ) -> WrappedModel:
@@ -37,11 +39,19 @@ def quantize(
     corrects biases, each only if held-back batches come out closer to the float model; exports.
     The data is read once; up to 32 batches of it stay in memory.
 
+    With ``statistics`` in a file, the same call again need not observe again: the first one writes
+    the file, another one, of another method or with more nodes excluded, takes ranges from it, and
+    one that was interrupted goes on where the file ends.
+
     Args:
         source: the float model.
         target: file to make or replace; not the one that ``source`` names.
         calibration: batches as for ``calibrate``; some 50 to 500 samples like those the model
-            will see.
+            will see. None leaves weights and biases as they are, for which it takes data, and
+            ranges to ``statistics``.
+        statistics: what was seen before, or a file for it, which is made if there is none. As many
+            batches as were run for it count as seen, so the data has to be the same, or to begin
+            so.
         config: types, ranges and exclusions.
         progress: show a bar on a terminal.
 
@@ -52,21 +62,56 @@ def quantize(
     Raises:
         ModelError: the source cannot be loaded.
         InputError: there is no batch, or one does not fit.
+        ConfigError: there are neither ``calibration`` nor ``statistics`` for the ranges.
+        StatisticsError: the file is damaged, or of another model; it is not replaced.
         ExportError: the target cannot be written, or is the source.
     """
     if isinstance(source, (str, os.PathLike)) and same_file(source, target):
         raise ExportError(f"{target}: is the float model itself; write to another file")
     check_target(target)
+    if isinstance(statistics, (str, os.PathLike)):
+        check_target(statistics)
     model = load(source).eval()
     prepare(model, config)
-    batches = iterate(calibration, model)
-    kept = list(itertools.islice(batches, KEPT))
-    calibrate(
-        model, itertools.chain(kept, batches), progress=progress, total=count_batches(calibration)
-    )
-    if round_weights(model, kept):
+    kept = _calibrate(model, calibration, statistics, progress=progress)
+    if not kept:
+        plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
+    elif round_weights(model, kept):
         plan_of(model).changes.append("weights rounded so that their errors cancel (GPTQ)")
     elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
     export(model, target)
     return model
+
+
+def _calibrate(
+    model: WrappedModel,
+    calibration: Iterable[Any] | None,
+    statistics: Statistics | str | os.PathLike[str] | None,
+    *,
+    progress: bool,
+) -> list[Any]:
+    """Fix the scales of ``model``, in place; return the first batches, for what follows."""
+    file = None if isinstance(statistics, Statistics) else statistics
+    given = None if file is not None and not os.path.exists(file) else statistics
+    if calibration is None:
+        if given is None and observers(model):
+            raise ConfigError(
+                "give calibration data, or statistics that exist: activations need ranges"
+            )
+        calibrate(model, (), statistics=given, progress=progress)
+        return []
+    batches = iterate(calibration, model)
+    kept = list(itertools.islice(batches, KEPT))
+    done, count = _batches_of(given), count_batches(calibration)
+    left = None if count is None else max(0, count - done)
+    rest = () if left == 0 else itertools.islice(itertools.chain(kept, batches), done, None)
+    calibrate(model, rest, statistics=given, save=file, progress=progress, total=left)
+    return kept
+
+
+def _batches_of(given: Statistics | str | os.PathLike[str] | None) -> int:
+    """Return how many batches were run for statistics."""
+    if given is None or isinstance(given, Statistics):
+        return 0 if given is None else given.batches
+    return Statistics.load(given).batches

@@ -133,6 +133,30 @@ def test_batch_size_and_limit_say_what_is_verified(tmp_path: Path, data: Path) -
     assert "on 3 batches of the calibration data" in done.stdout
 
 
+def test_statistics_are_made_once_and_read_then(tmp_path: Path, data: Path) -> None:
+    file, outputs = tmp_path / "s.json", [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for output in outputs:
+        arguments = ("-o", output, "--calibration", data, "--statistics", file, "--verify", 1)
+        done = run("quantize", model_path(), *arguments)
+        assert done.exit_code == 0, done.output
+        assert "verified against onnxruntime on 1 batch" in done.stdout
+    assert json.loads(file.read_text(encoding="utf-8"))["batches"] == 4  # not 8
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_statistics_stand_for_data(tmp_path: Path, data: Path) -> None:
+    file, output = tmp_path / "s.safetensors", tmp_path / "q.onnx"
+    arguments = ("--statistics", file, "--verify", 0)
+    run("quantize", model_path(), "-o", output, "--calibration", data, *arguments)
+    done = run("quantize", model_path(), "-o", output, "--statistics", file, "--method", "entropy")
+    assert done.exit_code == 0, done.output
+    assert "not verified: without --calibration there is no data to run" in done.stdout
+    assert "no data to improve them by" in done.stdout
+    images, labels = digits("validation")
+    (logits,) = onnxruntime.InferenceSession(output).run(None, {"image": images[:500]})
+    assert (logits.argmax(1) == labels[:500]).mean() >= 0.95
+
+
 def test_verify_passes_and_writes_json(tmp_path: Path, quantized_file: Path, data: Path) -> None:
     path = tmp_path / "report.json"
     # The optimised kernels round once where the file as written rounds twice: a few in 100 000.
@@ -292,6 +316,35 @@ def test_arrays_of_another_model_are_one_line(tmp_path: Path) -> None:
     done = run("quantize", model_path(), "-o", output, "--calibration", tmp_path / "d.npz")
     assert "[4, 3, 28, 28]; the model takes [?, 1, 28, 28]" in mistake(done)
     assert not output.exists()
+
+
+def test_neither_data_nor_statistics_is_one_line(tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    done = run("quantize", model_path(), "-o", output)
+    assert "give --calibration DATA, --statistics FILE with ranges, or both" in mistake(done)
+    done = run("quantize", model_path(), "-o", output, "--statistics", tmp_path / "absent")
+    assert "give calibration data, or statistics that exist" in mistake(done)
+    done = run("quantize", model_path(), "-o", output, "--statistics", tmp_path, "--min-sqnr", 9)
+    assert "no --calibration leaves nothing to hold" in mistake(done)
+
+
+def test_statistics_of_another_model_are_one_line(tmp_path: Path, data: Path, small) -> None:
+    file, output = tmp_path / "s.json", tmp_path / "q.onnx"
+    onnx.save(small.convs(), tmp_path / "other.onnx")
+    np.save(tmp_path / "d.npy", small.batches(1)[0])
+    arguments = ("--calibration", tmp_path / "d.npy", "--statistics", file, "--verify", 0)
+    done = run("quantize", tmp_path / "other.onnx", "-o", output, *arguments, "--everything")
+    assert done.exit_code == 0, done.output
+    before = file.read_bytes()
+    done = run("quantize", model_path(), "-o", output, "--calibration", data, "--statistics", file)
+    line = mistake(done)
+    assert (
+        f"{file}: the statistics are of another model: input 'image' float[N,1,28,28] here" in line
+    )
+    assert file.read_bytes() == before
+    file.write_text("{}")
+    done = run("quantize", model_path(), "-o", output, "--calibration", data, "--statistics", file)
+    assert f"{file}: holds no statistics of qwrap" in mistake(done)
 
 
 def test_an_unknown_type_is_one_line(tmp_path: Path, data: Path) -> None:

@@ -40,3 +40,9 @@ def test_a_table_becomes_a_tensor_once() -> None:
         first = as_tensor((0.0, 0.125), torch.device("cpu"))
     assert as_tensor((0.0, 0.125), torch.device("cpu")) is first
     assert not first.is_inference()  # or autograd could not use it later
+
+
+def test_values_need_not_lie_in_order() -> None:
+    steps = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    middles = middles_of((-1.0, 0.0, 1.0))
+    assert torch.equal(nearest(steps.t(), middles), nearest(steps, middles).t())

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 import qwrap
-from qwrap.demo import batches, model_path
+from qwrap.demo import batches as demo_batches
+from qwrap.demo import model_path
+from qwrap.quant.observers import HistogramObserver
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
 def data() -> list[torch.Tensor]:
-    return [torch.from_numpy(b["image"]) for b in batches("calibration", 50)[:4]]
+    return [torch.from_numpy(b["image"]) for b in demo_batches("calibration", 50)[:4]]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,31 @@ def calibrated(device: str, data: list[torch.Tensor]) -> qwrap.WrappedModel:
     qwrap.prepare(model)
     qwrap.calibrate(model, data, progress=False)
     return model
+
+
+@pytest.mark.parametrize("axis", [None, 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_observers_give_the_bits_of_the_cpu_without_waiting(
+    axis: int | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 8, 40, 50) * 8.0**i for i in range(4)]
+    batches[1][0, 0, 0, :3] = torch.tensor([torch.nan, -torch.inf, -3.4e38])
+    there, here = HistogramObserver("x", axis), HistogramObserver("x", axis)
+    moved = [batch.to(dtype).cuda() for batch in batches]
+    for batch in batches:
+        here.observe(batch.to(dtype))
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits for the device raises
+    try:
+        for batch in moved:
+            there.observe(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert there.histogram.counts.is_cuda
+    assert (there.count, there.masked, there.nonfinite) == (here.count, here.masked, here.nonfinite)
+    found, expected = there.cpu().get_extra_state(), here.get_extra_state()
+    for key in ("extremes", "averages", "counts", "exponent"):
+        assert torch.equal(found[key], expected[key]), key
 
 
 def test_float_outputs_agree(data) -> None:

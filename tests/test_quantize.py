@@ -148,3 +148,90 @@ def test_a_target_that_cannot_be_written_is_refused_before_any_work(small, tmp_p
         qwrap.quantize(small.convs(), tmp_path / "no" / "q.onnx", calibration=never())
     with pytest.raises(ExportError, match="is a folder"):
         qwrap.quantize(small.convs(), tmp_path, calibration=never())
+
+
+# --- statistics
+
+
+def quantized(small, target: Path, **arguments) -> qwrap.WrappedModel:
+    config = arguments.pop("config", qwrap.QConfig(only_if_faster=False))
+    return qwrap.quantize(small.convs(), target, config=config, progress=False, **arguments)
+
+
+def test_the_file_of_statistics_spares_observing_again(small, tmp_path: Path) -> None:
+    batches, file = small.batches(40), tmp_path / "s"
+    quantized(small, tmp_path / "a", calibration=batches)
+    quantized(small, tmp_path / "b", calibration=batches, statistics=file)
+    found = qwrap.Statistics.load(file)
+    assert found.batches == 40
+    before = file.read_bytes()
+    model = quantized(small, tmp_path / "c", calibration=iter(batches), statistics=file)
+    assert file.read_bytes() == before
+    assert model.tap(qwrap.model.points.ValuePoint("x")).observer.seen == 40 * 384  # not 80
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+@pytest.mark.parametrize("stop", [3, 37])
+def test_an_interrupted_call_goes_on_where_it_stopped(small, tmp_path: Path, stop: int) -> None:
+    batches, file, target = small.batches(40), tmp_path / "s.json", tmp_path / "q"
+
+    def failing():
+        yield from batches[:stop]
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        quantized(small, target, calibration=failing(), statistics=file)
+    assert not target.exists()
+    assert file.exists() == (stop > 32)  # those that stay in memory are read before any is run
+    quantized(small, target, calibration=batches, statistics=file)
+    assert qwrap.Statistics.load(file).batches == 40
+    quantized(small, tmp_path / "whole", calibration=batches)
+    assert target.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_another_configuration_takes_its_ranges_from_the_file(small, tmp_path: Path) -> None:
+    batches, file = small.batches(), tmp_path / "s"
+    quantized(small, tmp_path / "q", calibration=batches, statistics=file)
+    before = file.read_bytes()
+    for settings in (
+        {"method": "entropy"},
+        {"excluded": ["/y"]},
+        {"activation": "int8"},
+        {"weight": "int4"},
+    ):
+        config = qwrap.QConfig(only_if_faster=False, **settings)
+        quantized(small, tmp_path / "a", calibration=batches, statistics=file, config=config)
+        quantized(small, tmp_path / "b", calibration=batches, config=config)
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert file.read_bytes() == before  # also what no node needs now
+
+
+def test_without_data_weights_stay_as_they_are_and_that_is_said(small, tmp_path: Path) -> None:
+    statistics = tmp_path / "s"
+    quantized(small, tmp_path / "a", calibration=small.batches(), statistics=statistics)
+    model = quantized(small, tmp_path / "b", statistics=qwrap.Statistics.load(statistics))
+    assert "weights and biases as they were: no data" in model.plan.summary()
+    float_model = qwrap.load(small.convs())
+    for name in ("w1", "b1", "w2", "b2"):
+        assert torch.equal(model.stored(name), float_model.stored(name))
+    report = qwrap.verify(model, tmp_path / "b", small.batches(), progress=False)
+    assert report.deployed.differing == 0
+
+
+def test_weights_alone_need_no_data(small, tmp_path: Path) -> None:
+    config = qwrap.QConfig(activation=None)
+    model = qwrap.quantize(small.convs(), tmp_path / "q", config=config, progress=False)
+    (expected,), (found,) = (
+        (model(torch.from_numpy(small.batches()[0])).detach().numpy(),),
+        small.run(tmp_path / "q", small.batches()[0]),
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 sums in another order
+
+
+def test_ranges_have_to_come_from_somewhere(small, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give calibration data, or statistics that exist"):
+        quantized(small, tmp_path / "q")
+    with pytest.raises(ConfigError, match="give calibration data, or statistics that exist"):
+        quantized(small, tmp_path / "q", statistics=tmp_path / "missing")
+    assert os.listdir(tmp_path) == []

@@ -99,6 +99,15 @@ Everything = Annotated[
         help="Leave float what integer kernels would not speed up, or quantize all that has one.",
     ),
 ]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="What was observed: read instead of observing the same data again, made if there is "
+        "no such file (.json for text). Without --calibration weights are not improved.",
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -113,7 +122,10 @@ Exclude = Annotated[
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ file.")],
-    calibration: Annotated[str, typer.Option("--calibration", metavar="DATA", help=DATA_HELP)],
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", metavar="DATA", help=DATA_HELP)
+    ] = None,
+    statistics: Statistics = None,
     preset: Preset = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
@@ -147,15 +159,29 @@ def quantize(
     }
     config = qwrap.QConfig(**{key: value for key, value in asked.items() if value is not None})
     thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
-    if not verify and thresholds != Thresholds():
-        raise ConfigError("--verify 0 leaves nothing to hold --max-differing or --min-sqnr against")
+    if thresholds != Thresholds() and (calibration is None or not verify):
+        cause = "--verify 0" if not verify else "no --calibration"
+        raise ConfigError(f"{cause} leaves nothing to hold --max-differing or --min-sqnr against")
+    if calibration is None and statistics is None:
+        raise ConfigError("give --calibration DATA, --statistics FILE with ranges, or both")
     console = Console(quiet=quiet, highlight=False)
-    batches = FirstBatches(_open(model, calibration, preset, limit, batch_size), verify)
-    wrapped = qwrap.quantize(model, output, calibration=batches, config=config, progress=not quiet)
+    batches = None
+    if calibration is not None:
+        batches = FirstBatches(_open(model, calibration, preset, limit, batch_size), verify)
+    wrapped = qwrap.quantize(
+        model,
+        output,
+        calibration=batches,
+        statistics=statistics,
+        config=config,
+        progress=not quiet,
+    )
     assert isinstance(wrapped.plan, qwrap.QuantPlan)
     print_plan(wrapped.plan, console)
     _print(console, f"{output}: {_size_text(model, output)}")
-    if verify:
+    if batches is None:
+        _print(console, "not verified: without --calibration there is no data to run")
+    elif verify:
         report = qwrap.verify(wrapped, output, batches.kept, progress=not quiet)
         files = verify_files(model, output, batches.kept, progress=False)
         _print(console, verify_summary(report, files))

@@ -64,7 +64,7 @@ def write_model(
         if check is not None:
             check(draft)
 
-    _replace(target, write)
+    replace_file(target, write)
 
 
 def write_message(
@@ -108,11 +108,15 @@ def write_message(
                     _point_to(piece, name, offset)
         draft.write_bytes(proto.SerializeToString())
 
-    _replace(target, write)
+    replace_file(target, write)
 
 
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file and its data elsewhere, and let them take the place of others."""
+def replace_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file and its data elsewhere, and let them take the place of others.
+
+    Raises:
+        ExportError: the folder cannot be written to, or the disk is full.
+    """
     data_name = f"{target.name}.data"
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

@@ -62,13 +62,15 @@ class ConsumerErrors:
         that nothing computes on are missing.
         """
         result: dict[str, Tensor] = {}
-        parts = iter(torch.split(sums, [n for c in self._consumers.values() for n in c.sizes]))
+        start = 0
         for consumer in self._consumers.values():
-            power = next(parts)
-            for source in consumer.uses:
-                error = next(parts)
-                if power > 0 and error.isfinite().all():
-                    result[source] = result.get(source, 0) + error / power
+            power = sums[start]
+            start += 1
+            for source, errors in consumer.errors.items():
+                error = sums[start : start + len(errors)] / power
+                start += len(errors)
+                if error.isfinite().all():
+                    result[source] = result.get(source, 0) + error
         return result
 
 
@@ -120,11 +122,6 @@ class _Consumer:
         self._candidates, self._bounds = candidates, bounds
         self.errors = {s: torch.zeros(len(candidates[s]), dtype=torch.float64) for s in uses}
         self.power = torch.zeros(1, dtype=torch.float64)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers in power and errors."""
-        return [1, *(len(error) for error in self.errors.values())]
 
     def __call__(self, *inputs: Any) -> Any:
         output = self._function(*inputs)

@@ -18,7 +18,7 @@ from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
 from qwrap.quant.plan import NodePlan, QuantPlan
 from qwrap.quant.sources import source_of, written_by
-from qwrap.quant.specs import is_fusable
+from qwrap.quant.specs import is_fusable, is_fusable_weight
 from qwrap.quant.stubs import BiasStub, Stub
 from qwrap.quant.target import ORT_CPU
 
@@ -96,10 +96,11 @@ class _Lowering:
         specs = [self.plan.tensors[key].spec for key in sources if key is not None]
         key = self.graph.node_key(node)
         points = [(key, i) for i in range(len(node.inputs))]
-        specs += [self.plan.constants[p].spec for p in points if p in self.plan.constants]
-        if self.plan.kept_apart:
-            return False
-        return all(map(is_fusable, specs)) and not self._has_float_bias(node)
+        constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
+        stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
+        fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        # Beside constants of other types the pairs are kept from all kernels.
+        return fits and not self._has_float_bias(node) and not self.plan.kept_apart
 
     def _has_float_bias(self, node: ir.Node) -> bool:
         index = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None

@@ -25,6 +25,10 @@ class HeldOut:
         model: calibrated; its error is asked for.
         batches: graph input -> tensor.
         wanted: the float outputs for each batch; None asks the float model that was prepared.
+
+    Attributes:
+        power: squared float outputs, for every output that holds floats: float64 ``[M]`` on the
+            CPU.
     """
 
     def __init__(
@@ -38,31 +42,34 @@ class HeldOut:
             reference = float_model(model)
             wanted = [outputs_of(reference, inputs) for inputs in batches]
         self._wanted = wanted
+        self.power = torch.zeros(len(model.output_names), dtype=torch.float64)
+        for targets in wanted:
+            for i, target in enumerate(targets):
+                if isinstance(target, Tensor) and target.is_floating_point():
+                    self.power[i] += float(target.square().sum())
 
-    def sums(self) -> Tensor:
-        """Return squared error and power of every output, for each batch: float64 ``[N, 2, M]``.
+    def errors(self, part: slice = slice(None)) -> Tensor:
+        """Return the squared error of every float output, float64 ``[M]`` on the CPU.
 
-        They are on the CPU; outputs that are not floats have zeros.
+        Args:
+            part: which batches to run; all by default.
         """
-        count = len(self._model.output_names)
-        sums = torch.zeros(len(self._batches), 2, count, dtype=torch.float64)
-        for row, inputs, targets in zip(sums, self._batches, self._wanted, strict=True):
+        errors = torch.zeros_like(self.power)
+        for inputs, targets in zip(self._batches[part], self._wanted[part], strict=True):
             pairs = zip(outputs_of(self._model, inputs), targets, strict=True)
             for i, (output, target) in enumerate(pairs):
                 if isinstance(output, Tensor) and output.is_floating_point():
-                    row[0, i] = float((output - target).square().sum())
-                    row[1, i] = float(target.square().sum())
-        return sums
+                    errors[i] += float((output - target).square().sum())
+        return errors
 
     def error(self) -> float:
         """Return the squared error of all float outputs, each relative to its own power."""
-        return relative_error(self.sums().sum(0))
+        return relative(self.errors(), self.power)
 
 
-def relative_error(sums: Tensor) -> float:
-    """Return the sum over outputs of error over power, from ``[2, M]`` of both."""
-    error, power = sums
-    return float((error / power)[power > 0].sum())
+def relative(errors: Tensor, power: Tensor) -> float:
+    """Return the sum over outputs of error over power."""
+    return float((errors / power)[power > 0].sum())
 
 
 def outputs_of(model: WrappedModel, inputs: Mapping[str, Tensor]) -> Outputs:

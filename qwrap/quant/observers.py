@@ -114,7 +114,7 @@ class Observer(nn.Module):
                 "reaches it, or exclude it"
             )
         end = ends[kind][side].to(torch.float32)
-        return torch.where(end.isfinite(), end, 0.0)
+        return torch.where(end.isfinite(), end, 0.0) + 0.0  # makes -0 a 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe ``x`` and return it."""
@@ -140,15 +140,28 @@ class Observer(nn.Module):
         self.seen += x.numel()
         if self.axis is None and can_be_read(x) and self._take_numbers(x):
             return
-        ends, usable = _extremes(x, self.axis), None
-        if not (can_be_read(x) and _all_usable(ends, sentinel(x.dtype))):
-            usable = x.abs() < sentinel(x.dtype)
-            self._count_left_out(x, usable)
-            ends = _extremes(x, self.axis, usable)
+        ends, usable = self._usable_ends(x)
         self.ends.take(ends)
         # A channel without any usable value has the ends (inf, -inf), and no magnitude.
         largest = torch.maximum(-ends[0], ends[1]).clamp_(min=0)
         self._take(x, exponent_of(largest), usable)
+
+    def _usable_ends(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return each channel's ends, and which values are usable, None for all; count the rest.
+
+        Whether there is a rest is asked only where the answer costs no wait.
+        """
+        limit = sentinel(x.dtype)
+        if can_be_read(x):
+            ends = _extremes(x, self.axis)
+            if bool((ends.abs() < limit).all()):  # not so with a NaN
+                return ends, None
+        magnitude = x.abs()
+        usable = magnitude < limit
+        finite = (magnitude < math.inf).sum()
+        found = torch.stack((finite - usable.sum(), x.numel() - finite))
+        self.left_out = found if self.left_out is None else self.left_out + found
+        return _extremes(x, self.axis, usable), usable
 
     def _take_numbers(self, x: Tensor) -> bool:
         """Do the same with one range on the CPU, at less cost; return whether all was usable."""
@@ -173,11 +186,6 @@ class Observer(nn.Module):
                 f"tensor {self.name!r}: {channels} channels along axis {self.axis}, but {before} "
                 "before; a scale per channel needs a fixed number of them"
             )
-
-    def _count_left_out(self, x: Tensor, usable: Tensor) -> None:
-        finite = x.isfinite().sum()
-        found = torch.stack((finite - usable.sum(), x.numel() - finite))
-        self.left_out = found if self.left_out is None else self.left_out + found
 
     def reserve(self, channels: int, device: torch.device) -> None:
         """Give an observer that saw nothing yet its channels, in place."""
@@ -232,8 +240,9 @@ class Observer(nn.Module):
             "seen": self.seen,
             "batches": self.ends.batches,
             "left_out": _copied(self.left_out),
-            "extremes": _copied(extremes),
-            "averages": _copied(averages),
+            # Of two zeros either may be the least; a sum with 0 makes both the same one.
+            "extremes": None if extremes is None else extremes + 0.0,
+            "averages": None if averages is None else averages + 0.0,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -345,10 +354,6 @@ def _extremes(x: Tensor, axis: int | None, usable: Tensor | None = None) -> Tens
     if others:  # an empty list would stand for all
         low, high = low.amin(others), high.amax(others)
     return torch.stack((low, high)).to(torch.float32)
-
-
-def _all_usable(ends: Tensor, limit: float) -> bool:
-    return bool((ends.abs() < limit).all())  # not so with a NaN
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -255,7 +255,7 @@ def _zero_point(name: str, override: RangeOverride, spec: QuantSpec) -> int:
     given, kind = override.zero_point, spec.dtype
     if spec.symmetric:
         if given not in (None, middle):
-            why = "has none" if not kind.is_integer else f"is symmetric and has only {middle}"
+            why = "has none" if not kind.has_zero_point else f"is symmetric and has only {middle}"
             raise ConfigError(f"tensor {name!r}: zero_point={given}, but its {kind} {why}")
         return middle
     if given is None:

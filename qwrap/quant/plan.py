@@ -97,6 +97,7 @@ class QuantPlan:
         without: node key -> why calibration returned the node to float.
         notes: what to know about the plan as a whole, one line each.
         fused: whether the runtime has integer kernels for what is quantized.
+        methods: source tensor -> method that "auto" chose for it.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class QuantPlan:
     without: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fused: bool = True
+    methods: dict[str, str] = field(default_factory=dict)
 
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
@@ -153,6 +155,9 @@ class QuantPlan:
             f"quantized: {len(self.sources())} activations, "
             f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
         )
+        if self.methods:
+            chosen = Counter(self.methods.values()).most_common()
+            lines.append("auto:      " + ", ".join(f"{method} {n}" for method, n in chosen))
         reasons: dict[str, list[str]] = {}
         for key, node in self.nodes.items():
             if node.role == "float":
@@ -174,6 +179,7 @@ class QuantPlan:
             "without": dict(self.without),
             "notes": list(self.notes),
             "fused": self.fused,
+            "methods": dict(self.methods),
         }
 
 

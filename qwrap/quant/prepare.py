@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.opsets import let_carry
 from qwrap.quant.placement import place
 from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
-from qwrap.quant.stubs import BiasStub, Stub
+from qwrap.quant.stubs import BiasStub, Mode, Stub
 
 
 def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
@@ -82,9 +83,10 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         assert isinstance(activation, Stub)
         assert isinstance(weight, Stub)
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
+    decisions = Decisions(plan.without, *_left_out(model, stubs.values()))
     device = next((p.device for p in model.parameters()), None)
     model.attach({point: stub.to(device) for point, stub in stubs.items()})
-    model.add_module("quantization", Decisions(plan.without))
+    model.add_module("quantization", decisions)
     model.plan, model.config = plan, config
     model.programs["exact"] = partial(exact_program, model)
     model.before_loading = follow_saved_decisions
@@ -95,19 +97,68 @@ class Decisions(nn.Module):
 
     Attributes:
         without: node key -> why the node was returned to float.
+        batches: how many the observers saw.
+        left_out: tensor -> observer, of those that nothing quantizes since then.
     """
 
-    def __init__(self, without: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        without: Mapping[str, str],
+        left_out: Mapping[str, Observer] | None = None,
+        batches: int = 0,
+    ) -> None:
         super().__init__()
-        self.without = dict(without)
+        self.without, self.batches = dict(without), batches
+        self.left_out = dict(left_out or {})
 
-    def get_extra_state(self) -> dict[str, str]:
-        """Return the nodes that were returned to float."""
-        return dict(self.without)
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the decisions, and the statistics of what was left out."""
+        left_out = {name: found.get_extra_state() for name, found in self.left_out.items()}
+        return {"without": dict(self.without), "batches": self.batches, "left_out": left_out}
 
-    def set_extra_state(self, state: dict[str, str]) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved decisions, which ``follow_saved_decisions`` has carried out by now."""
-        self.without = dict(state)
+        self.without, self.batches = dict(state["without"]), state["batches"]
+        self.left_out = {name: _restored(name, saved) for name, saved in state["left_out"].items()}
+
+
+def _restored(name: str, state: dict[str, Any]) -> Observer:
+    observer = HistogramObserver(name) if "bins" in state else MinMaxObserver(name)
+    observer.set_extra_state(state)
+    return observer
+
+
+def decisions_of(model: WrappedModel) -> Decisions:
+    """Return what calibration decided about a prepared model.
+
+    Raises:
+        ConfigError: the model is not prepared.
+    """
+    plan_of(model)
+    decisions = model.get_submodule("quantization")
+    assert isinstance(decisions, Decisions)
+    return decisions
+
+
+def observers(model: WrappedModel) -> dict[str, Observer]:
+    """Return what watches or watched tensors of a prepared model, by the tensor's name.
+
+    A copy that was made for a tensor which lost its source has the name of that source.
+
+    Raises:
+        ConfigError: the model is not prepared.
+    """
+    found = {stub.observer.name: stub.observer for _, stub in stubs(model) if stub.observer}
+    return decisions_of(model).left_out | found
+
+
+def _left_out(model: WrappedModel, taps: Iterable[nn.Module]) -> tuple[dict[str, Observer], int]:
+    """Return the observers that will be on none of ``taps``, and how many batches they saw."""
+    if not isinstance(model.plan, QuantPlan):
+        return {}, 0
+    kept = {tap.observer.name for tap in taps if isinstance(tap, Stub) and tap.observer}
+    left_out = {name: found for name, found in observers(model).items() if name not in kept}
+    return left_out, decisions_of(model).batches
 
 
 def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
@@ -120,7 +171,7 @@ def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
 
 def follow_saved_decisions(model: WrappedModel, state: Mapping[str, Any]) -> None:
     """Put stubs where the model had them whose ``state_dict`` is about to be loaded, in place."""
-    without = state.get("quantization._extra_state", {})
+    without = state.get("quantization._extra_state", {}).get("without", {})
     if without != plan_of(model).without:
         place_without(model, without)
 
@@ -133,7 +184,7 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
         source = earlier.tensors[key].source
     stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
     if not isinstance(stub, Stub):
-        return Stub(key, tensor.spec, observer=new_observer(key, config))
+        return Stub(key, tensor.spec, observer=new_observer(key, config, tensor.spec.axis))
     return stub if source == key else Stub(key, tensor.spec, observer=copy.deepcopy(stub.observer))
 
 
@@ -147,10 +198,17 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
     return Stub(constant.value, constant.spec, shape, stored=True)
 
 
-def new_observer(name: str, config: QConfig) -> Observer:
-    """Return what watches activation ``name`` for the range method of ``config``."""
-    kind = MinMaxObserver if config.method in ("minmax", "ema") else HistogramObserver
-    return kind(name, ema=config.ema)
+def new_observer(name: str, config: QConfig, axis: int | None = None) -> Observer:
+    """Return what watches activation ``name`` for the range methods that ``config`` asks for.
+
+    Args:
+        name: the tensor.
+        config: what the model was prepared with.
+        axis: the axis of the channels that have a scale each, None for one scale.
+    """
+    methods = {config.method, *(o.method for _, o in config.overrides if o.method)}
+    kind = MinMaxObserver if methods <= {"minmax", "ema"} else HistogramObserver
+    return kind(name, axis, config.ema)
 
 
 def plan_of(model: WrappedModel) -> QuantPlan:
@@ -189,3 +247,15 @@ def bias_stubs(model: WrappedModel) -> Iterator[tuple[UsePoint, BiasStub]]:
         module = model.tap(point)
         if isinstance(module, BiasStub) and isinstance(point, UsePoint):
             yield point, module
+
+
+def set_mode(model: WrappedModel, mode: Mode) -> None:
+    """Switch every stub to ``mode``, in place."""
+    for _, stub in (*stubs(model), *bias_stubs(model)):
+        stub.mode = mode
+
+
+def device_of(model: WrappedModel) -> torch.device:
+    """Return where the model's parameters or buffers are."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

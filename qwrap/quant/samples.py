@@ -13,6 +13,8 @@ from qwrap.model.wrapped import WrappedModel
 
 BYTES = 2**26
 """Room for samples: 64 MiB."""
+JOINED_BYTES = 2**20
+"""Of inputs in a joined batch; what a model computes from them takes some hundred times as much."""
 
 
 class Samples:
@@ -47,15 +49,27 @@ class Samples:
         if divisible and size > left:
             inputs, size = {name: x[:left] for name, x in inputs.items()}, left
         needed = sum(_bytes(x) for x in inputs.values())
-        if needed <= self._room:
-            self.batches.append({name: _copy(x) for name, x in inputs.items()})
-            self._room -= needed
-            self.count += size
+        if needed > self._room:
+            return
+        batch = {name: _copy(x) for name, x in inputs.items()}
+        if divisible and self.batches and _can_join(self.batches[-1], batch):
+            last = self.batches[-1]
+            self.batches[-1] = {name: torch.cat((last[name], batch[name])) for name in batch}
+        else:
+            self.batches.append(batch)
+        self._room -= needed
+        self.count += size
 
     def on(self, device: torch.device) -> Iterator[dict[str, Any]]:
         """Yield the batches on ``device``, one at a time."""
         for batch in self.batches:
             yield {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
+
+
+def _can_join(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two batches can be one, and that is small: small batches cost most in overhead."""
+    small = sum(_bytes(x) for x in (*a.values(), *b.values())) <= JOINED_BYTES
+    return small and all(a[name].shape[1:] == b[name].shape[1:] for name in a)
 
 
 def _bytes(value: Any) -> int:

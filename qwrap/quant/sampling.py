@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 _MAX_STRIDE = 64
-_LEAST_PER_CHANNEL = 32
+_LEAST_PER_CHANNEL = 16
 _KEYS = 16  # values of a row that decide where its sample starts
 _COARSE = 0x7FFF0000  # exponent and 7 bits of the mantissa, not the sign, which zeros have too
-_MULTIPLIER = 0x2545F4914F6CDD1D  # odd
+# Odd numbers with bits all over, of which even the last is below 2^63.
+_FIRST_FACTOR, _FACTOR_STEP = 0x2545F4914F6CDD1D, 0x04C957F2D5A3B1E6
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +88,22 @@ def _positions(rows: Tensor, stride: int) -> Tensor:
     count, size = rows.shape
     rest = size % stride
     start = _hash(rows).remainder_(stride + rest)
-    start += torch.arange(0, count * size, size, device=rows.device)
+    if count > 1:
+        start += torch.arange(0, count * size, size, device=rows.device)
     return (start[:, None] + torch.arange(0, size - rest, stride, device=rows.device)).view(-1)
 
 
 def _hash(rows: Tensor) -> Tensor:
     """Return a number of 32 bits for each row, from the upper bits of some of its values.
 
-    Source: multiplicative hashing, Knuth, The Art of Computer Programming, volume 3, section 6.4.
+    Source: multiply-shift hashing, Dietzfelbinger et al., "A reliable randomized algorithm for the
+    closest-pair problem", Journal of Algorithms 25, 1997.
     """
     step = rows.shape[1] // _KEYS
-    keys = rows[:, step // 2 : step * _KEYS : step].to(torch.float32).contiguous()
-    coarse = keys.view(torch.int32) & _COARSE
-    odd = torch.arange(1, 2 * _KEYS, 2, device=rows.device)
-    return (coarse * odd).sum(1).mul_(_MULTIPLIER) >> 32
+    keys = rows[:, step // 2 : step * _KEYS : step].to(torch.float32)
+    end = _FIRST_FACTOR + _KEYS * _FACTOR_STEP
+    factors = torch.arange(_FIRST_FACTOR, end, _FACTOR_STEP, device=rows.device)
+    return ((keys.view(torch.int32) & _COARSE) * factors).sum(1) >> 32
 
 
 def _all_channels(x: Tensor, axis: int | None) -> Tensor | None:

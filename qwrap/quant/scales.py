@@ -20,7 +20,7 @@ from qwrap.quant.observers import Observer
 from qwrap.quant.overrides import has_range, qparams_of
 from qwrap.quant.plan import ConstantPlan
 from qwrap.quant.prepare import config_of, plan_of, stubs
-from qwrap.quant.ranges import choose_ranges, choose_weight_range
+from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
 from qwrap.quant.unify import Range, unify_joined
 
@@ -29,12 +29,6 @@ FILLED = 7 / 8  # of an operator's range: from there on all of it costs less tha
 
 Way = tuple[str, float]
 """How a range is chosen: method and percentile."""
-
-
-def fix_scales(model: WrappedModel) -> None:
-    """Choose the scale of every quantized tensor, in place."""
-    set_constants(model)
-    set_activations(model, ranges_by(model, ways_of(model)))
 
 
 def stored(model: WrappedModel, value: str) -> Tensor:
@@ -76,7 +70,30 @@ def ranges_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, Range]:
         [method for method, _ in ways.values()],
         [percentile for _, percentile in ways.values()],
     )
-    return {key: (float(low), float(high)) for key, (low, high) in zip(ways, ranges, strict=True)}
+    return {key: _numbers(ends) for key, ends in zip(ways, ranges, strict=True)}
+
+
+def candidates_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, dict[str, Range]]:
+    """Return for every tensor in ``ways`` what each method chooses, with the percentile given.
+
+    Raises:
+        NotCalibratedError: an observer saw no value.
+    """
+    found = watched(model)
+    ranges = candidate_ranges(
+        [_observer(found[key]) for key in ways],
+        [found[key].spec for key in ways],
+        [percentile for _, percentile in ways.values()],
+    )
+    return {
+        key: {method: _numbers(ends) for method, ends in choices.items()}
+        for key, choices in zip(ways, ranges, strict=True)
+    }
+
+
+def _numbers(ends: tuple[Tensor, Tensor]) -> Range:
+    low, high = (float(end) for end in ends)
+    return low, high
 
 
 def _observer(stub: Stub) -> Observer:
@@ -85,22 +102,26 @@ def _observer(stub: Stub) -> Observer:
 
 
 @torch.no_grad()
-def set_activations(model: WrappedModel, ranges: Mapping[str, Range]) -> None:
+def set_activations(
+    model: WrappedModel,
+    ranges: Mapping[str, Range],
+    given: Mapping[str, QParams] | None = None,
+) -> None:
     """Give every activation its scale, and make room for the biases, in place.
 
     Args:
         model: prepared; its weights have their scales.
         ranges: watched tensor -> what its codes should cover.
+        given: watched tensor -> the scale itself, for those not in ``ranges``.
     """
     plan = plan_of(model)
     exact: dict[tuple[Range, QuantSpec], QParams] = {}
     fixed: dict[str, Range] = {}
-    for key, tensor in plan.sources().items():
-        if tensor.fixed is not None:
-            qparams = _from_numbers(*tensor.fixed)
-            stub_at(model, ValuePoint(key)).set_qparams(qparams)
-            fixed[key] = span_of(qparams, tensor.spec)
-            exact[fixed[key], tensor.spec] = qparams
+    for key, qparams in {**_dictated(model), **(given or {})}.items():
+        stub = stub_at(model, ValuePoint(key))
+        stub.set_qparams(qparams)
+        fixed[key] = span_of(qparams, stub.spec)
+        exact[fixed[key], stub.spec] = qparams
     wanted = dict(ranges)
     for key, span in ranges.items():
         spec = stub_at(model, ValuePoint(key)).spec
@@ -110,15 +131,45 @@ def set_activations(model: WrappedModel, ranges: Mapping[str, Range]) -> None:
             exact[wanted[key], spec] = whole
     for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
         stub = stub_at(model, ValuePoint(key))
-        low, high = (torch.tensor(end) for end in span)
-        qparams = exact.get((span, stub.spec)) or choose_qparams(low, high, stub.spec)
-        stub.set_qparams(shrink_into(qparams, *_bounds(model, key, qparams, stub.grid), stub.grid))
+        qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
+        stub.set_qparams(cut_to_bounds(model, key, qparams))
     _set_tables(model)
     _fit_biases(model)
 
 
-def _from_numbers(scale: float, zero_point: int) -> QParams:
-    return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+def activation_qparams(model: WrappedModel, key: str, span: Range) -> QParams:
+    """Return the scale that a watched tensor gets for a range, if no Concat has a say in it."""
+    spec = stub_at(model, ValuePoint(key)).spec
+    return cut_to_bounds(
+        model, key, _operator_qparams(model, key, span, spec) or _spread(span, spec)
+    )
+
+
+def _spread(span: Range, spec: QuantSpec) -> QParams:
+    return choose_qparams(torch.tensor(span[0]), torch.tensor(span[1]), spec)
+
+
+def cut_to_bounds(model: WrappedModel, key: str, qparams: QParams) -> QParams:
+    """Return ``qparams`` with the scale reduced so that no code lies beyond ``bounds_at``.
+
+    Where an end is 0 only the zero point can see to that, and no scale.
+    """
+    grid = stub_at(model, ValuePoint(key)).grid
+    low, high = bounds_at(model, key)
+    reach = span_of(qparams, grid)
+    low = -math.inf if low == 0 > reach[0] else low
+    high = math.inf if high == 0 < reach[1] else high
+    return shrink_into(qparams, low, high, grid)
+
+
+def _dictated(model: WrappedModel) -> dict[str, QParams]:
+    """Return the scales that operators and the user dictate, by tensor."""
+    fixed = {key: tensor.fixed for key, tensor in plan_of(model).sources().items()}
+    return {
+        key: QParams(torch.tensor([pair[0]]), torch.tensor([pair[1]], dtype=torch.int32))
+        for key, pair in fixed.items()
+        if pair is not None
+    }
 
 
 def span_of(qparams: QParams, spec: QuantSpec) -> Range:
@@ -145,22 +196,17 @@ def _operator_qparams(
     return qparams if filled and reach[0] - half <= span[0] and span[1] <= reach[1] + half else None
 
 
-def _bounds(
-    model: WrappedModel, key: str, qparams: QParams, spec: QuantSpec
-) -> tuple[float, float]:
+def bounds_at(model: WrappedModel, key: str) -> tuple[float, float]:
     """Return where the activation that tensor ``key`` comes out of cuts, if it was absorbed.
 
-    onnxruntime removes it only if none of the output's codes lies outside. Where an end is 0 only
-    the zero point can see to that, and no scale.
+    onnxruntime removes it only if none of the output's codes lies outside.
     """
     node = model.graph.values[key].producer()
     if node is None or plan_of(model).nodes[model.graph.node_key(node)].role != "absorbed":
         return -math.inf, math.inf
     bounds = bounds_of(model.layout.values, node)
     assert bounds is not None
-    low, high = bounds
-    beyond = span_of(qparams, spec)
-    return -math.inf if low == 0 > beyond[0] else low, math.inf if high == 0 < beyond[1] else high
+    return bounds
 
 
 def _set_tables(model: WrappedModel) -> None:
@@ -202,15 +248,24 @@ def _fit_biases(model: WrappedModel) -> None:
         least = stored(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
-        override = plan.constants[bias.weight].override
-        if override is not None and override.scale is not None and (weight.scale < least).any():
-            warnings.warn(
-                f"weight {weight.name!r}: scale={override.scale} would let codes of bias "
-                f"{bias.value!r} overflow int32; it was enlarged to {float(least.max()):g}",
-                QwrapWarning,
-                stacklevel=2,
-            )
         weight.scale.copy_(torch.maximum(weight.scale, least))
+
+
+def warn_of_enlarged(model: WrappedModel) -> None:
+    """Warn of scales that the user gave and that had to be enlarged for a bias."""
+    for bias in plan_of(model).biases.values():
+        override = plan_of(model).constants[bias.weight].override
+        stub = stub_at(model, UsePoint(*bias.weight))
+        if override is not None and override.scale is not None:
+            given = qparams_of(stub.name, override, stub.spec).scale
+            largest = float(stub.scale.max())
+            if largest > float(given):
+                warnings.warn(
+                    f"weight {stub.name!r}: scale={override.scale} would let codes of bias "
+                    f"{bias.value!r} overflow int32; it was enlarged to {largest:g}",
+                    QwrapWarning,
+                    stacklevel=2,
+                )
 
 
 def stub_at(model: WrappedModel, point: Point) -> Stub:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qwrap.config import QConfig, QuantSpec
+from qwrap.dtypes import INT8, UINT8
 from qwrap.errors import ConfigError
 from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import operator_qparams
@@ -22,6 +23,12 @@ def is_fusable(spec: QuantSpec) -> bool:
     """Whether onnxruntime has integer kernels for tensors of ``spec``: 8 bits, no blocks."""
     eight = spec.dtype.is_integer and spec.dtype.is_standard and spec.dtype.bits == EIGHT_BITS
     return eight and spec.block_size is None and spec.scale_type == "float32"
+
+
+def is_fusable_weight(spec: QuantSpec) -> bool:
+    """The same for weights, which may be of fewer bits that 8 carry: int5 … int7."""
+    carried = spec.dtype.is_integer and spec.dtype.onnx_type in (INT8.onnx_type, UINT8.onnx_type)
+    return carried and spec.block_size is None and spec.scale_type == "float32"
 
 
 class Specs:
@@ -43,11 +50,11 @@ class Specs:
 
     def slow(self) -> str | None:
         """Return why onnxruntime has no integer kernels for what is asked, None if it has."""
-        for what, spec in (
-            ("activations", self.config.activation_spec),
-            ("weights", self.config.weight_spec(None, 0)),
+        for what, spec, has_kernels in (
+            ("activations", self.config.activation_spec, is_fusable),
+            ("weights", self.config.weight_spec(None, 0), is_fusable_weight),
         ):
-            if spec is not None and not is_fusable(spec):
+            if spec is not None and not has_kernels(spec):
                 blocks = "" if spec.block_size is None else f" in blocks of {spec.block_size}"
                 return f"onnxruntime has no integer kernels for {what} of {spec.dtype}{blocks}"
         return None
@@ -95,7 +102,12 @@ class Specs:
         return self._scaled(spec, table)
 
     def is_worth_it(self, value: ir.Value, spec: QuantSpec) -> bool:
-        """Whether codes and scales of a constant take less space than its floats."""
+        """Whether codes and scales of a constant take less space than its floats.
+
+        What has no codes is not quantized for space at all.
+        """
+        if spec.dtype.function is not None:
+            return True
         shape = self.facts.size_of(value)
         scales = 1
         if spec.axis is not None:
@@ -115,14 +127,14 @@ class Specs:
         accumulator of codes; that of 16-bit codes would overflow; and scales of 16 bits cannot
         hold the product of two.
         """
-        x, weight = node.inputs[:2]
+        x = node.inputs[0]
         assert x is not None
-        assert weight is not None
-        specs = self.activation(x), self.weight(node)
-        bits = sum(spec.dtype.bits for spec in specs)
-        plain = all(s.dtype.is_integer and s.dtype.is_standard for s in specs)
+        activation, weight = self.activation(x), self.weight(node)
+        bits = activation.dtype.bits + weight.dtype.bits
+        plain = all(s.dtype.is_integer and s.dtype.is_standard for s in (activation, weight))
+        plain = plain or (is_fusable(activation) and is_fusable_weight(weight))
         is_float32 = self.graph.type_of(x).dtype == ir.DataType.FLOAT
-        return plain and is_float32 and specs[1].block_size is None and bits <= LARGEST_ACCUMULATOR
+        return plain and is_float32 and weight.block_size is None and bits <= LARGEST_ACCUMULATOR
 
     def _scaled(self, spec: QuantSpec, value: ir.Value) -> QuantSpec:
         dtype = self.graph.type_of(value).dtype

@@ -22,6 +22,24 @@ def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
     return ready and dist.get_world_size(group) > 1
 
 
+def is_first(group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether this process is the first rank of ``group``, or the only process."""
+    return not is_distributed(group) or dist.get_rank(group) == 0
+
+
+def sum_over_ranks(number: int, home: torch.device, group: dist.ProcessGroup | None = None) -> int:
+    """Return the sum of what every rank calls this with."""
+    return int(summed(torch.tensor([number]), home, group))
+
+
+def summed(values: Tensor, home: torch.device, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of the tensors that every rank calls this with; of one process, the tensor."""
+    if not is_distributed(group):
+        return values
+    (total,) = _Ranks(home, group).reduce([values], dist.ReduceOp.SUM)
+    return total
+
+
 def merge_ranks(
     observers: Sequence[Observer], home: torch.device, group: dist.ProcessGroup | None = None
 ) -> None:

@@ -125,6 +125,6 @@ def test_integer_outputs_do_not_decide(small) -> None:
     )
     batches = positive_batches(small)
     model = calibrated(source, batches)
-    model.tap(UsePoint("/a", 1)).scale.mul_(1.3)
+    model.tap(UsePoint("/a", 1)).scale.mul_(2.0)
     assert qwrap.correct_biases(model, batches)
     assert numpy_helper.to_array(source.graph.initializer[1]).shape == (4,)

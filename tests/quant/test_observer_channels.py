@@ -1,5 +1,6 @@
 """Statistics per channel, on any device, however samples are put into batches."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -169,6 +170,18 @@ def test_a_tensor_that_lacks_the_axis_or_changes_its_channels_is_refused() -> No
         observer.merge(observed([torch.ones(2, 4)], axis=1))
     with pytest.raises(ConfigError, match="HistogramObserver along axis 1 into Hist"):
         HistogramObserver("x").merge(observer)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_inference_mode_may_come_and_go(axis: int | None) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, 300) * 4**i for i in range(4)]
+    observer = HistogramObserver("x", axis)
+    for i, batch in enumerate(batches):
+        with torch.inference_mode(i % 2 == 0):
+            observer.observe(batch * 1)
+    assert state(copy.deepcopy(observer)) == state(observed(batches, axis=axis))
+    observer.merge(copy.deepcopy(observer))
 
 
 def test_integers_and_booleans_are_seen_as_numbers() -> None:

@@ -28,6 +28,7 @@ class Rank:
     number: int
     source: bytes
     batches: list[Any]
+    folder: Path
 
 
 def share(batches: list[Any], rank: int) -> list[Any]:
@@ -92,7 +93,7 @@ def run_rank(rank: int, folder: str, source: bytes, branchy: bytes, batches: lis
     pair = dist.new_group([0, 1])
     results: Results = {"distributed": is_distributed()}
     for name, case in CASES.items():
-        results[name] = case(Rank(rank, source, share(batches, rank)))
+        results[name] = case(Rank(rank, source, share(batches, rank), path))
     results["branches"] = calibrated(branchy, share(branch_batches(), rank))
     if rank < 2:
         model = prepared(source)
@@ -150,6 +151,17 @@ def averages(here: Rank) -> Tensor:
     return observer.ema_high
 
 
+EARLIER, ALL = "earlier.json", "all.json"
+
+
+def going_on(here: Rank) -> int:
+    """Goes on from what one process saw, and writes what all saw since."""
+    model = prepared(here.source)
+    files = {"statistics": here.folder / EARLIER, "save": here.folder / ALL}
+    qwrap.calibrate(model, here.batches, progress=False, **files)
+    return qwrap.Statistics.of(model).batches
+
+
 def message(case: Callable[[], None]) -> str:
     with pytest.raises(QwrapError) as caught:
         case()
@@ -177,6 +189,7 @@ CASES = {
     "wrapped": wrapped,
     "channelwise": channelwise,
     "averages": averages,
+    "going on": going_on,
     "no data": no_data,
     "other tensors": other_tensors,
     "other channels": other_channels,
@@ -206,9 +219,17 @@ def sources(small) -> tuple[bytes, bytes]:
 def ranks(sources, small, tmp_path_factory) -> list[Results]:
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
+    earlier = prepared(sources[0])
+    qwrap.calibrate(earlier, earlier_batches(small), save=folder / EARLIER, progress=False)
     arguments = (str(folder), *sources, small.batches(3))
     torch.multiprocessing.spawn(run_rank, arguments, nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    results[0]["file"] = folder / ALL
+    return results
+
+
+def earlier_batches(small) -> list[np.ndarray]:
+    return small.batches(2, seed=7)
 
 
 def test_one_process_is_not_distributed(ranks) -> None:
@@ -266,6 +287,21 @@ def test_moving_averages_count_with_the_batches_behind_them(ranks, small) -> Non
     expected = (first + 2 * (second + third) / 2) / 3  # of ranks 0 and 1, at ema=0.5
     for result in ranks:
         assert result["averages"].item() == pytest.approx(expected, rel=1e-6)  # float32
+
+
+def test_earlier_statistics_count_once_and_one_file_holds_what_all_ranks_saw(
+    ranks, sources, small
+) -> None:
+    model = prepared(sources[0])
+    batches = [*earlier_batches(small), *small.batches(3)]
+    qwrap.calibrate(model, batches, progress=False)
+    expected, found = qwrap.Statistics.of(model), qwrap.Statistics.load(ranks[0]["file"])
+    assert [result["going on"] for result in ranks] == [found.batches] * WORLD == [5] * WORLD
+    assert found.fingerprint == expected.fingerprint
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].count == tensor.count
+        assert torch.equal(found.tensors[name].extremes, tensor.extremes)
+        assert torch.equal(found.tensors[name].counts, tensor.counts)
 
 
 def test_errors_come_on_every_rank(ranks) -> None:

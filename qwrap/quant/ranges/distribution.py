@@ -19,7 +19,7 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
     Integers span the mean and as many deviations on each side as have the least squared error for
     normal values, within what was seen. Floats and code books get the scale at which the deviation
     of their numbers, each as likely as the next, is that of the values; the range may then go
-    beyond what was seen. Functions of the user are taken for integers of as many bits.
+    beyond what was seen. Functions of the user are taken for integers, one for each step.
 
     Args:
         rows: what was seen.
@@ -30,13 +30,11 @@ def distribution_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Te
     """
     mean, deviation = moments(rows)
     if spec.dtype.levels is None:
-        whole = spec.dtype.is_integer
-        codes = int(spec.qmax - spec.qmin) + 1 if whole else 2**spec.dtype.bits
+        codes = max(2, int(spec.qmax - spec.qmin) + 1)  # of a function: one for each step
         reach = normal_clip(codes) * deviation
         return rows.within(mean - reach, mean + reach)
-    # `choose_qparams` divides twice the larger end by the width of the type.
-    reach = deviation / deviation_of(spec.dtype) * ((spec.qmax - spec.qmin) / 2)
-    return -reach, reach
+    scale = deviation / deviation_of(spec.dtype)
+    return scale * spec.qmin, scale * spec.qmax
 
 
 def moments(rows: HistogramRows) -> tuple[Tensor, Tensor]:

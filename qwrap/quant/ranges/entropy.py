@@ -70,7 +70,8 @@ def entropy_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Tensor]
 
 def _codes(spec: QuantSpec, two_sided: bool) -> int:
     """Return how many codes a swept range has."""
-    codes = int(spec.qmax - spec.qmin) + 1 if spec.dtype.is_integer else 2**spec.dtype.bits
+    evenly = spec.dtype.levels is None
+    codes = max(2, int(spec.qmax - spec.qmin) + 1) if evenly else 2**spec.dtype.bits
     return codes if two_sided or not spec.symmetric else codes // 2
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from qwrap.errors import TableError
-from qwrap.quant.tables.document import at
+from qwrap.quant.tables.document import at_tensor, shorten
 from qwrap.quant.tables.tensor_range import TensorRange
 
 
@@ -34,7 +34,7 @@ class Contents:
             TableError: the name is there already.
         """
         if name in self.ranges or name in self.floating:
-            raise TableError(f"tensor {name!r} is there twice")
+            raise TableError(f"tensor {shorten(name, 200)} is there twice")
         if isinstance(entry, TensorRange):
             self.ranges[name] = entry
         else:
@@ -65,7 +65,7 @@ def per_tensor(name: str, entry: TensorRange, form: str) -> TensorRange:
     Raises:
         TableError: it has one for each channel or block.
     """
-    with at(f"tensor {name!r}"):
+    with at_tensor(name):
         if entry.low.size != 1:
             raise TableError(
                 f"has {entry.low.size} ranges; {form} holds one for a tensor: quantize the "
@@ -82,4 +82,6 @@ def one_line(names: Iterable[str], form: str) -> None:
     """
     for name in names:
         if not name or "\n" in name or "\0" in name:
-            raise TableError(f"{form} has one line for a tensor and cannot hold the name {name!r}")
+            raise TableError(
+                f"{form} has one line for a tensor and cannot hold the name {shorten(name)}"
+            )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,11 @@ def at(where: str) -> Iterator[None]:
         yield
     except TableError as error:
         raise TableError(f"{where}: {error}") from error
+
+
+def at_tensor(name: str) -> AbstractContextManager[None]:
+    """Put the name of a tensor before the message of a ``TableError``."""
+    return at(f"tensor {shorten(name, 200)}")
 
 
 def decode(data: bytes) -> str:
@@ -61,7 +66,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise TableError(f"{name!r} is there twice in one object")
+            raise TableError(f"{shorten(name, 200)} is there twice in one object")
         found[name] = value
     return found
 
@@ -84,7 +89,7 @@ class Fields:
             TableError: there is none.
         """
         if name not in self.values:
-            raise TableError(f"has no {name!r}; it has {sorted(self.values)}")
+            raise TableError(f"has no {name!r}; it has {listed(self.values)}")
         return self.values[name]
 
     def inner(self, name: str) -> Fields:
@@ -161,9 +166,16 @@ def cast(array: Array, dtype: str) -> Array:
     return result
 
 
-def shorten(value: object) -> str:
-    """Return ``value`` as messages show it."""
+def listed(names: Iterable[str]) -> str:
+    """Return names as messages show them, the first few of many."""
+    first = sorted(names)
+    shown = ", ".join(shorten(name) for name in first[:8])
+    return shown + (f", … ({len(first)} in all)" if len(first) > 8 else "")
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Return ``value`` as messages show it, in at most ``limit`` characters or so."""
     if isinstance(value, (dict, list)):
         return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -17,7 +17,7 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, render, shorten
+from qwrap.quant.tables.document import Array, Fields, at, at_tensor, render, shorten
 from qwrap.quant.tables.grid import codes, is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import TensorRange
 
@@ -32,7 +32,7 @@ def read(document: object) -> Contents:
     fields, contents = Fields(document), Contents()
     for section, stored in sections_of(fields).items():
         for name, value in fields.inner(section).values.items():
-            with at(f"{section}, tensor {name!r}"):
+            with at(section), at_tensor(name):
                 contents.add(name, _entry(value, stored))
     return contents
 
@@ -56,7 +56,7 @@ def write(contents: Contents, form: str) -> bytes:
         said: dict[str, object] = {}
         for name, entry in sorted(contents.ranges.items()):
             if entry.stored == stored:
-                with at(f"tensor {name!r}"):
+                with at_tensor(name):
                     said[name] = _plain(entry, form)
         if not stored:
             floating = sorted(contents.floating.items())

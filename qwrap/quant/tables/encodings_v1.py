@@ -12,7 +12,7 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, cast, render
+from qwrap.quant.tables.document import Array, Fields, at, at_tensor, cast, render
 from qwrap.quant.tables.encodings_v0 import SECTIONS, sections_of
 from qwrap.quant.tables.grid import is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import Lpbq, TensorRange
@@ -29,7 +29,7 @@ def read(document: object) -> Contents:
             with at(f"{section}[{index}]"):
                 encoding = Fields(value)
                 name = encoding.text("name")
-            with at(f"{section}, tensor {name!r}"):
+            with at(section), at_tensor(name):
                 contents.add(name, _entry(encoding, stored))
     return contents
 
@@ -98,7 +98,7 @@ def write(contents: Contents) -> bytes:
         said: list[dict[str, object]] = []
         for name, entry in sorted(contents.ranges.items()):
             if entry.stored == stored:
-                with at(f"tensor {name!r}"):
+                with at_tensor(name):
                     said.append({"name": name, **_plain(entry)})
         if not stored:
             said += [

@@ -15,7 +15,7 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import QuantType, quant_type
 from qwrap.errors import ConfigError, TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, cast, render
+from qwrap.quant.tables.document import Array, Fields, at, at_tensor, cast, listed, render, shorten
 from qwrap.quant.tables.encodings_v1 import check_multiples, multiples
 from qwrap.quant.tables.grid import encoded, require_scale
 from qwrap.quant.tables.tensor_range import Lpbq, TensorRange
@@ -35,9 +35,9 @@ def read(document: object) -> Contents:
         with at(f"encodings[{index}]"):
             fields = Fields(value)
             name = fields.text("name")
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             if strange := fields.values.keys() - _KNOWN:
-                raise TableError(f"has {sorted(strange)}; known are {sorted(_KNOWN)}")
+                raise TableError(f"has {listed(strange)}; known are {', '.join(sorted(_KNOWN))}")
             contents.add(name, _entry(fields))
     return contents
 
@@ -71,7 +71,7 @@ def _type(name: str) -> QuantType:
     try:
         return quant_type(name)
     except ConfigError as error:
-        raise TableError(f"output_dtype {name!r}: {error}") from error
+        raise TableError(f"output_dtype {shorten(name)}: no type of quantized codes") from error
 
 
 def _scales(fields: Fields, axis: int | None) -> tuple[Array, Lpbq | None]:
@@ -96,7 +96,7 @@ def write(contents: Contents) -> bytes:
     """Return the file."""
     said: list[dict[str, object]] = []
     for name, entry in sorted(contents.ranges.items()):
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             said.append({"name": name, **_plain(entry)})
     wide = {bits: dtype for dtype, bits in reversed(_WIDE.items())}
     for name, bits in sorted(contents.floating.items()):

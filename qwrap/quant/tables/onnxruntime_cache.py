@@ -10,7 +10,17 @@ from typing import Any
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
-from qwrap.quant.tables.document import Array, Fields, at, cast, numbers, render, shorten
+from qwrap.quant.tables.document import (
+    Array,
+    Fields,
+    at,
+    at_tensor,
+    cast,
+    listed,
+    numbers,
+    render,
+    shorten,
+)
 from qwrap.quant.tables.tensor_range import TensorRange
 
 METHODS = ("MinMax", "Entropy", "Percentile", "Distribution")
@@ -24,7 +34,7 @@ def read(document: object) -> Contents:
     fields = Fields(document)
     contents = Contents(method=_method(fields), smooth_quant=fields.flag("smooth_quant"))
     for name, value in fields.inner("data").values.items():
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             contents.add(name, tensor_data(value))
     return contents
 
@@ -51,7 +61,7 @@ def tensor_data(value: object) -> TensorRange:
     fields = Fields(value)
     known = {"CLS", "lowest", "highest", *STATISTICS}
     if strange := fields.values.keys() - known:
-        raise TableError(f"has {sorted(strange)}; onnxruntime's TensorData knows {sorted(known)}")
+        raise TableError(f"has {listed(strange)}; onnxruntime's TensorData knows {listed(known)}")
     statistics = {n: _array(fields, n, _NUMBERS) for n in STATISTICS if n in fields}
     low, high = (_array(fields, name, _FLOATS) for name in ("lowest", "highest"))
     return TensorRange(low, high, statistics=statistics)

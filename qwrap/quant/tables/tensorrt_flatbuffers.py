@@ -14,7 +14,7 @@ import flatbuffers
 from qwrap.errors import TableError
 from qwrap.quant.tables.absolute_maximum import from_maximum, maximum_of
 from qwrap.quant.tables.contents import Contents, per_tensor
-from qwrap.quant.tables.document import at
+from qwrap.quant.tables.document import at, at_tensor
 from qwrap.quant.tables.tensorrt_text import decimal
 
 WORD = 4  # bytes of an offset or a length
@@ -49,7 +49,7 @@ def read(data: bytes) -> Contents:
     for index, pair in enumerate(buffer.tables(buffer.follow(0), slot=0)):
         with at(f"entry {index}"):
             name, value = (buffer.text(pair, slot) for slot in (0, 1))
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             contents.add(name, from_maximum(decimal(value)))
     return contents
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents, per_tensor
-from qwrap.quant.tables.document import Fields, at, numbers, render
+from qwrap.quant.tables.document import Fields, at_tensor, numbers, render
 from qwrap.quant.tables.onnxruntime_cache import plain, tensor_data
 from qwrap.quant.tables.tensor_range import TensorRange
 
@@ -20,7 +20,7 @@ def read(document: object) -> Contents:
     """Return what a parsed table holds."""
     contents = Contents()
     for name, value in Fields(document).values.items():
-        with at(f"tensor {name!r}"):
+        with at_tensor(name):
             contents.add(name, tensor_data(value) if isinstance(value, dict) else _ends(value))
     return contents
 

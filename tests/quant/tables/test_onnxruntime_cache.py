@@ -128,7 +128,7 @@ def test_plain_numbers_are_float32_as_onnxruntime_reads_them(tmp_path) -> None:
         ({"lowest": 2.0, "highest": 1.0}, "low 2 is above high 1"),
         ({"lowest": [0.0, 1.0], "highest": 1.0}, "expected the same"),
         ({"lowest": "0", "highest": 1.0}, "'lowest': expected numbers; got '0'"),
-        ({"lowest": 0.0, "highest": 1.0, "mode": 3}, r"has \['mode'\]"),
+        ({"lowest": 0.0, "highest": 1.0, "mode": 3}, "has 'mode'; onnxruntime's"),
         (
             {"lowest": {"CLS": "numpy.array", "dtype": "object", "data": [0]}, "highest": 1.0},
             "'lowest': is 'numpy.array' of object",

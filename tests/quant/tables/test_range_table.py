@@ -185,3 +185,25 @@ def test_a_table_of_five_thousand_tensors_is_read_at_once(tmp_path) -> None:
     for form in ("onnxruntime", "tensorrt", "tensorrt-flatbuffers"):
         table.write(tmp_path / "t", form)
         assert len(RangeTable.read(tmp_path / "t")) == 5000
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["aimet-1.0.0", "aimet-2.0.0"])
+def test_scales_of_blocks_return_to_the_model_they_are_from(small, tmp_path, form: str) -> None:
+    nodes = "a = MatMul(x, w) y = Gemm<transB=1>(a, v)"
+    source = small.build(nodes, {"w": (8, 6), "v": (5, 6)}, "float[N,8] x", "float[N,5] y", 21)
+    spec = qwrap.QuantSpec(dtype="int4", block_size=2)
+    batches = small.batches(shape=(4, 8))
+    model = calibrated(source, batches, weight=spec)
+    table = RangeTable.of(model)
+    assert table["w"].scale.shape == (4, 6)  # blocks along the rows that a MatMul sums over
+    assert table["v"].scale.shape == (5, 3)
+    table.write(tmp_path / "t", form)
+    read = RangeTable.read(tmp_path / "t")
+    for name, point in (("w", UsePoint("/a", 1)), ("v", UsePoint("/y", 1))):
+        stub = model.tap(point)
+        qparams = read[name].qparams(stub.spec, stub.scale.shape)
+        assert torch.equal(qparams.scale, stub.scale)
+        assert torch.equal(qparams.zero_point, stub.zero_point)

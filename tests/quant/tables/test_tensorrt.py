@@ -97,7 +97,8 @@ def test_a_cache_that_tensorrt_wrote_is_read(tmp_path) -> None:
 
 @pytest.mark.parametrize("form", ["tensorrt", "tensorrt-flatbuffers"])
 def test_an_int8_scale_reaches_tensorrt_as_it_is(tmp_path, form: str) -> None:
-    scale = np.float32(0.0123)
+    scale = np.float32(1.0078812)  # one of 0.8 % that multiplying and dividing by 127 changes
+    assert np.float32(127) * scale / np.float32(127) != scale
     entry = TensorRange(-128 * scale, 127 * scale, scale=scale, dtype=INT8)
     RangeTable({"x": entry}).write(tmp_path / "t", form)
     back = RangeTable.read(tmp_path / "t")["x"]
