@@ -17,9 +17,12 @@ from qwrap.graph.save import check_target
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.calibrate import calibrate
+from qwrap.quant.calibrate import calibrate, calibrating, run_batches
 from qwrap.quant.prepare import observers, plan_of, prepare
+from qwrap.quant.rescale import rescale
+from qwrap.quant.samples import keep
 from qwrap.quant.statistics import Statistics
+from qwrap.quant.tables import RangeTable
 
 KEPT = 32  # batches that stay in memory for what follows calibration
 
@@ -30,6 +33,7 @@ def quantize(
     *,
     calibration: Iterable[Any] | None = None,
     statistics: Statistics | str | os.PathLike[str] | None = None,
+    table: RangeTable | str | os.PathLike[str] | None = None,
     config: QConfig | None = None,
     progress: bool = True,
 ) -> WrappedModel:
@@ -52,6 +56,9 @@ def quantize(
         statistics: what was seen before, or a file for it, which is made if there is none. As many
             batches as were run for it count as seen, so the data has to be the same, or to begin
             so.
+        table: ranges and scales from elsewhere, or their file, which may be that of onnxruntime,
+            TensorRT, AIMET or QNN. They are taken for what the table has; the other tensors need
+            one of the above.
         config: types, ranges and exclusions.
         progress: show a bar on a terminal.
 
@@ -62,7 +69,10 @@ def quantize(
     Raises:
         ModelError: the source cannot be loaded.
         InputError: there is no batch, or one does not fit.
-        ConfigError: there are neither ``calibration`` nor ``statistics`` for the ranges.
+        ConfigError: there are neither ``calibration`` nor ``statistics`` nor a ``table`` for the
+            ranges.
+        NotCalibratedError: the table is all there is, and lacks tensors.
+        TableError: the table's file cannot be read, or an entry does not fit its tensor.
         StatisticsError: the file is damaged, or of another model; it is not replaced.
         ExportError: the target cannot be written, or is the source.
     """
@@ -71,9 +81,15 @@ def quantize(
     check_target(target)
     if isinstance(statistics, (str, os.PathLike)):
         check_target(statistics)
+    if isinstance(table, (str, os.PathLike)):
+        table = RangeTable.read(table)
     model = load(source).eval()
     prepare(model, config)
-    kept = _calibrate(model, calibration, statistics, progress=progress)
+    kept = []
+    if table is None or calibration is not None or statistics is not None:
+        kept = _calibrate(model, calibration, statistics, progress=progress)
+    if table is not None:
+        rescale(model, table)
     if not kept:
         plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
     elif round_weights(model, kept):
@@ -97,7 +113,7 @@ def _calibrate(
     if calibration is None:
         if given is None and observers(model):
             raise ConfigError(
-                "give calibration data, or statistics that exist: activations need ranges"
+                "give calibration data, statistics that exist, or a table: activations need ranges"
             )
         calibrate(model, (), statistics=given, progress=progress)
         return []
@@ -106,7 +122,10 @@ def _calibrate(
     done, count = _batches_of(given), count_batches(calibration)
     left = None if count is None else max(0, count - done)
     rest = () if left == 0 else itertools.islice(itertools.chain(kept, batches), done, None)
-    calibrate(model, rest, statistics=given, save=file, progress=progress, total=left)
+    with calibrating(model, statistics=given, save=file):
+        for inputs in kept[:done]:  # not observed again, but method "auto" wants to see some
+            keep(model, inputs)
+        run_batches(model, rest, progress=progress, total=left)
     return kept
 
 

@@ -144,6 +144,24 @@ def test_statistics_are_made_once_and_read_then(tmp_path: Path, data: Path) -> N
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
+def test_a_table_stands_for_data(tmp_path: Path, data: Path) -> None:
+    first, second, table = (tmp_path / name for name in ("a.onnx", "b.onnx", "t"))
+    arguments = ("--calibration", data, "--write-table", table, "--table-form", "qnn")
+    done = run("quantize", model_path(), "-o", first, *arguments, "--verify", 0)
+    assert done.exit_code == 0, done.output
+    done = run("quantize", model_path(), "-o", second, "--table", table)
+    assert done.exit_code == 0, done.output
+    assert "not verified: without --calibration" in done.stdout
+    assert scales(first) == scales(second) != {}
+
+
+def scales(path: Path) -> dict[str, bytes]:
+    """Every scale in a file, but those of biases, by name."""
+    initializers = onnx.load(path).graph.initializer
+    found = {i.name: onnx.numpy_helper.to_array(i).tobytes() for i in initializers}
+    return {n: value for n, value in found.items() if "scale" in n and "bias" not in n}
+
+
 def test_statistics_stand_for_data(tmp_path: Path, data: Path) -> None:
     file, output = tmp_path / "s.safetensors", tmp_path / "q.onnx"
     arguments = ("--statistics", file, "--verify", 0)
@@ -321,11 +339,33 @@ def test_arrays_of_another_model_are_one_line(tmp_path: Path) -> None:
 def test_neither_data_nor_statistics_is_one_line(tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
     done = run("quantize", model_path(), "-o", output)
-    assert "give --calibration DATA, --statistics FILE with ranges, or both" in mistake(done)
+    assert "give --calibration DATA, --statistics or --table FILE with ranges" in mistake(done)
     done = run("quantize", model_path(), "-o", output, "--statistics", tmp_path / "absent")
-    assert "give calibration data, or statistics that exist" in mistake(done)
+    assert "give calibration data, statistics that exist, or a table" in mistake(done)
     done = run("quantize", model_path(), "-o", output, "--statistics", tmp_path, "--min-sqnr", 9)
     assert "no --calibration leaves nothing to hold" in mistake(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--table", "absent"), "TableError: absent: cannot be read: No such file"),
+        (("--table", "x", "--write-table", "t"), "--write-table and --table-form go together"),
+        (("--table", "x", "--write-table", "t", "--table-form", "y"), "choose one of onnxruntime,"),
+        (("--table", "x", "--write-table", "no/t", "--table-form", "qnn"), "does not exist; make"),
+        (("--table", "x", "--min-sqnr", 9), "no --calibration leaves nothing to hold"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_one_line(tmp_path: Path, arguments, message: str) -> None:
+    done = run("quantize", model_path(), "-o", tmp_path / "q.onnx", *arguments)
+    assert message in mistake(done)
+
+
+def test_a_table_that_lacks_tensors_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text('{"image": [0, 1]}')
+    done = run("quantize", model_path(), "-o", tmp_path / "q.onnx", "--table", tmp_path / "t")
+    assert "NotCalibratedError: neither the table nor calibration has seen" in mistake(done)
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_statistics_of_another_model_are_one_line(tmp_path: Path, data: Path, small) -> None:

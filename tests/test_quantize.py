@@ -8,6 +8,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, ExportError, InputError, ModelError
+from qwrap.model.points import ValuePoint
 
 
 def test_one_call_gives_a_file_that_the_model_simulates_exactly(small, tmp_path: Path) -> None:
@@ -196,6 +197,7 @@ def test_another_configuration_takes_its_ranges_from_the_file(small, tmp_path: P
     before = file.read_bytes()
     for settings in (
         {"method": "entropy"},
+        {"method": "auto"},
         {"excluded": ["/y"]},
         {"activation": "int8"},
         {"weight": "int4"},
@@ -230,8 +232,30 @@ def test_weights_alone_need_no_data(small, tmp_path: Path) -> None:
 
 
 def test_ranges_have_to_come_from_somewhere(small, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give calibration data, or statistics that exist"):
+    with pytest.raises(ConfigError, match="statistics that exist, or a table"):
         quantized(small, tmp_path / "q")
-    with pytest.raises(ConfigError, match="give calibration data, or statistics that exist"):
+    with pytest.raises(ConfigError, match="statistics that exist, or a table"):
         quantized(small, tmp_path / "q", statistics=tmp_path / "missing")
     assert os.listdir(tmp_path) == []
+
+
+# --- tables
+
+
+def test_a_table_stands_for_calibration(small, tmp_path: Path) -> None:
+    batches = small.batches()
+    model = quantized(small, tmp_path / "a", calibration=batches)
+    qwrap.RangeTable.of(model).write(tmp_path / "t", "aimet-2.0.0")
+    again = quantized(small, tmp_path / "b", table=tmp_path / "t")
+    for name in ("x", "b", "y"):
+        a, b = (m.tap(ValuePoint(name)) for m in (model, again))
+        assert torch.equal(a.scale, b.scale)
+        assert torch.equal(a.zero_point, b.zero_point)
+
+
+def test_a_table_goes_before_what_data_shows(small, tmp_path: Path) -> None:
+    table = qwrap.RangeTable({"x": qwrap.TensorRange(-51, 204)})
+    model = quantized(small, tmp_path / "a", calibration=small.batches(), table=table)
+    assert model.tap(ValuePoint("x")).scale == 1
+    assert model.tap(ValuePoint("x")).zero_point == 51
+    assert model.tap(ValuePoint("y")).scale < 1

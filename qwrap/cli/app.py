@@ -17,6 +17,8 @@ from qwrap.cli.plan import print_plan
 from qwrap.cli.verification import FirstBatches, Thresholds, verify_summary
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
 from qwrap.errors import ConfigError, ExportError, QwrapError
+from qwrap.graph.save import check_target
+from qwrap.quant.tables import FORMS
 from qwrap.verify import verify_files
 
 BEYOND_THRESHOLD = 1
@@ -108,6 +110,23 @@ Statistics = Annotated[
         "no such file (.json for text). Without --calibration weights are not improved.",
     ),
 ]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        metavar="FILE",
+        help="Ranges and scales in a file of onnxruntime, TensorRT, AIMET or QNN; stands for "
+        "--calibration where it has all tensors.",
+    ),
+]
+WriteTable = Annotated[
+    Path | None,
+    typer.Option("--write-table", metavar="FILE", help="Write ranges and scales to such a file."),
+]
+TableForm = Annotated[
+    str | None,
+    typer.Option("--table-form", help=f"Form of --write-table: {', '.join(FORMS)}."),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
@@ -126,6 +145,9 @@ def quantize(
         str | None, typer.Option("--calibration", metavar="DATA", help=DATA_HELP)
     ] = None,
     statistics: Statistics = None,
+    table: Table = None,
+    write_table: WriteTable = None,
+    table_form: TableForm = None,
     preset: Preset = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
@@ -162,8 +184,9 @@ def quantize(
     if thresholds != Thresholds() and (calibration is None or not verify):
         cause = "--verify 0" if not verify else "no --calibration"
         raise ConfigError(f"{cause} leaves nothing to hold --max-differing or --min-sqnr against")
-    if calibration is None and statistics is None:
-        raise ConfigError("give --calibration DATA, --statistics FILE with ranges, or both")
+    if calibration is None and statistics is None and table is None:
+        raise ConfigError("give --calibration DATA, --statistics or --table FILE with ranges")
+    _check_table(write_table, table_form)
     console = Console(quiet=quiet, highlight=False)
     batches = None
     if calibration is not None:
@@ -173,12 +196,15 @@ def quantize(
         output,
         calibration=batches,
         statistics=statistics,
+        table=table,
         config=config,
         progress=not quiet,
     )
     assert isinstance(wrapped.plan, qwrap.QuantPlan)
     print_plan(wrapped.plan, console)
     _print(console, f"{output}: {_size_text(model, output)}")
+    if write_table is not None and table_form is not None:
+        qwrap.RangeTable.of(wrapped).write(write_table, table_form)
     if batches is None:
         _print(console, "not verified: without --calibration there is no data to run")
     elif verify:
@@ -253,6 +279,16 @@ def _open(
         limit=limit,
         batch_size=batch_size,
     )
+
+
+def _check_table(path: Path | None, form: str | None) -> None:
+    """Refuse a table that cannot be written, before any work is done for it."""
+    if (path is None) != (form is None):
+        raise ConfigError("--write-table and --table-form go together; give both or neither")
+    if form is not None and form not in FORMS:
+        raise ConfigError(f"--table-form {form}: choose one of {', '.join(FORMS)}")
+    if path is not None:
+        check_target(path)
 
 
 def _print(console: Console, text: str) -> None:

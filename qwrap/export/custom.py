@@ -21,12 +21,11 @@ from qwrap.export.functions import (
     fake_quantizer,
 )
 from qwrap.export.quantizers import Array, Quantizers, as_array
+from qwrap.graph.nodes import QUANTIZED, QUANTIZED_AS
 from qwrap.graph.opset import raise_opset
 from qwrap.numerics import QParams, along_axis
 from qwrap.quant.forms import PACKED_OPSET, PRIMITIVE_OPSET
 
-QUANTIZED_AS = "qwrap.quantized_as"
-"""Key in the metadata of a node whose output is quantized: the name of its type."""
 PACKED_IR_VERSION = 10
 ADAPTED_OPSET = 13  # from here on functions can be raised to another opset
 
@@ -96,8 +95,8 @@ class FunctionCalls:
         if dtype.function is not None:
             return [*nodes, *self._call_of_user(value, qparams, dtype, real, name)]
         function = self._own("FakeQuantize", fake_quantizer, dtype, real)
-        nodes.append(self._node(function, [value, *qparams], name))
-        return _marked(nodes, dtype)
+        node = self._node(function, [value, *qparams], name)
+        return [*nodes, _marked(node, name, dtype, real)]
 
     def codes(self, name: str, codes: Tensor, dtype: QuantType) -> ir.Value:
         """Make the initialiser of a constant's codes, of 4 bits where the opset reads them."""
@@ -198,11 +197,12 @@ class FunctionCalls:
             then("Cast", to=ir.DataType.FLOAT.value)
         nothing = self._nothing(ir.DataType.FLOAT)
         then("Max", nothing)
-        nodes.append(self._node(self._users(dtype), [nodes[-1].outputs[0], *qparams], name))
+        call = self._node(self._users(dtype), [nodes[-1].outputs[0], *qparams], name)
+        nodes.append(_marked(call, name, dtype, ir.DataType.FLOAT))
         then("Max", nothing)
         if real != ir.DataType.FLOAT:
             then("Cast", to=real.value)
-        return _marked(nodes, dtype)
+        return nodes
 
     def _nothing(self, real: ir.DataType) -> ir.Value:
         """Return the number of a type that is below all others."""
@@ -244,10 +244,12 @@ def at_opset(proto: onnx.FunctionProto, opset: int) -> ir.Function:
     return function
 
 
-def _marked(nodes: list[ir.Node], dtype: QuantType) -> list[ir.Node]:
-    """Say at the last of ``nodes`` what its output is quantized as."""
-    nodes[-1].metadata_props[QUANTIZED_AS] = dtype.name
-    return nodes
+def _marked(call: ir.Node, tensor: str, dtype: QuantType, real: ir.DataType) -> ir.Node:
+    """Say at the call of a function which tensor its output of type ``real`` stands for."""
+    call.metadata_props[QUANTIZED] = tensor
+    call.metadata_props[QUANTIZED_AS] = dtype.name
+    call.outputs[0].type = ir.TensorType(real)
+    return call
 
 
 def _broadcast(values: Tensor, spec: QuantSpec, rank: int) -> Array:

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import onnx
 
+QUANTIZED = "qwrap.quantized"
+"""Key in the metadata of the call of a function that quantizes a tensor: the tensor's name."""
+QUANTIZED_AS = "qwrap.quantized_as"
+"""Key beside it: the name of the type."""
 STANDARD = ("", "ai.onnx")
 
 

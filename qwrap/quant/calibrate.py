@@ -93,26 +93,48 @@ def calibrate(
         StatisticsError: ``statistics`` cannot be read, or were observed in another model.
         ExportError: ``save`` cannot be written.
     """
-    with calibrating(model, statistics=statistics, save=save, group=group), torch.no_grad():
+    with calibrating(model, statistics=statistics, save=save, group=group):
         may_be_empty = statistics is not None or is_distributed(group) or not observers(model)
-        stop = None if early_stop is None else EarlyStop(model, early_stop)
-        bar = tqdm(
+        run_batches(
+            model,
             iterate(batches, model, may_be_empty=may_be_empty),
-            desc="calibrating",
+            early_stop=early_stop,
+            progress=progress,
             total=count_batches(batches) if total is None else total,
-            unit="batch",
-            disable=None if progress else True,
         )
-        for number, inputs in enumerate(bar, 1):
-            model(**inputs)
-            if stop is not None and stop.is_settled():
-                bar.set_description("ranges stand still")
-                plan_of(model).changes.append(
-                    f"{STOPPED} after {number} batches: no range had widened by more than "
-                    f"{WIDENING:.0%} in the last {stop.patience}"
-                )
-                break
-        bar.close()
+
+
+@torch.no_grad()
+def run_batches(
+    model: WrappedModel,
+    batches: Iterable[dict[str, Any]],
+    *,
+    early_stop: int | None = None,
+    progress: bool = True,
+    total: int | None = None,
+) -> None:
+    """Run batches inside of ``calibrating``; arguments as for ``calibrate``.
+
+    Args:
+        model: being calibrated.
+        batches: graph input -> tensor, as ``to_inputs`` returns them.
+        early_stop: see ``calibrate``.
+        progress: see ``calibrate``.
+        total: how many batches there are, None if that is not known.
+    """
+    stop = None if early_stop is None else EarlyStop(model, early_stop)
+    off = None if progress else True  # None: where there is no terminal
+    bar = tqdm(batches, desc="calibrating", total=total, unit="batch", disable=off)
+    for number, inputs in enumerate(bar, 1):
+        model(**inputs)
+        if stop is not None and stop.is_settled():
+            bar.set_description("ranges stand still")
+            plan_of(model).changes.append(
+                f"{STOPPED} after {number} batches: no range had widened by more than "
+                f"{WIDENING:.0%} in the last {stop.patience}"
+            )
+            break
+    bar.close()
 
 
 @contextmanager

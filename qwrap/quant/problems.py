@@ -34,7 +34,10 @@ def _problems(model: WrappedModel, known: Collection[str]) -> dict[str, str]:
         watched = stub.observer if stub.name not in known else None
         problem = None if watched is None else _trouble(watched)
         if problem:
-            found |= dict.fromkeys(sorted(users[stub.name]), f"{problem} (tensor {stub.name!r})")
+            reason = f"{problem} (tensor {stub.name!r})"
+            found = (
+                dict.fromkeys(sorted(users[stub.name]), reason) | found
+            )  # the first is the cause
     for (node, _), constant in plan.constants.items():
         observer = MinMaxObserver(constant.value)
         observer.observe(stored(model, constant.value))

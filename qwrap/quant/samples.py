@@ -87,20 +87,24 @@ def _copy(value: Any) -> Any:
 @contextmanager
 def keeping(model: WrappedModel, most: int) -> Iterator[None]:
     """Keep up to ``most`` samples of what runs in the ``with`` block, in ``model.samples``."""
-    samples = Samples(most)
-    divisible = _is_divisible(model)
+    model.samples = Samples(most)
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if samples.count < most:
-            inputs = {**dict(zip(model.input_names, args, strict=False)), **kwargs}
-            samples.take(inputs, divisible=divisible)
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(model, {**dict(zip(model.input_names, args, strict=False)), **kwargs})
 
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = model.register_forward_pre_hook(take, with_kwargs=True)
     try:
         yield
-        model.samples = samples
     finally:
         handle.remove()
+
+
+def keep(model: WrappedModel, inputs: Mapping[str, Any]) -> None:
+    """Keep a batch, graph input -> tensor, in ``model.samples`` as far as there is room."""
+    samples = model.samples
+    assert isinstance(samples, Samples)
+    if samples.count < samples.most:
+        samples.take(inputs, divisible=_is_divisible(model))
 
 
 def _is_divisible(model: WrappedModel) -> bool:

@@ -76,8 +76,9 @@ class _Ranks:
     """Packs many tensors into few reductions."""
 
     def __init__(self, home: torch.device, group: dist.ProcessGroup | None) -> None:
-        on_gpu = home.type != "cpu" or "nccl" not in dist.get_backend(group)
-        self._device, self._group = home if on_gpu else torch.device("cuda"), group
+        if home.type == "cpu" and dist.get_backend(group) == "nccl":
+            home = torch.device("cuda")
+        self._device, self._group = home, group
 
     def reduce(self, tensors: Sequence[Tensor], operation: dist.ReduceOp.RedOpType) -> list[Tensor]:
         """Return each of ``tensors``, all of one type, reduced over all ranks."""
@@ -128,8 +129,8 @@ def _bins(observer: Observer) -> int:
 def _channels(observers: Sequence[Observer], ranks: _Ranks) -> list[int]:
     """Return every observer's number of channels, 0 where no rank saw the tensor."""
     known = [o.ends.channels or 0 for o in observers]
-    least, _ = ranks.extremes([n or _UNKNOWN for n in known])
-    _, greatest = ranks.extremes(known)
+    least, greatest = ranks.extremes([n or _UNKNOWN for n in known] + known)
+    least, greatest = least[: len(known)], greatest[len(known) :]
     for observer, fewest, most in zip(observers, least, greatest, strict=True):
         if most and fewest != most:
             raise InputError(

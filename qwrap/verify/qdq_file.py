@@ -16,6 +16,7 @@ from qwrap.dtypes import quant_type
 from qwrap.errors import ModelError
 from qwrap.graph.index import OnnxGraph, bodies, walk_nodes
 from qwrap.graph.load import read_model
+from qwrap.graph.nodes import QUANTIZED, QUANTIZED_AS
 from qwrap.verify.report import SkippedTensor
 from qwrap.verify.session import Array, Mode, Session
 
@@ -40,14 +41,16 @@ class QuantizedTensor:
 
     Attributes:
         name: its key in the float model.
-        codes: name of the QuantizeLinear's output.
+        codes: name of the QuantizeLinear's output, or of the call of a function that dequantizes
+            too, whose values then take the place of codes.
         returned: name of the copy's output that has them, as floats where numpy lacks the type.
         domain: of the QuantizeLinear.
         dequantized: names of the DequantizeLinear outputs that stand for it from there on.
         dtype: type of the codes.
         scale: float32, one element or one per index of ``axis``.
         zero_point: float32, of the shape of ``scale``.
-        axis: what a scale of several elements runs along.
+        axis: what a scale of several elements runs along; None for functions, whose scales
+            broadcast.
     """
 
     name: str
@@ -58,10 +61,12 @@ class QuantizedTensor:
     dtype: str
     scale: Tensor
     zero_point: Tensor
-    axis: int
+    axis: int | None
 
     def along_axis(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they broadcast against a tensor of ``rank``."""
+        if self.axis is None:
+            return self.scale, self.zero_point
         shape = [1] * rank
         if self.scale.numel() > 1:
             shape[self.axis] = -1
@@ -69,16 +74,26 @@ class QuantizedTensor:
 
     def dequantize(self, codes: Array) -> Tensor:
         """Return the float32 values that ``codes`` stand for."""
+        if self.axis is None:
+            return torch.from_numpy(codes.astype("float32"))
         scale, zero_point = self.along_axis(codes.ndim)
         # float32 holds every code of up to 16 bits
         return torch.from_numpy(codes.astype("float32")).sub_(zero_point).mul_(scale)
+
+    def numbers(self, codes: Array) -> Tensor:
+        """Return ``codes`` as float32 numbers, values of functions in units of the scale."""
+        numbers = torch.from_numpy(codes.astype("float32"))  # holds every code of up to 16 bits
+        return numbers.div_(self.scale) if self.axis is None else numbers
 
     def position(self, steps: Tensor) -> Tensor:
         """Return how many numbers of the type lie below what ``steps`` are rounded to.
 
         Where a value cannot be held it is counted on, as if the last distance between two numbers
-        went on. For integers that is their own value.
+        went on. For integers that is their own value, and for functions what they are given, as
+        nobody knows what they round to.
         """
+        if self.axis is None:
+            return steps
         levels = quant_type(self.dtype).levels
         if levels is None:
             return steps.round()
@@ -91,7 +106,7 @@ class QuantizedTensor:
 
 
 class QdqFile:
-    """An ONNX file with QuantizeLinear nodes, read for comparison.
+    """An ONNX file with QuantizeLinear nodes, or calls of functions, read for comparison.
 
     Attributes:
         path: where it is.
@@ -191,18 +206,22 @@ def _as_floats(graph: ir.Graph, codes: ir.Value, tensor: QuantizedTensor) -> ir.
 
 
 def _quantize_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
-    """Yield every QuantizeLinear with the reason why its output cannot be a graph output, or ""."""
+    """Yield every node that quantizes, with the reason why its output cannot be a graph output."""
     for node in model.graph:
-        if _is(node, "QuantizeLinear"):
+        if _quantizes(node):
             yield node, ""
         for name, body in bodies(node):
             where = f"inside {name} of node {node.name or node.outputs[0].name!r}"
-            yield from ((n, where) for n in walk_nodes(body) if _is(n, "QuantizeLinear"))
+            yield from ((n, where) for n in walk_nodes(body) if _quantizes(n))
     for function in model.functions.values():
         where = f"inside function {function.name!r}"
         for node in function:
-            if _is(node, "QuantizeLinear"):
+            if _quantizes(node):
                 yield node, where
+
+
+def _quantizes(node: ir.Node) -> bool:
+    return _is(node, "QuantizeLinear") or QUANTIZED in node.metadata_props
 
 
 def _is(node: ir.Node, op_type: str) -> bool:
@@ -223,6 +242,8 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
     data = node.inputs[0]
     if data is None or ir.convenience.get_const_tensor(data) is not None:
         return "is a constant"
+    if QUANTIZED in node.metadata_props:
+        return _match_call(node, names)
     dequantized = tuple(
         _name(user.outputs[0])
         for user in node.outputs[0].consumers()
@@ -252,6 +273,32 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
         scale=scale,
         zero_point=zero_point,
         axis=_integer(node, "axis", 1),
+    )
+
+
+def _match_call(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str:
+    """Return what the call of a function quantizes, or why that cannot be compared."""
+    name = node.metadata_props[QUANTIZED]
+    if node.graph is not None and name in node.graph.initializers:
+        return "is a constant"
+    if names is not None and name not in names:
+        return "is no tensor of the float model"
+    scale, result = _constant(node, 1), node.outputs[0]
+    if scale is None:
+        return "its scale is computed while the model runs"
+    if result.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        return "onnxruntime does not return values of its type to Python"
+    scales = torch.from_numpy(scale.numpy().astype("float32"))
+    return QuantizedTensor(
+        name=name if names is None else names[name],
+        codes=_name(result),
+        returned=_name(result),
+        domain=node.domain,
+        dequantized=(_name(result),),
+        dtype=node.metadata_props.get(QUANTIZED_AS, node.op_type),
+        scale=scales,
+        zero_point=torch.zeros_like(scales),
+        axis=None,
     )
 
 

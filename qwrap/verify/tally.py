@@ -55,14 +55,14 @@ class TensorTally:
 
         Args:
             simulated: the value in real units, any float type.
-            codes: what onnxruntime's QuantizeLinear returned.
+            codes: what onnxruntime's QuantizeLinear, or the function in its place, returned.
 
         Raises:
             ModelError: the shapes differ.
         """
         real = simulated.detach().cpu()
         value = real.to(torch.float32)
-        actual = torch.from_numpy(codes.astype("float32"))  # holds every code of up to 16 bits
+        actual = self.tensor.numbers(codes)
         _same_shape(f"tensor {self.tensor.name!r}", value, actual)
         scale, zero_point = self.tensor.along_axis(value.ndim)
         reference = self.tensor.dequantize(codes)

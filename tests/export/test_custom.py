@@ -209,6 +209,45 @@ def test_no_operator_of_onnxruntime_rounds_weights_or_activations_again(tmp_path
         assert not found & {"MatMulNBits", "QLinearConv", "FusedMatMul", "QGemm", "QLinearMatMul"}
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_verify_compares_what_functions_return(pair: str, tmp_path: Path) -> None:
+    model = quantized(network(), *PAIRS[pair])
+    path = tmp_path / "quantized.onnx"
+    qwrap.export(model, path)
+    x = [(images(seed=s) * 64).round() / 64 for s in (7, 8)]
+    report = qwrap.verify(model, path, x, progress=False)
+    sources = {key for key, plan in model.plan.tensors.items() if plan.source == key}
+    for level in (report.specification, report.deployed):
+        assert sources <= {t.name for t in level.tensors}
+        assert sum(t.differing for t in (*level.tensors, *level.outputs)) == 0
+    assert {s.reason for s in report.skipped} <= {"is a constant"}
+    activation = PAIRS[pair][0]
+    if activation is not None:
+        assert {t.dtype for t in report.deployed.tensors} == {activation.dtype.name}
+        isolated = qwrap.verify(model, path, x, progress=False, isolated=True)
+        assert sum(t.differing for t in isolated.deployed.tensors) == 0
+
+
+def test_verify_tells_what_differs_in_units_of_the_scale(tmp_path: Path) -> None:
+    model = quantized(network(), exact(LOG2), exact("int8"))
+    path = tmp_path / "quantized.onnx"
+    qwrap.export(model, path)
+    stub = model.tap(ValuePoint("x"))
+    assert isinstance(stub, Stub)
+    stub.scale *= 2
+    (found,) = (
+        t
+        for t in qwrap.verify(model, path, [images()], progress=False).specification.tensors
+        if t.name == "x"
+    )
+    with torch.no_grad():
+        doubled = stub(images())
+        stub.scale /= 2
+        steps = ((doubled - stub(images())) / stub.scale).abs()
+    assert found.worst_step == steps.max()
+    assert found.differing == steps.count_nonzero()
+
+
 @pytest.mark.parametrize("weight", ["int5", "int6", "int7", "uint7"])
 @pytest.mark.parametrize("activation", ["uint8", "int8"])
 def test_weights_that_eight_bits_carry_run_in_integer_kernels(

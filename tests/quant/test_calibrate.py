@@ -3,6 +3,7 @@ import io
 import weakref
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -78,12 +79,13 @@ def test_the_scale_of_an_input_is_its_range_over_255(small) -> None:
     assert int(stub.zero_point) == round(-low / float(stub.scale))
 
 
-def test_minmax_depends_neither_on_order_nor_on_size_of_batches(small) -> None:
-    batches = small.batches(4)
-    expected = calibrated(small.convs(), batches, method="minmax")
-    assert_same_scales(calibrated(small.convs(), batches[::-1], method="minmax"), expected)
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+def test_scales_depend_neither_on_order_nor_on_size_of_batches(small, method: str) -> None:
+    batches = small.batches(4, (2, 3, 20, 20))  # long enough to be sampled
+    expected = calibrated(small.convs(), batches, method=method)
+    assert_same_scales(calibrated(small.convs(), batches[::-1], method=method), expected)
     # One batch may be summed in another order than four: scales agree to float32 rounding.
-    whole = calibrated(small.convs(), [np.concatenate(batches)], method="minmax")
+    whole = calibrated(small.convs(), [np.concatenate(batches)], method=method)
     for key, (scale, _) in scales(expected).items():
         torch.testing.assert_close(scales(whole)[key][0], scale, rtol=1e-5, atol=0)
 
@@ -176,8 +178,6 @@ def test_a_layer_of_zeros_runs_exactly(small, quantized) -> None:
 
 
 def qwrap_tensor(array, name):
-    import onnx
-
     return onnx.numpy_helper.from_array(array, name)
 
 
@@ -299,6 +299,18 @@ def test_what_works_on_masks_is_float_with_the_reason(small) -> None:
     plan = model.plan
     assert {plan.nodes[k].role for k in ("/a", "/y")} == {"integer"}
     assert {plan.nodes[k].role for k in ("/b", "/c")} == {"float"}
+
+
+def test_the_summary_says_how_many_values_of_which_tensor_were_not_finite(small) -> None:
+    weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)}
+    source = small.build("a = Conv(x, w) b = Sqrt(a) y = Conv(b, v)", weights)
+    batches = small.batches()
+    model = calibrated(source, batches)
+    w = onnx.numpy_helper.to_array(source.graph.initializer[0])[:, :, 0, 0]
+    negative = sum((np.einsum("oc,nchw->nohw", w, batch) < 0).sum() for batch in batches)
+    reason = f"works on {negative} values that are NaN or infinite (tensor 'b')"
+    assert model.plan.nodes["/y"].reason == reason
+    assert f"Conv: {reason} [/y]" in model.plan.summary()
 
 
 def test_a_mask_between_integers_leaves_its_neighbours_float(small) -> None:

@@ -13,6 +13,7 @@ from qwrap.config import QuantSpec
 from qwrap.quant.ranges.rows import HistogramRows
 
 _CHUNK = 8  # rows; one cache line of float64
+_TRACE = 1e-4
 
 
 class Sweep(NamedTuple):
@@ -43,8 +44,9 @@ def entropy_range(rows: HistogramRows, spec: QuantSpec) -> tuple[Tensor, Tensor]
     For every threshold from one bin for each code outwards, P is the histogram with all that lies
     beyond added to the bins at the ends, and Q is that within, summed to as many groups as there
     are codes, and spread evenly over those bins of a group that P is not empty in. The threshold
-    with the least divergence of P from Q wins, of equal ones the smallest. One at which Q is empty
-    where P is not has infinite divergence.
+    with the least divergence of P from Q wins, of equal ones the smallest. Where Q is empty and P
+    has what lies beyond, Q counts as ``_TRACE`` of a value, as onnxruntime smooths it: a lone
+    value far out must not forbid all thresholds that leave it out.
 
     Thresholds are the same on both sides, as in onnxruntime; the range ends at the extremes where
     these are nearer. Without values on one side of 0, the other is swept alone, with all codes of
@@ -136,8 +138,8 @@ def _divergences(counts: Tensor, sweep: Sweep) -> Tensor:
         group = below[:, right] - below[:, left]
         bins = filled[:, right] - filled[:, left] + ((at_end == 0) & (beyond > 0))
         information += _xlogx(at_end + beyond) - spread[:, end]
-        # A logarithm of 0 makes the divergence infinite; where W is 0 too, it counts nothing.
-        information -= torch.special.xlogy(group + beyond, group / bins.clamp(min=1))
+        mean = torch.where(group > 0, group / bins.clamp(min=1), _TRACE)
+        information -= torch.special.xlogy(group + beyond, mean)
     within = below[:, ends] - below[:, starts]
     divergence = information / total + (within / total).log()
     return torch.where(within > 0, divergence, torch.inf)

@@ -18,8 +18,9 @@ class Steps:
 
     Attributes:
         both: of the whole range, both ends together, descending.
-        each: of the whole range, one end after the other, descending.
-        fine: of the best so far, both ends together or one after the other, a round each.
+        each: of the whole range, one end after the other, descending; the other end is that of the
+            whole range, then the best so far.
+        fine: of the best so far, both ends together, then one after the other; a round each.
     """
 
     both: Sequence[float]
@@ -45,10 +46,12 @@ def least_cost(
     """
     search = _Search(cost, low.clamp(max=0), high.clamp(min=0), ~pinned)
     search.shrink((0, 1), steps.both)
-    moves = ((1,), (0,)) if apart else ((0, 1),)
+    moves: list[tuple[int, ...]] = [(0, 1)]
     if apart:
-        for ends in moves:
-            search.shrink(ends, steps.each)
+        moves += [(1,), (0,)]
+        for whole in (True, False):
+            for ends in moves[1:]:
+                search.shrink(ends, steps.each, from_whole=whole)
     for ratios in steps.fine:
         for ends in moves:
             search.scale(ends, ratios)
@@ -69,32 +72,43 @@ class _Search:
         self._least = self._first.clone()
         self.best = [low, high]
 
-    def shrink(self, ends: Sequence[int], ratios: Sequence[float]) -> None:
+    def shrink(
+        self, ends: Sequence[int], ratios: Sequence[float], *, from_whole: bool = True
+    ) -> None:
         """Try descending ``ratios`` of the whole range at ``ends``, as long as that may help.
 
         A narrower range cuts off more, and rounds what is left no worse. So where the cost has
         grown by more than what rounding cost at first, the ranges within are no better.
+
+        Args:
+            ends: 0 for low, 1 for high, or both.
+            ratios: what to try.
+            from_whole: whether the other end is that of the whole range, or of the best.
         """
         helps = self._free
+        other = self._whole if from_whole else self.best
         for ratio in ratios:
-            error = self._attempt(ends, self._whole, ratio, helps)
+            error = self._attempt(ends, self._whole, other, ratio, helps)
             helps = helps & (error < self._least + self._first)
             if not helps.any():
                 break
 
     def scale(self, ends: Sequence[int], ratios: Sequence[float]) -> None:
         """Try ``ratios`` of the best range at ``ends``."""
-        centre = list(self.best)
+        centre = self.best
         for ratio in ratios:
-            self._attempt(ends, centre, ratio, self._free)
+            self._attempt(ends, centre, centre, ratio, self._free)
 
     def _attempt(
-        self, ends: Sequence[int], centre: Sequence[Tensor], ratio: float, rows: Tensor
+        self,
+        ends: Sequence[int],
+        centre: Sequence[Tensor],
+        other: Sequence[Tensor],
+        ratio: float,
+        rows: Tensor,
     ) -> Tensor:
         low, high = (
-            (centre[end] * ratio).to(torch.float32).to(torch.float64)
-            if end in ends
-            else self.best[end]
+            (centre[end] * ratio).to(torch.float32).to(torch.float64) if end in ends else other[end]
             for end in (0, 1)
         )
         low, high = torch.maximum(low, self._whole[0]), torch.minimum(high, self._whole[1])

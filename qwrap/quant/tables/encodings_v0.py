@@ -101,7 +101,10 @@ def _entry(value: object, stored: bool) -> TensorRange | int:
         offset = _resolve(steps[1], ends, bits, symmetric)
         return _with_ends(on_grid(steps[0], offset, bits, symmetric), ends, stored)
     if ends is None:
-        raise TableError("has neither min and max nor scale and offset")
+        raise TableError(
+            "has neither min and max nor scale and offset: a bit width alone is no range; take "
+            "it out of the file and ask for the type in QConfig"
+        )
     return TensorRange(*ends, dtype=codes(bits, symmetric), stored=stored)
 
 

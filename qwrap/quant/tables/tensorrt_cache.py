@@ -1,7 +1,8 @@
 """TensorRT's own calibration cache: a header, then ``name: scale`` with the float32's bits in hex.
 
-onnxruntime's TensorRT provider cuts such a line at its first colon; a network whose names hold
-colons is better given to it as flatbuffers.
+The header names the release, 8.4.1 here, and the calibrator; a release that asks for its own number
+calibrates anew unless it is put there. onnxruntime's TensorRT provider cuts such a line at its
+first colon; a network whose names hold colons is better given to it as flatbuffers.
 
 Source: NVIDIA TensorRT developer guide, "INT8 calibration"; ``ReadDynamicRange`` of onnxruntime's
 TensorRT provider, which multiplies the scale by 127.

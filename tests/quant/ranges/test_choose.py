@@ -87,7 +87,7 @@ def many_tensors() -> list[Observer]:
 
 
 @given(values, st.sampled_from(SPECS))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_every_method_stays_within_what_was_seen(x: np.ndarray, spec: QuantSpec) -> None:
     observer = observed(torch.from_numpy(x))
     for method in METHODS:

@@ -42,10 +42,10 @@ def divergence(within: np.ndarray, left: float, right: float, levels: int) -> fl
         start, stop = group * size // levels, (group + 1) * size // levels
         filled = [k for k in range(start, stop) if reference[k] > 0]
         for k in filled:
-            spread[k] = within[start:stop].sum() / len(filled)
-    p, q = reference / reference.sum(), spread / max(spread.sum(), 1e-300)
-    if (q[p > 0] == 0).any():
+            spread[k] = max(within[start:stop].sum() / len(filled), 1e-4 * (not within[k]))
+    if not within.any():
         return np.inf
+    p, q = reference / reference.sum(), spread / within.sum()
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 

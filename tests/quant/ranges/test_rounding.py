@@ -1,11 +1,13 @@
 """Errors on a histogram against the errors of a fine sample of its density, rounded for real."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from qwrap.config import QuantSpec
-from qwrap.dtypes import codebook_type
+from qwrap.dtypes import QuantFunction, codebook_type
 from qwrap.numerics import choose_qparams, fake_quantize
 from qwrap.quant.ranges.errors import histogram_cost
 from qwrap.quant.ranges.rounding import CellRounding, EdgeRounding
@@ -88,6 +90,24 @@ def test_cell_by_cell_and_edge_by_edge_agree(spec: QuantSpec, error: str) -> Non
     # Sums of terms of the size of the values' power, of which float64 keeps 1e-16.
     scale = rows.counts.sum(1).max().item() * 4
     torch.testing.assert_close(cells, edges, rtol=1e-9, atol=1e-13 * scale)
+
+
+@pytest.mark.parametrize("error", ["mse", "l1", "cosine"])
+def test_a_function_has_the_error_of_the_type_it_computes(error: str) -> None:
+    spec = QuantSpec(dtype="int4", narrow_range=True)
+
+    def compute(x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).round().clamp(-7, 7) * scale
+
+    function = QuantFunction(b"", compute, has_zero_point=False, own_gradient=False)
+    dtype = replace(spec.dtype, name="mine", function=function, qmin=-7, qmax=7)
+    rows = random_rows()
+    ends = torch.full((3,), LOW).double(), torch.full((3,), -LOW).double()
+    ours = histogram_cost(rows, RowScaling(QuantSpec(dtype=dtype)), error)(*ends)
+    # As computed, int4 has a code more below.
+    seven = codebook_type("seven", range(-7, 8))
+    expected = histogram_cost(rows, RowScaling(QuantSpec(dtype=seven)), error)(*ends)
+    torch.testing.assert_close(ours, expected, rtol=0.04, atol=0)  # four points a bin, 32 bins
 
 
 def test_exact_zeros_have_no_error() -> None:

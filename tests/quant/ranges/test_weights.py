@@ -54,7 +54,7 @@ def errors(weight: Tensor, spec: QuantSpec, ends: tuple[Tensor, Tensor]) -> Tens
 
 
 @given(weights, st.sampled_from(SPECS))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_mse_is_never_worse_than_minmax_for_any_scale(x: np.ndarray, spec: QuantSpec) -> None:
     weight = torch.from_numpy(x)
     ends = {m: choose_weight_range(weight, spec, m) for m in ("mse", "minmax")}

@@ -366,6 +366,11 @@ def test_a_broken_2_0_0_encoding_is_named(tmp_path, encoding: dict, message: str
         v2(tmp_path, **encoding)
 
 
+def test_a_bit_width_alone_is_no_range(tmp_path) -> None:
+    with pytest.raises(TableError, match="tensor 'x': has neither min and max nor scale and offs"):
+        v0(tmp_path, {})
+
+
 def test_a_tensor_in_both_sections_is_refused(tmp_path) -> None:
     said = [{"bitwidth": 8, "scale": 1, "offset": 0}]
     content = {"activation_encodings": {"x": said}, "param_encodings": {"x": said}}
