@@ -20,6 +20,7 @@ qnn                  exact        exact no   yes         QNN
 
 - *exact*: float32 as it was; onnxruntime's cache and JSON table keep float16 too, histograms,
   their edges, means and deviations. The cache also keeps its method and SmoothQuant's mark.
+  AIMET 0.6.1 and QNN cut a range to what the codes reach, where there is a scale.
 - *maximum*: one range for a tensor, its larger absolute end; ``[-3, 1]`` comes back as ``[-3, 3]``.
   Symmetric int8 codes go by their scale instead: their maximum is 127 times it.
 - *int8*: TensorRT's own cache holds the bits of the scale, the maximum over 127; it comes back

@@ -120,6 +120,13 @@ class Fields:
         assert isinstance(value, (int, float))
         return int(value)
 
+    def bits(self, name: str) -> int:
+        """Return a field that is the width of a number type."""
+        value = self.integer(name)
+        if not 1 <= value <= 64:
+            raise TableError(f"{name!r} is {shorten(value)}; expected a number of bits")
+        return value
+
     def flag(self, name: str, default: bool = False) -> bool:
         """Return a field that is true or false, or says so in a string."""
         value = self.values.get(name, default)

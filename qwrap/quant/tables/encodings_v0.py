@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qwrap.config import QuantSpec
 from qwrap.errors import TableError
 from qwrap.quant.tables.contents import Contents
 from qwrap.quant.tables.document import Array, Fields, at, at_tensor, render, shorten
-from qwrap.quant.tables.grid import codes, is_symmetric, offsets, on_grid, require_integers
+from qwrap.quant.tables.grid import codes, encoded, is_symmetric, offsets, on_grid, require_integers
 from qwrap.quant.tables.tensor_range import TensorRange
 
 SECTIONS = {"activation_encodings": False, "param_encodings": True}
@@ -74,6 +75,9 @@ def _plain(entry: TensorRange, form: str) -> list[dict[str, object]]:
     else:
         dtype, symmetric = require_integers(entry, form), is_symmetric(entry)
         assert entry.scale is not None
+        assert entry.zero_point is not None
+        codes_alone = encoded(entry.scale, entry.zero_point, QuantSpec(dtype=dtype))
+        numbers = {n: np.clip(e, codes_alone.low, codes_alone.high) for n, e in numbers.items()}
         numbers |= {"scale": entry.scale, "offset": offsets(entry)}
     shared = {"bitwidth": dtype.bits, "dtype": "int", "is_symmetric": str(symmetric)}
     columns = [array.reshape(-1).tolist() for array in numbers.values()]
@@ -86,7 +90,7 @@ def _entry(value: object, stored: bool) -> TensorRange | int:
     if not isinstance(value, list) or not value:
         raise TableError(f"is {shorten(value)}; expected a list of encodings, one for each channel")
     channels = [Fields(item) for item in value]
-    bits = _shared(channels, "bitwidth")
+    bits = _bits(channels)
     dtype = channels[0].text("dtype").lower() if "dtype" in channels[0] else "int"
     if dtype == "float":
         return bits
@@ -98,7 +102,7 @@ def _entry(value: object, stored: bool) -> TensorRange | int:
     ends = _columns(channels, "min", "max")
     steps = _columns(channels, "scale", "offset")
     if steps is not None:
-        offset = _resolve(steps[1], ends, bits, symmetric)
+        offset = _resolve(steps[1], steps[0], ends, bits, symmetric)
         return _with_ends(on_grid(steps[0], offset, bits, symmetric), ends, stored)
     if ends is None:
         raise TableError(
@@ -108,29 +112,36 @@ def _entry(value: object, stored: bool) -> TensorRange | int:
     return TensorRange(*ends, dtype=codes(bits, symmetric), stored=stored)
 
 
-def _resolve(said: Array, ends: Sequence[Array] | None, bits: int, symmetric: bool) -> Array:
+def _resolve(
+    said: Array, scale: Array, ends: Sequence[Array] | None, bits: int, symmetric: bool
+) -> Array:
     """Return offsets with the sign that they mean, and those that symmetric encodings leave out."""
     offset: Array = -np.abs(said)
-    from_zero = ends is not None and bool((ends[0] >= 0).all())
-    if symmetric and (offset == 0).all() and not from_zero:
-        offset = offset - 2 ** (bits - 1)
+    half = 2 ** (bits - 1)
+    # A range from 0 on that signed codes cannot reach is AIMET's "unsigned symmetric".
+    unsigned = ends is not None and bool((ends[0] >= 0).all() and (ends[1] > half * scale).all())
+    if symmetric and (offset == 0).all() and not unsigned:
+        offset = offset - half
     return offset
 
 
 def _with_ends(entry: TensorRange, ends: Sequence[Array] | None, stored: bool) -> TensorRange:
-    """Return ``entry`` with the ends that the file gives, which may be cut by a step or so.
+    """Return ``entry`` with the ends that the file gives, which may lie within those of its codes.
 
     Raises:
-        TableError: they contradict the scale and offset.
+        TableError: they lie beyond.
     """
     low, high = (entry.low, entry.high) if ends is None else ends
     assert entry.scale is not None
-    for end, expected in ((low, entry.low), (high, entry.high)):
-        apart = np.abs(end - expected) / entry.scale
-        if not (apart <= _SLACK).all():
-            index = int(np.argmax(apart))
+    for beyond, end, expected in (
+        (entry.low - low, low, entry.low),
+        (high - entry.high, high, entry.high),
+    ):
+        steps = beyond / entry.scale
+        if not (steps <= _SLACK).all():
+            index = int(np.argmax(steps))
             raise TableError(
-                f"min or max {float(end.flat[index]):g}, but its scale and offset say "
+                f"min or max {float(end.flat[index]):g}, but its scale and offset reach "
                 f"{float(expected.flat[index]):g} (index {index})"
             )
     return TensorRange(
@@ -144,14 +155,14 @@ def _with_ends(entry: TensorRange, ends: Sequence[Array] | None, stored: bool) -
 
 
 _SLACK = 1.01
-"""Steps between the ends a file gives and those of its codes: AIMET counts the unused smallest
-code of symmetric types, QNN does not; old TensorFlow files are one off."""
+"""Steps that a file's ends may lie beyond those of its codes: AIMET counts the unused smallest code
+of symmetric types; old TensorFlow files are one off."""
 
 
-def _shared(channels: Sequence[Fields], name: str) -> int:
-    first, *others = (channel.integer(name) for channel in channels)
+def _bits(channels: Sequence[Fields]) -> int:
+    first, *others = (channel.bits("bitwidth") for channel in channels)
     if any(other != first for other in others):
-        raise TableError(f"{name!r} differs between channels")
+        raise TableError("'bitwidth' differs between channels")
     return first
 
 
@@ -159,7 +170,8 @@ def _columns(channels: Sequence[Fields], *names: str) -> list[Array] | None:
     """Return fields of all channels, without dimensions for one channel; None if none has them."""
     if not any(name in channel for channel in channels for name in names):
         return None
-    columns = [np.array([channel.numbers(name) for channel in channels]) for name in names]
-    if any(column.ndim != 1 for column in columns):
-        raise TableError(f"{names} hold lists; expected one number for each channel")
+    said = [[channel.numbers(name) for channel in channels] for name in names]
+    if any(number.ndim for column in said for number in column):
+        raise TableError(f"{' or '.join(names)} is a list; expected one number for each channel")
+    columns = [np.array(column) for column in said]
     return [column.reshape(()) if len(channels) == 1 else column for column in columns]

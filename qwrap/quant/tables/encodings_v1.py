@@ -35,7 +35,7 @@ def read(document: object) -> Contents:
 
 
 def _entry(fields: Fields, stored: bool) -> TensorRange | int:
-    bits = fields.integer("bw")
+    bits = fields.bits("bw")
     dtype = fields.text("dtype").upper() if "dtype" in fields else "INT"
     if dtype in ("FLOAT", "FP"):
         return bits
@@ -64,7 +64,7 @@ def _entry(fields: Fields, stored: bool) -> TensorRange | int:
 
 def _low_power(fields: Fields, channel_scale: Array, bits: int, stored: bool) -> TensorRange:
     multiples = fields.numbers("per_block_int_scale").reshape(-1)
-    channels, code_bits = channel_scale.size, fields.integer("compressed_bw")
+    channels, code_bits = channel_scale.size, fields.bits("compressed_bw")
     if not channels or not multiples.size or multiples.size % channels:
         raise TableError(f"has {multiples.size} block scales for {channels} channels")
     check_multiples(multiples)

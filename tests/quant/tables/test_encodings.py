@@ -92,6 +92,19 @@ def test_a_symmetric_range_from_0_on_is_unsigned_in_all_but_name(tmp_path) -> No
     assert (entry.low, entry.high) == (0, 255)
 
 
+def test_a_symmetric_range_from_0_on_that_signed_codes_reach_is_signed(tmp_path) -> None:
+    said = {"is_symmetric": "True", "min": 0, "max": 127.0, "scale": 1.0, "offset": 0}
+    entry = v0(tmp_path, said)
+    assert (channels(entry), entry.low, entry.high) == ([(1.0, 0)], 0, 127)
+
+
+def test_ends_may_lie_within_those_of_the_codes_and_are_cut_to_them(tmp_path) -> None:
+    scale = {"scale": np.float32(0.5), "zero_point": 5, "dtype": UINT8}
+    for ends, expected in (((-1, 100), (-1, 100)), ((-99, 999), (-2.5, 125.0))):
+        RangeTable({"x": TensorRange(*ends, **scale)}).write(tmp_path / "t", "aimet-0.6.1")
+        assert RangeTable.read(tmp_path / "t")["x"] == TensorRange(*expected, **scale)
+
+
 def test_old_files_write_offsets_without_their_sign(tmp_path) -> None:
     assert channels(v0(tmp_path, {"scale": 0.5, "offset": 11})) == [(0.5, 11)]
 
@@ -286,16 +299,18 @@ def test_2_0_0_needs_the_axis_that_older_files_do_not_tell(tmp_path) -> None:
         ({"scale": float("inf")}, "scale is not finite"),
         ({"scale": "1"}, "'scale': expected numbers; got '1'"),
         ({"scale": True}, "'scale': expected numbers; got True"),
-        ({"scale": [1.0]}, "hold lists; expected one number"),
+        ({"scale": [1.0]}, "scale or offset is a list; expected one number"),
         ({"scale": 10**400}, "'scale': expected numbers; got"),
         ({"offset": -256}, r"zero point 256 … 256: uint8 has 0 … 255"),
         ({"offset": -1.5}, "zero point 1.5: expected a whole number"),
         ({"offset": None}, "'offset': expected numbers; got None"),
         ({"bitwidth": 64}, "64 bits, asymmetric: expected 2 to 16"),
+        ({"bitwidth": 10**30}, "'bitwidth' is 1000.*; expected a number of bits"),
+        ({"bitwidth": 1e300}, "'bitwidth' is 1000.*; expected a number of bits"),
         ({"bitwidth": "8"}, "'bitwidth' is '8'; expected a whole number"),
         ({"is_symmetric": "maybe"}, "'is_symmetric' is 'maybe'; expected true or false"),
         ({"dtype": "complex"}, "dtype 'complex': expected 'int' or 'float'"),
-        ({"min": -50.0, "max": 125.0}, "min or max -50, but its scale and offset say -2.5"),
+        ({"min": -50.0, "max": 125.0}, "min or max -50, but its scale and offset reach -2.5"),
         ({"min": -2.5}, "has no 'max'"),
     ],
 )
@@ -318,6 +333,7 @@ def test_a_broken_encoding_is_named(tmp_path, change: dict, message: str) -> Non
         ({"enc_type": "PER_BLOCK", "scale": [1], "offset": [0]}, "has no 'block_size'"),
         ({"scale": [1], "offset": [0], "zero_point_shift": [0.5]}, "between two codes"),
         ({"scale": [[1], [2, 3]], "offset": [0]}, "'scale': expected numbers"),
+        ({"bw": 10**30, "is_sym": True, "scale": [1]}, "expected a number of bits"),
     ],
 )
 def test_a_broken_1_0_0_encoding_is_named(tmp_path, encoding: dict, message: str) -> None:
@@ -380,6 +396,8 @@ def test_a_tensor_in_both_sections_is_refused(tmp_path) -> None:
 
 def test_channels_have_to_agree(tmp_path) -> None:
     one = {"scale": 1, "offset": 0}
+    with pytest.raises(TableError, match="is a list; expected one number for each channel"):
+        v0(tmp_path, one, {"scale": [1, 2], "offset": 0})
     with pytest.raises(TableError, match="'bitwidth' differs between channels"):
         v0(tmp_path, one, {**one, "bitwidth": 4})
     with pytest.raises(TableError, match="is symmetric in some channels and not in others"):

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from qwrap.config import QuantSpec
 from qwrap.dtypes import FLOATS, INT8, INT32, INTEGERS, integer_type
 from qwrap.quant.tables import FORMS, RangeTable, TensorRange
 
@@ -145,3 +146,16 @@ def test_every_form_is_here() -> None:
         *("onnxruntime", "tensorrt", "tensorrt-flatbuffers", "tensorrt-json", "tensorrt-text"),
         *("aimet-0.6.1", "aimet-1.0.0", "aimet-2.0.0", "qnn"),
     }
+
+
+@quick
+@given(entry=plain_ranges(shapes=((), (3,)), dtypes=(np.float32,)), symmetric=st.booleans())
+@pytest.mark.parametrize("form", ["aimet-0.6.1", "aimet-1.0.0", "qnn"])
+def test_ranges_of_other_tools_become_encodings(tmp_path, form: str, entry, symmetric) -> None:
+    spec = QuantSpec(dtype="int8" if symmetric else "uint8", symmetric=symmetric)
+    table = RangeTable({"x": entry}).with_scales(spec)
+    read = back(table, tmp_path, form)["x"]
+    np.testing.assert_array_equal(read.scale, table["x"].scale)
+    np.testing.assert_array_equal(read.zero_point, table["x"].zero_point)
+    if form != "aimet-1.0.0":  # within what the codes reach, but for rounding half a step
+        assert (np.abs(read.low - entry.low) <= 0.51 * read.scale).all() or symmetric
