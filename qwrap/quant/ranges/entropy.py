@@ -145,11 +145,11 @@ def _group_terms(below: Tensor, filled: Tensor, sweep: Sweep) -> Tensor:
     if groups.numel() < len(sizes) * bins:
         left = groups % bins
         right = left + groups // bins + sizes[0]
-        terms = [  # row by row, for the sake of memory
+        sums = [  # row by row, for the sake of memory
             _spread(b[right] - b[left], f[right] - f[left]).sum(1)
             for b, f in zip(below, filled, strict=True)
         ]
-        return torch.stack(terms)
+        return torch.stack(sums)
     # Thresholds share their groups: each is computed once, and the rows side by side.
     table = below.new_zeros(len(sizes), bins, below.shape[0])
     for size, row in zip(sizes, table, strict=True):
