@@ -385,3 +385,30 @@ def test_a_scale_enlarged_for_a_bias_is_still_one_of_its_type(small, weight: Qua
     assert torch.equal(round_scale(scale, weight).float(), scale)
     codes = model.tap(UsePoint("/y", 2)).codes(torch.tensor([5.0, 0.1]))
     assert int(codes.abs().max()) <= 2**30 * (1 + 2**-10)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clamp", ["Relu(a)", "Clip(a, low, high)"])
+@pytest.mark.parametrize(
+    ("name", "contrib"),
+    [
+        ("int4", False),
+        ("int4", True),
+        ("uint4", False),
+        ("uint4", True),
+        ("int2", False),
+        ("uint2", False),
+        ("float8e4m3fn", False),
+    ],
+)
+def test_onnxruntime_neither_removes_a_clamp_nor_fails_at_it(
+    small, tmp_path, name: str, clamp: str, symmetric: bool, contrib: bool
+) -> None:
+    weights = {"w": (6, 3, 3, 3), "v": (4, 6, 1, 1), "low": np.float32(0), "high": np.float32(0.6)}
+    source = small.build(f"a = Conv(x, w) r = {clamp} y = Conv(r, v)", weights)
+    activation = QuantSpec(dtype=name, symmetric=symmetric)
+    config = QConfig(activation=activation, weight="int4", method="minmax", contrib=contrib)
+    made = Made(source, config, tmp_path, small.batches())
+    made.check_reloaded()
+    made.check_runtime()
+    assert not made.verify().skipped
