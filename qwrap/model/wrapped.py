@@ -34,6 +34,7 @@ class WrappedModel(Block):
 
     Attributes:
         graph: the model it was built from; never modified.
+        loaded_opset: what that imported of ai.onnx at first; ``prepare`` may raise it.
         layout: where its tensors and nodes are in the module tree.
         programs: name -> makes the ``Program`` of that name ("exact" once prepared).
         plan: what ``prepare`` decided, None before.
@@ -45,6 +46,7 @@ class WrappedModel(Block):
     def __init__(self, graph: OnnxGraph, settings: LoadSettings | None = None) -> None:
         super().__init__()
         self.graph = graph
+        self.loaded_opset = graph.opset
         self.programs: dict[str, Callable[[], Program]] = {}
         self.plan: object = None
         self.config: object = None

@@ -31,6 +31,13 @@ class Ends:
         tensors = self.tensors()
         return None if tensors is None else tensors[0].shape[1]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where they are, None before the first batch."""
+        if self._tensors is not None:
+            return self._tensors[0].device
+        return None if self._numbers is None else torch.device("cpu")
+
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """Return lowest and highest, float32 ``[2, C]``, and the averages, float64 ``[2, C]``.
 

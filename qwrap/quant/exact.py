@@ -99,6 +99,7 @@ class _Lowering:
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
 
     def _has_float_bias(self, node: ir.Node) -> bool:

@@ -36,39 +36,37 @@ class NodePrint:
 
     Attributes:
         key: of the node, see ``OnnxGraph``.
-        operator: as in ``Conv-11``, the first revision that computes what the node does; with the
-            domain if it is not ai.onnx.
+        op_type: with the domain if that is not ai.onnx.
+        revision: the first one that computes what the node does.
         inputs: value keys, "" where one is left out.
         outputs: value keys.
         attributes: name -> text of the value, or its digest.
     """
 
     key: str
-    operator: str
+    op_type: str
+    revision: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, str]
-
-    @property
-    def op_type(self) -> str:
-        """The operator without its revision."""
-        return self.operator.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """A graph and its weights, in a few kilobytes.
 
-    Two models have equal fingerprints if they compute the same with the same names: operators,
-    attributes, wiring, types and shapes of graph inputs and outputs, and all weights, bit by bit.
-    Raising the opset is no difference where operators mean the same in both.
+    Two models are the same if they compute the same with the same names: operators, attributes,
+    wiring, types and shapes of graph inputs and outputs, and all weights, bit by bit. Another opset
+    is no difference in itself, only what it makes of a node.
 
     Attributes:
+        opset: of ai.onnx, as loaded.
         ends: ``"input"`` or ``"output"``, name, and type as in ``float[N,3,224,224]``.
         nodes: in graph order, those of bodies behind the node that runs them.
         weights: value key of an initialiser -> type and digest.
     """
 
+    opset: int
     ends: tuple[End, ...]
     nodes: tuple[NodePrint, ...]
     weights: dict[str, str]
@@ -81,6 +79,7 @@ class Fingerprint:
         """
         graph, weights = model.graph, _weights(model)
         return cls(
+            opset=model.loaded_opset,
             ends=(*_ends("input", graph, graph.inputs), *_ends("output", graph, graph.outputs)),
             nodes=tuple(_node_print(graph, key, weights) for key in graph.nodes),
             weights=weights,
@@ -104,8 +103,11 @@ class Fingerprint:
         return None
 
     def _difference_of_nodes(self, other: Fingerprint) -> str | None:
+        # What was prepared for another type may have had its opset raised. That left every node as
+        # it was, or rewrote it; so revisions tell nothing more of two models loaded at one opset.
+        exact = self.opset != other.opset
         pairs = zip(self.nodes, other.nodes, strict=False)
-        first = next((_node_difference(a, b) for a, b in pairs if a != b), None)
+        first = next(filter(None, (_node_difference(a, b, exact) for a, b in pairs)), None)
         mine, theirs = len(self.nodes), len(other.nodes)
         if mine == theirs:
             return first and f"the first difference is at {first}"
@@ -133,6 +135,7 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able lists and dictionaries."""
         return {
+            "opset": self.opset,
             "ends": [[*end] for end in self.ends],
             "nodes": [[*astuple(node)] for node in self.nodes],
             "weights": dict(self.weights),
@@ -147,11 +150,16 @@ class Fingerprint:
         """
         try:
             nodes = (
-                NodePrint(_text(key), _text(operator), _texts(reads), _texts(makes), _map(rest))
-                for key, operator, reads, makes, rest in _list(content["nodes"])
+                NodePrint(_text(k), _text(op), _number(n), _texts(reads), _texts(makes), _map(rest))
+                for k, op, n, reads, makes, rest in _list(content["nodes"])
             )
             ends = ((_text(k), _text(name), _text(t)) for k, name, t in _list(content["ends"]))
-            return cls(ends=tuple(ends), nodes=tuple(nodes), weights=_map(content["weights"]))
+            return cls(
+                opset=_number(content["opset"]),
+                ends=tuple(ends),
+                nodes=tuple(nodes),
+                weights=_map(content["weights"]),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise StatisticsError("the fingerprint of its model is damaged") from error
 
@@ -164,6 +172,12 @@ def _list(content: Any) -> list[Any] | tuple[Any, ...]:
 
 def _text(content: Any) -> str:
     if not isinstance(content, str):
+        raise TypeError
+    return content
+
+
+def _number(content: Any) -> int:
+    if type(content) is not int:
         raise TypeError
     return content
 
@@ -181,17 +195,18 @@ def _map(content: Any) -> dict[str, str]:
 # --- what differs --------------------------------------------------------------------------------
 
 
-def _node_difference(mine: NodePrint, theirs: NodePrint) -> str:
-    """Say in which respect a node is not the one in its place."""
+def _node_difference(mine: NodePrint, theirs: NodePrint, exact: bool) -> str | None:
+    """Say in which respect a node is not the one in its place, ``exact``: its revision counts."""
     if mine.key != theirs.key:
         return f"node {mine.key!r} here, {theirs.key!r} there"
-    if mine.operator != theirs.operator:
-        return f"node {mine.key!r} ({mine.operator} here, {theirs.operator} there)"
+    if mine.op_type != theirs.op_type or (exact and mine.revision != theirs.revision):
+        kinds = [f"{node.op_type}-{node.revision}" for node in (mine, theirs)]
+        return f"node {mine.key!r} ({kinds[0]} here, {kinds[1]} there)"
     names = sorted({*mine.attributes, *theirs.attributes})
     parts = [name for name in names if mine.attributes.get(name) != theirs.attributes.get(name)]
     parts += ["inputs"] * (mine.inputs != theirs.inputs)
     parts += ["outputs"] * (mine.outputs != theirs.outputs)
-    return f"node {mine.key!r} ({mine.op_type}, {_listed(parts)})"
+    return f"node {mine.key!r} ({mine.op_type}, {_listed(parts)})" if parts else None
 
 
 def _listed(names: list[str]) -> str:
@@ -219,7 +234,8 @@ def _node_print(graph: OnnxGraph, key: str, weights: Mapping[str, str]) -> NodeP
     node = graph.nodes[key]
     return NodePrint(
         key=key,
-        operator=_operator(graph, node),
+        op_type=node.op_type if node.domain in STANDARD else f"{node.domain}::{node.op_type}",
+        revision=_revision(graph, node),
         inputs=tuple("" if value is None else graph.key(value) for value in node.inputs),
         outputs=tuple(graph.key(value) if value.name else "" for value in node.outputs),
         attributes={
@@ -235,16 +251,15 @@ def _made(graph: OnnxGraph, node: ir.Node) -> str | None:
     return graph.key(node.outputs[0]) if node.outputs and node.outputs[0].name else None
 
 
-def _operator(graph: OnnxGraph, node: ir.Node) -> str:
-    """Name the operator by the first revision that means the same."""
+def _revision(graph: OnnxGraph, node: ir.Node) -> int:
+    """Return the first revision that means the same as the one that a node uses."""
     domain = "" if node.domain in STANDARD else node.domain
     opset = opset_of(graph.model, domain)
     known = find(domain, node.op_type, opset)
     key = None if known is None else key_of(known.function)
-    since = revision(domain, node.op_type, opset)
     if key is not None and key[:2] == (domain, node.op_type):
-        since = key[2]
-    return f"{domain + '::' if domain else ''}{node.op_type}-{since}"
+        return key[2]
+    return revision(domain, node.op_type, opset) or opset
 
 
 def _attribute_text(graph: OnnxGraph, attribute: ir.Attr) -> str:

@@ -137,6 +137,8 @@ class Observer(nn.Module):
         self._check_channels(x)
         if not x.numel():
             return
+        if self.ends.device not in (None, x.device):  # of a loaded state, for one
+            self._map(lambda tensor: tensor.to(x.device))
         self.seen += x.numel()
         if self.axis is None and can_be_read(x) and self._take_numbers(x):
             return

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from qwrap.config import QuantSpec, RangeOverride
+from qwrap.dtypes import INT8, UINT8
 
-EIGHT_BITS = 8
 Role = Literal["integer", "weights", "moves", "absorbed", "float"]
 
 
@@ -125,17 +125,18 @@ class QuantPlan:
         """Whether operators must not follow a DequantizeLinear, lest onnxruntime fuse them.
 
         Of weights that are floats when the model runs it would make 8 bits, to have an integer
-        kernel; and it would hand weights of 2 bits, or of 8 in blocks, to kernels that take
-        neither.
+        kernel; and it would hand weights of 2 bits, of float8, or of 8 bits in blocks, to kernels
+        that take none of them.
         """
         if self.has_float_constants:
             return True
-        dtypes = [tensor.spec.dtype for tensor in self.tensors.values()]
-        if not any(d.is_integer and d.bits == EIGHT_BITS for d in dtypes):
+        eight = (UINT8.onnx_type, INT8.onnx_type)
+        if not any(tensor.spec.dtype.onnx_type in eight for tensor in self.tensors.values()):
             return False
         specs = [constant.spec for constant in self.constants.values()]
-        in_blocks = [s.dtype.bits == EIGHT_BITS and s.block_size is not None for s in specs]
-        return any(in_blocks) or any(s.dtype.bits == 2 for s in specs)
+        in_blocks = [s.dtype.onnx_type in eight and s.block_size is not None for s in specs]
+        odd = [s.dtype.bits == 2 or not s.dtype.is_integer for s in specs]
+        return any(in_blocks) or any(odd)
 
     def drop(self, nodes: dict[str, str]) -> None:
         """Mark ``nodes`` as float with the reasons given, in place."""

@@ -160,10 +160,27 @@ def test_a_changed_byte_in_a_mapped_file_is_seen(small, tmp_path) -> None:
 
 
 def test_the_opset_is_no_difference_where_operators_mean_the_same(small) -> None:
-    assert fingerprint(small.convs(opset=13)) == fingerprint(small.convs(opset=17))
+    assert fingerprint(small.convs(opset=13)).difference(fingerprint(small.convs(opset=17))) is None
     nodes, weights = "a = Conv(x, w) y = Softmax<axis=1>(a)", {"w": (4, 3, 1, 1)}
     old, new = (fingerprint(small.build(nodes, weights, opset=n)) for n in (11, 13))
     assert old.difference(new) is not None  # Softmax-13 normalizes along one axis only
+
+
+def test_an_opset_raised_for_a_type_is_no_difference(small) -> None:
+    """Also where an operator has another revision there: BatchNormalization-14, Constant-21."""
+    nodes = (
+        "t = Constant<value = float[1] {2}>() r = Relu(x) "
+        "n = BatchNormalization(r, s, b, m, v) a = Mul(n, t) y = Conv(a, w)"
+    )
+    weights = {"w": (4, 3, 1, 1), "s": (3,), "b": (3,), "m": (3,), "v": np.ones(3, np.float32)}
+    model = qwrap.load(small.build(nodes, weights, opset=13)).eval()
+    prints = []
+    for config in (qwrap.QConfig(), qwrap.QConfig(weight="int4"), qwrap.QConfig()):
+        qwrap.prepare(model, config)
+        prints.append((model.graph.opset, Fingerprint.of(model)))
+    assert [opset for opset, _ in prints] == [13, 21, 21]
+    assert prints[0][1].difference(prints[1][1]) is prints[1][1].difference(prints[2][1]) is None
+    assert prints[0][1].nodes != prints[1][1].nodes
 
 
 def test_constants_of_every_type_count(small) -> None:
@@ -217,6 +234,7 @@ def test_the_nodes_of_branches_count(small) -> None:
         lambda c: {**c, "weights": {"w1": 1}},
         lambda c: {**c, "nodes": [["a"]]},
         lambda c: {**c, "nodes": "abc"},
+        lambda c: {**c, "opset": "13"},
         lambda c: {**c, "ends": [["input", "x", None]]},
         lambda c: {"nodes": c["nodes"]},
     ],

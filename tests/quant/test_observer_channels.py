@@ -106,6 +106,16 @@ def test_observing_never_looks_at_values_on_a_device(
     assert all(t.is_meta for t in observer.get_extra_state().values() if isinstance(t, Tensor))
 
 
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statistic_follows_its_tensor_to_another_device(
+    kind: type[Observer], axis: int | None
+) -> None:
+    observer = observed([torch.ones(2, 3)], kind, axis)
+    observer.observe(torch.ones(2, 3, device="meta"))
+    assert all(t.is_meta for t in observer.get_extra_state().values() if isinstance(t, Tensor))
+
+
 @given(sample_sets([(5,), (3, 4), (2, 3, 5)]), st.integers(0, 3))
 @settings(deadline=None)
 def test_channels_have_the_exact_ends_and_counts_of_their_values(x: Tensor, axis: int) -> None:

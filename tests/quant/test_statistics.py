@@ -18,6 +18,7 @@ from qwrap.errors import ConfigError, ExportError, NotCalibratedError, Statistic
 from qwrap.model.points import ValuePoint
 from qwrap.quant.observers import HistogramObserver, MinMaxObserver
 
+SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[2] / "../shared"))
 FORMS = ("s.safetensors", "s.json")
 PARTS = ("extremes", "averages", "counts", "exponent")
 NUMBERS = ("axis", "count", "masked", "nonfinite", "batches", "bins")
@@ -40,7 +41,10 @@ def observed(source, batches, **settings) -> qwrap.Statistics:
 
 
 def assert_same(a: qwrap.Statistics, b: qwrap.Statistics, averages: float = 0) -> None:
-    """Equal bit by bit; ``averages``: how far moving averages may be apart, relative."""
+    """Equal bit by bit; ``averages``: how far moving averages may be apart, relative.
+
+    They weigh the order of batches, so that a merge gives others than one calibration.
+    """
     assert a.fingerprint == b.fingerprint
     assert a.batches == b.batches
     assert a.tensors.keys() == b.tensors.keys()
@@ -570,3 +574,33 @@ def test_the_summary_begins_with_what_is_not_finite(small) -> None:
             assert float(high) == pytest.approx(float(found.high), rel=1e-5)
         else:
             assert low == high == "-"
+
+
+# --- a real network
+
+
+@pytest.fixture
+def network() -> Path:
+    path = SHARED / "models" / "resnet20_cifar10.onnx"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there (QWRAP_SHARED says where to look)")
+    return path
+
+
+def test_parts_of_a_real_network_make_the_whole(small, network: Path, tmp_path: Path) -> None:
+    """Tensors of every size: the large ones are sampled, the small ones taken whole."""
+    batches = small.batches(3, (2, 3, 32, 32))
+    whole = calibrated(network, batches)
+    file = tmp_path / "s"
+    observed(network, batches[:1]).save(file)
+    model = calibrated(network, batches[1:], statistics=file)
+    assert_same(qwrap.Statistics.of(model), qwrap.Statistics.of(whole))
+    assert_same_scales(model, whole)
+    merged = observed(network, batches[1:]).merge(qwrap.Statistics.load(file))
+    assert_same(merged, qwrap.Statistics.of(whole), averages=1)
+    assert_same_scales(calibrated(network, (), statistics=merged), whole)
+    changed = onnx.load(network)
+    weight = next(t for t in changed.graph.initializer if len(t.raw_data) > 1000)
+    weight.raw_data = weight.raw_data[:-4] + b"\0" * 4
+    with pytest.raises(StatisticsError, match=r"of another model: weights .* \(1 of 47\) differ"):
+        calibrated(changed, (), statistics=file)

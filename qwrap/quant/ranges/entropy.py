@@ -12,7 +12,6 @@ from torch.nn.functional import embedding_bag
 from qwrap.config import QuantSpec
 from qwrap.quant.ranges.rows import HistogramRows
 
-_CHUNK = 8  # rows; one cache line of float64
 _TRACE = 1e-4
 
 
@@ -79,21 +78,15 @@ def _codes(spec: QuantSpec, two_sided: bool) -> int:
 
 def _threshold(counts: Tensor, rows: HistogramRows, sweep: Sweep) -> Tensor:
     """Return the best thresholds ``[R]`` in real units, infinite where none is better."""
-    result = torch.full_like(rows.width, torch.inf)
     if not sweep.starts.numel():
-        return result
+        return torch.full_like(rows.width, torch.inf)
     # The first threshold that leaves nothing out is the last one of interest.
     largest = torch.maximum(-rows.low, rows.high)
     widest = (largest / rows.width).floor() + 1
     tried = (sweep.ends - sweep.starts) // (1 + rows.two_sided)
-    for start in range(0, counts.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        divergence = _divergences(counts[part], sweep)
-        divergence.masked_fill_(tried > widest[part, None], torch.inf)
-        least, index = divergence.min(1)
-        found = tried[index] * rows.width[part]
-        result[part] = torch.where(least.isfinite(), found, torch.inf)
-    return result
+    divergence = _divergences(counts, sweep).masked_fill_(tried > widest[:, None], torch.inf)
+    least, index = divergence.min(1)
+    return torch.where(least.isfinite(), tried[index] * rows.width, torch.inf)
 
 
 @functools.lru_cache(maxsize=16)

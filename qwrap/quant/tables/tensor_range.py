@@ -183,8 +183,10 @@ class TensorRange:
             shape: of its scale: ``[1]``, ``[C]``, or one for each block.
 
         Raises:
-            TableError: there are more or fewer ranges than ``shape`` asks for.
+            TableError: there are more or fewer ranges than ``shape`` asks for, or they are laid
+                along another axis.
         """
+        self._check_layout(spec, shape)
         low, high = (torch.tensor(end.astype(np.float32)) for end in (self.low, self.high))
         joined = low.numel() > 1 and math.prod(shape) == 1
         if joined:
@@ -204,6 +206,20 @@ class TensorRange:
         if not torch.equal(round_scale(scale, spec).to(torch.float32), scale):
             return chosen
         return QParams(scale, zero_point, spec.axis, spec.block_size)
+
+    def _check_layout(self, spec: QuantSpec, shape: Sequence[int]) -> None:
+        """Refuse ranges along another axis, or of other blocks, than the tensor has."""
+        if self.low.size == 1 or math.prod(shape) == 1:
+            return
+        told, axis = self.axis, spec.axis
+        counted = told is not None and axis is not None and min(told, axis) >= 0  # from the front
+        if counted and told != axis:
+            raise TableError(f"holds ranges along axis {told}; the tensor's is {axis}")
+        if self.scale is not None and self.block_size != spec.block_size:
+            raise TableError(
+                f"holds blocks of {self.block_size or 'all'} values; the tensor has blocks of "
+                f"{spec.block_size or 'all'}"
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TensorRange) and _same(vars(self), vars(other))
@@ -256,6 +272,11 @@ def _laid_out(values: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tensor:
         raise TableError(f"holds {values.numel()} ranges; the tensor has {math.prod(shape)} scales")
     if values.ndim == 1 and len(shape) == 2 and spec.axis == 0:
         return values.reshape(shape[::-1]).T.contiguous()  # AIMET 1.0.0: output channels first
+    sides, asked = ([side for side in s if side > 1] for s in (values.shape, shape))
+    if values.ndim > 1 and sides != asked:
+        raise TableError(
+            f"holds ranges of shape {list(values.shape)}; the tensor's scale has {list(shape)}"
+        )
     return values.reshape(shape)
 
 

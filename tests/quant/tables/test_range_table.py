@@ -179,12 +179,12 @@ def test_a_byte_order_mark_before_json_is_no_harm(tmp_path) -> None:
     assert RangeTable.read(tmp_path / "t")["x"] == TensorRange(0, 1)
 
 
-def test_a_table_of_five_thousand_tensors_is_read_at_once(tmp_path) -> None:
+def test_a_table_of_two_thousand_tensors_is_read_at_once(tmp_path) -> None:
     """Quadratic reading would take minutes."""
-    table = RangeTable({f"tensor {i}": TensorRange(-i, i) for i in range(5000)})
+    table = RangeTable({f"tensor {i}": TensorRange(-i, i) for i in range(2000)})
     for form in ("onnxruntime", "tensorrt", "tensorrt-flatbuffers"):
         table.write(tmp_path / "t", form)
-        assert len(RangeTable.read(tmp_path / "t")) == 5000
+        assert len(RangeTable.read(tmp_path / "t")) == 2000
 
 
 # --- blocks ---------------------------------------------------------------------------------------

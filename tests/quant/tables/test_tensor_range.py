@@ -85,6 +85,31 @@ def test_another_number_of_ranges_is_refused() -> None:
         TensorRange([0, 0], [1, 2]).qparams(QuantSpec(axis=0), (3,))
 
 
+@pytest.mark.parametrize(
+    ("told", "spec", "message"),
+    [
+        ({"axis": 1}, QuantSpec(axis=0), "along axis 1; the tensor's is 0"),
+        ({"axis": 0, "block_size": 2}, QuantSpec(axis=0), "blocks of 2 values; .* blocks of all"),
+        (
+            {"axis": 0, "block_size": 2},
+            QuantSpec(axis=0, block_size=4),
+            "blocks of 2 values; .* of 4",
+        ),
+    ],
+)
+def test_ranges_laid_out_otherwise_are_refused(told: dict, spec: QuantSpec, message: str) -> None:
+    entry = TensorRange([0, 0], [1, 2], scale=[1, 2], dtype=UINT8, **told)
+    with pytest.raises(TableError, match=message):
+        entry.qparams(spec, (2,))
+
+
+def test_blocks_of_another_shape_are_refused() -> None:
+    ends = np.ones((2, 3), np.float32)
+    entry = TensorRange(-ends, ends, scale=ends, dtype=INT8, axis=0, block_size=2)
+    with pytest.raises(TableError, match=r"shape \[2, 3\]; the tensor's scale has \[3, 2\]"):
+        entry.qparams(QuantSpec(axis=0, block_size=2), (3, 2))
+
+
 def test_a_scale_can_be_given_to_a_range() -> None:
     entry = TensorRange([-1, 0], [3, 1], axis=1).with_scale(ASYMMETRIC)
     np.testing.assert_array_equal(entry.scale, np.float32([4 / 255, 1 / 255]))
