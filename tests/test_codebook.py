@@ -3,11 +3,13 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwrap.codebook import as_tensor, middles_of, nearest
+import qwrap.codebook
+from qwrap.codebook import MOST_COMPARED, as_tensor, middles_of, nearest
 
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 tables = st.lists(float32, min_size=2, max_size=12, unique=True).map(lambda v: tuple(sorted(v)))
@@ -17,14 +19,17 @@ def nearest_by_fractions(x: float, levels: tuple[float, ...]) -> int:
     return min(range(len(levels)), key=lambda i: (abs(Fraction(x) - Fraction(levels[i])), i))
 
 
+@pytest.mark.parametrize("most_compared", [0, MOST_COMPARED])
 @given(levels=tables, xs=st.lists(float32, min_size=1, max_size=12))
 def test_nearest_is_the_nearest_level_and_of_two_the_lower(
-    levels: tuple[float, ...], xs: list[float]
+    most_compared: int, levels: tuple[float, ...], xs: list[float]
 ) -> None:
     middles = middles_of(levels)
     around = [np.nextafter(np.float32(m), np.float32(s)) for m in middles for s in (-9e37, 9e37)]
     values = [*xs, *levels, *middles, *(float(v) for v in around if np.isfinite(v))]
-    found = nearest(torch.tensor(values, dtype=torch.float32), middles)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwrap.codebook, "MOST_COMPARED", most_compared)
+        found = nearest(torch.tensor(values, dtype=torch.float32), middles)
     assert found.tolist() == [nearest_by_fractions(x, levels) for x in values]
 
 
@@ -44,5 +49,6 @@ def test_a_table_becomes_a_tensor_once() -> None:
 
 def test_values_need_not_lie_in_order() -> None:
     steps = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    middles = middles_of((-1.0, 0.0, 1.0))
+    middles = middles_of(tuple(k / 40 for k in range(-60, 60)))
+    assert len(middles) > MOST_COMPARED
     assert torch.equal(nearest(steps.t(), middles), nearest(steps, middles).t())

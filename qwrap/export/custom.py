@@ -22,12 +22,11 @@ from qwrap.export.functions import (
 )
 from qwrap.export.quantizers import Array, Quantizers, as_array
 from qwrap.graph.nodes import QUANTIZED, QUANTIZED_AS
-from qwrap.graph.opset import raise_opset
 from qwrap.numerics import QParams, along_axis
 from qwrap.quant.forms import PACKED_OPSET, PRIMITIVE_OPSET
+from qwrap.quant.functions import at_opset
 
 PACKED_IR_VERSION = 10
-ADAPTED_OPSET = 13  # from here on functions can be raised to another opset
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,28 +219,6 @@ class FunctionCalls:
     def _node(self, function: ir.Function, inputs: list[ir.Value], tensor: str) -> ir.Node:
         node = ir.Node(function.domain, function.name, inputs, num_outputs=1)
         return self.make.named(node, f"{tensor}_{function.name}")
-
-
-def at_opset(proto: onnx.FunctionProto, opset: int) -> ir.Function:
-    """Return a function with its nodes as of ai.onnx ``opset``.
-
-    Raises:
-        ExportError: it was written for a later opset, or some of its nodes have no equal there.
-    """
-    written = {o.domain: o.version for o in proto.opset_import}
-    before = written.get("", written.get("ai.onnx", opset))
-    if before > opset or (before < opset < ADAPTED_OPSET):
-        raise ExportError(
-            f"function {proto.name!r} is written for opset {before}, but the graph imports opset "
-            f"{opset}; write it for that one"
-        )
-    graph = onnx.helper.make_graph([], "function", [], [])
-    imports = [onnx.helper.make_opsetid("", before)]
-    holder = ir.from_proto(onnx.helper.make_model(graph, functions=[proto], opset_imports=imports))
-    if before < opset:
-        raise_opset(holder, opset)
-    (function,) = holder.functions.values()
-    return function
 
 
 def _marked(call: ir.Node, tensor: str, dtype: QuantType, real: ir.DataType) -> ir.Node:

@@ -39,6 +39,8 @@ _CONTRIB_CODES = (
 
 PRIMITIVE_OPSET = 11
 """First opset with the operators that types are written in which QuantizeLinear lacks: Round."""
+FUNCTION_OPSET = 13
+"""First opset that functions of the user, written for an earlier one, can be raised to."""
 PACKED_OPSET = 21
 """First opset whose Cast reads indices of 4 bits."""
 

@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from qwrap.config import QConfig
 from qwrap.dtypes import QuantFunction, QuantType, is_free_name
-from qwrap.errors import ConfigError, QwrapError
+from qwrap.errors import ConfigError, ExportError, QwrapError
 from qwrap.graph.nodes import STANDARD
+from qwrap.graph.opset import raise_opset
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.forms import FUNCTION_OPSET
 
 Gradient = Literal["straight-through", "own"]
 TOLERANCE = 1e-4  # steps; for the rounding of float32 products
@@ -125,9 +129,9 @@ def _check_in_onnxruntime(proto: onnx.FunctionProto) -> None:
         raise ConfigError(f"onnxruntime refuses function {proto.name!r}: {error}") from error
 
 
-def _opset(proto: onnx.FunctionProto) -> int:
+def _opset(proto: onnx.FunctionProto, otherwise: int = 1) -> int:
     """Return the opset of ai.onnx that the function was written for."""
-    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    return next((o.version for o in proto.opset_import if o.domain in STANDARD), otherwise)
 
 
 class _Computation:
@@ -175,6 +179,45 @@ def _model_of(proto: onnx.FunctionProto) -> onnx.ModelProto:
         opset_imports=list(unique.values()),
         ir_version=10,
     )
+
+
+# --- in a model ----------------------------------------------------------------------------------
+
+
+def check_functions(config: QConfig, opset: int) -> None:
+    """Refuse types of ``config`` whose functions cannot be written into a model of ``opset``.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    for spec in (config.activation_spec, config.weight_spec(None, 0)):
+        function = None if spec is None else spec.dtype.function
+        if function is not None:
+            try:
+                at_opset(onnx.FunctionProto.FromString(function.proto), opset)
+            except ExportError as error:
+                raise ConfigError(f"type {spec and spec.dtype}: {error}") from error
+
+
+def at_opset(proto: onnx.FunctionProto, opset: int) -> ir.Function:
+    """Return a function with its nodes as of ai.onnx ``opset``.
+
+    Raises:
+        ExportError: it was written for a later opset, or some of its nodes have no equal there.
+    """
+    before = _opset(proto, opset)
+    if before > opset or (before < opset < FUNCTION_OPSET):
+        raise ExportError(
+            f"function {proto.name!r} is written for opset {before}, but the graph imports opset "
+            f"{opset}; write it for that one"
+        )
+    graph = helper.make_graph([], "function", [], [])
+    imports = [helper.make_opsetid("", before)]
+    holder = ir.from_proto(helper.make_model(graph, functions=[proto], opset_imports=imports))
+    if before < opset:
+        raise_opset(holder, opset)
+    (function,) = holder.functions.values()
+    return function
 
 
 # --- whether it is a quantization ----------------------------------------------------------------

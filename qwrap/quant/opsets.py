@@ -15,6 +15,7 @@ from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.forms import (
     CONTRIB,
     DEQUANTIZE,
+    FUNCTION_OPSET,
     PACKED_OPSET,
     PRIMITIVE_OPSET,
     QUANTIZE,
@@ -90,8 +91,8 @@ def _primitive_opset(config: QConfig) -> int:
     for spec in (config.activation_spec, config.weight_spec(0, 0)):
         if spec is None or spec.dtype.is_standard:
             continue
-        own = spec.dtype.opset if spec.dtype.function is not None else 0
-        opsets.append(max(PRIMITIVE_OPSET, own))
+        is_function = spec.dtype.function is not None
+        opsets.append(max(FUNCTION_OPSET, spec.dtype.opset) if is_function else PRIMITIVE_OPSET)
     return max(opsets)
 
 

@@ -14,13 +14,14 @@ from torch import nn
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.canonical import canonicalize
-from qwrap.graph.index import OnnxGraph
+from qwrap.graph.index import OnnxGraph, opset_of
 from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import scale_shape
 from qwrap.quant.exact import exact_program
+from qwrap.quant.functions import check_functions
 from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.opsets import let_carry
 from qwrap.quant.placement import place
@@ -55,6 +56,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     draft = materialize(model)
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
     changes = let_carry(draft, config)
+    check_functions(config, opset_of(draft, ""))
     changes += canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
     kept = {
         name

@@ -1,5 +1,6 @@
 """Models with types that ONNX has no operators for: file, simulation and onnxruntime."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import Tensor
 import qwrap
 from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import QuantType, codebook_type, quant_type
-from qwrap.errors import ExportError
-from qwrap.export.custom import at_opset
+from qwrap.errors import ConfigError, ExportError
 from qwrap.model.points import ValuePoint
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.functions import at_opset
 from qwrap.quant.stubs import Stub
 
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -308,12 +309,25 @@ def test_half_precision_models_have_casts_inside_the_functions(tmp_path: Path) -
             assert close.mean() > 0.9
 
 
-def test_a_function_of_a_later_opset_is_refused_before_anything_is_written() -> None:
+def test_a_function_that_has_no_equal_at_the_opset_of_the_model_is_refused_by_prepare() -> None:
+    text = """
+    <opset_import: ["" : 5], domain: "mine"> Tiled (x, scale) => (y) {
+        one = Constant <value = float[1] {1.0}> ()
+        y = Tile (x, one, one)
+    }"""
+    function = onnx.parser.parse_function(text).SerializeToString()
+    assert TERNARY.function is not None
+    dtype = replace(TERNARY, function=replace(TERNARY.function, proto=function))
+    with pytest.raises(ConfigError, match=r"Ternary.*Tile"):
+        qwrap.prepare(qwrap.load(network(21)), QConfig(weight=dtype))
+
+
+def test_a_function_is_written_at_the_opset_of_the_model() -> None:
     proto = onnx.parser.parse_function(TERNARY_TEXT)
     with pytest.raises(ExportError, match="written for opset 13, but the graph imports opset 11"):
         at_opset(proto, 11)
-    assert at_opset(proto, 13).opset_imports[""] == 13
-    assert at_opset(proto, 21).opset_imports[""] == 21
+    for opset in (13, 21):
+        assert at_opset(proto, opset).opset_imports[""] == opset
 
 
 def test_a_function_raises_the_opset_of_the_model(tmp_path: Path) -> None:
