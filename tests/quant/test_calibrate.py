@@ -273,14 +273,16 @@ ATTENTION = (
 
 @pytest.mark.parametrize("mask", [-3.4e38, -np.inf])
 def test_an_attention_mask_stretches_no_range(small, quantized, mask: float) -> None:
-    weights = {f"w{n}": (32, 32) for n in "qkvo"}
+    rng = np.random.default_rng(5)
+    # Scores of a few units: with larger ones the Softmax is a switch that one code may throw.
+    weights = {f"w{n}": rng.normal(0, 0.1, (32, 32)).astype(np.float32) for n in "qkvo"}
     weights["m"] = np.where(np.tri(5, dtype=bool), 0, mask).astype(np.float32)
     source = small.build(ATTENTION, weights, "float[N,5,32] x", "float[N,5,32] y")
     batches = small.batches(shape=(2, 5, 32))
     # This softmax magnifies what clipping costs; the extremes show whether the mask is left out.
     result = quantized(source, batches, qwrap.QConfig(only_if_faster=False, method="minmax"))
     for key, (scale, _) in scales(result.model).items():
-        assert (scale < 1).all(), key  # the largest value is about 100: 100 / 255
+        assert (scale < 1).all(), key  # the largest value is about 10: 10 / 255
     (expected,) = onnxruntime.InferenceSession(source.SerializeToString()).run(
         None, {"x": batches[0]}
     )
