@@ -113,7 +113,7 @@ class _Placement:
         if not names:
             return None
         reason = f"onnxruntime has no integer kernels between tensors of {kind}"
-        if ir.DataType.FLOAT16 in types:  # with 16-bit activations that product is 0
+        if ir.DataType.FLOAT16 in types:
             reason += (
                 ", and its optimiser rounds biases to products of two such scales, unless the "
                 "session option session.disable_quant_qdq is 1"

@@ -126,12 +126,14 @@ class QuantPlan:
 
         Of weights that are floats when the model runs it would make 8 bits, to have an integer
         kernel; and it would hand weights of 2 bits, of float8, or of 8 bits in blocks, to kernels
-        that take none of them.
+        that take none of them. Behind activations of 16 bits with scales of float16 it rounds
+        biases to the product of two scales, which is 0.
         """
-        if self.has_float_constants:
+        tensors = [tensor.spec for tensor in self.tensors.values()]
+        if self.has_float_constants or any(map(_underflows, tensors)):
             return True
         eight = (UINT8.onnx_type, INT8.onnx_type)
-        if not any(tensor.spec.dtype.onnx_type in eight for tensor in self.tensors.values()):
+        if not any(spec.dtype.onnx_type in eight for spec in tensors):
             return False
         specs = [constant.spec for constant in self.constants.values()]
         in_blocks = [s.dtype.onnx_type in eight and s.block_size is not None for s in specs]
@@ -182,6 +184,10 @@ class QuantPlan:
             "fused": self.fused,
             "methods": dict(self.methods),
         }
+
+
+def _underflows(spec: QuantSpec) -> bool:
+    return spec.scale_type == "float16" and spec.dtype.is_integer and spec.dtype.bits > 8
 
 
 def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan) -> dict[str, Any]:
