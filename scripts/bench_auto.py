@@ -3,8 +3,10 @@
     python scripts/bench_auto.py --json auto.json
 
 Every model is calibrated once; its scales are then chosen by each method in turn. SQNR is that of
-the simulation against the float model, in dB: of each graph output, averaged as error over power.
-"Regret" is how far "auto" lies below the best single method of the column. The table goes to
+the simulation against the float model in dB, the mean over samples; of several outputs the errors
+over power add up.
+"Regret" is how far "auto" lies below the best single method on that set; "forwards" is the
+processor time of its choice over that of a float forward of the kept samples. The table goes to
 standard output.
 """
 
@@ -14,6 +16,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,9 +48,12 @@ class Figures:
     Attributes:
         model: its name.
         method: its name.
-        calibration: SQNR in dB on the samples that calibration saw.
+        calibration: SQNR in dB on the samples that calibration saw, their mean.
         held_back: the same on others.
-        seconds: what choosing the scales took.
+        calibration_total: the same of all errors and powers added up: that of the few worst.
+        held_back_total: the same on others.
+        seconds: processor time that choosing the scales took.
+        forwards: the same, over that of a float forward of the kept samples.
         chosen: for "auto", method -> number of tensors.
     """
 
@@ -55,7 +61,10 @@ class Figures:
     method: str
     calibration: float
     held_back: float
+    calibration_total: float
+    held_back_total: float
     seconds: float
+    forwards: float
     chosen: dict[str, int] = field(default_factory=dict)
 
 
@@ -66,57 +75,75 @@ def measure(shared: SharedModels, name: str, samples: int, config: qwrap.QConfig
     reference = qwrap.load(shared.path(name)).eval()
     qwrap.prepare(model, config)
     qwrap.calibrate(model, calibration, progress=False)
-    forward = _seconds(lambda: [_run(reference, inputs) for inputs in calibration[:8]])
+    kept = model.samples.batches
+    forward = min(_seconds(lambda: [_run(reference, inputs) for inputs in kept]) for _ in range(2))
     found = []
     for method in (*METHODS, "auto"):
         seconds = _seconds(lambda method=method: qwrap.rescale(model, method=method))
         sets = [_sqnr(model, reference, part) for part in (calibration, held_back)]
         figures = Figures(
-            model=name, method=method, calibration=sets[0], held_back=sets[1], seconds=seconds
+            model=name,
+            method=method,
+            calibration=sets[0][0],
+            held_back=sets[1][0],
+            calibration_total=sets[0][1],
+            held_back_total=sets[1][1],
+            seconds=seconds,
+            forwards=seconds / forward,
         )
         for chosen in model.plan.methods.values():
             figures.chosen[chosen] = figures.chosen.get(chosen, 0) + 1
         found.append(figures)
-        _progress(f"{name}: {method}: {sets[0]:.2f} {sets[1]:.2f} dB, {seconds:.1f} s")
-    _progress(f"{name}: float forward over 8 samples: {forward:.2f} s")
+        _progress(
+            f"{name}: {method}: {sets[0][0]:.2f} {sets[1][0]:.2f} dB, {seconds:.1f} s"
+            f" ({figures.forwards:.1f} forwards)"
+        )
     return found
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may be busy
     action()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @torch.no_grad()
 def _run(model: qwrap.WrappedModel, inputs: Inputs) -> list[torch.Tensor]:
-    tensors = {name: torch.from_numpy(inputs[name]) for name in model.input_names}
+    tensors = {name: torch.as_tensor(inputs[name]) for name in model.input_names}
     result = model(**tensors)
     return list(result) if isinstance(result, tuple) else [result]
 
 
 def _sqnr(
     model: qwrap.WrappedModel, reference: qwrap.WrappedModel, samples: Iterable[Inputs]
-) -> float:
-    errors: list[float] = []
-    powers: list[float] = []
+) -> tuple[float, float]:
+    """Mean of the samples' SQNRs, and the SQNR of their errors and powers added up."""
+    shares, errors, powers = [], [], []
     for inputs in samples:
-        pairs = zip(_run(model, inputs), _run(reference, inputs), strict=True)
-        for i, (output, target) in enumerate(pairs):
-            errors[i:] = errors[i:] or [0.0]
-            powers[i:] = powers[i:] or [0.0]
-            errors[i] += float((output - target).double().square().sum())
-            powers[i] += float(target.double().square().sum())
-    shares = [e / p for e, p in zip(errors, powers, strict=True) if p > 0]
-    return -10 * math.log10(sum(shares) / len(shares))
+        pairs = list(zip(_run(model, inputs), _run(reference, inputs), strict=True))
+        errors.append([float((a - b).double().square().sum()) for a, b in pairs])
+        powers.append([float(b.double().square().sum()) for _, b in pairs])
+        shares.append(_share(errors[-1], powers[-1]))
+    total = _share(
+        [sum(e) for e in zip(*errors, strict=True)], [sum(p) for p in zip(*powers, strict=True)]
+    )
+    return statistics.mean(map(_decibel, shares)), _decibel(total)
+
+
+def _share(errors: Sequence[float], powers: Sequence[float]) -> float:
+    return sum(e / p for e, p in zip(errors, powers, strict=True) if p > 0)
+
+
+def _decibel(share: float) -> float:
+    return -10 * math.log10(max(share, 1e-12))
 
 
 def markdown(figures: Sequence[Figures]) -> str:
     """The figures as a table: a row for each model, both sets in each cell."""
     names = (*METHODS, "auto")
     lines = [
-        f"| model | {' | '.join(names)} | regret | auto chose |",
-        "| --- " * (len(names) + 3) + "|",
+        f"| model | {' | '.join(names)} | regret | forwards | auto chose |",
+        "| --- " * (len(names) + 4) + "|",
     ]
     for model, group in itertools.groupby(figures, key=lambda f: f.model):
         by_method = {f.method: f for f in group}
@@ -127,7 +154,7 @@ def markdown(figures: Sequence[Figures]) -> str:
             for part in ("calibration", "held_back")
         ]
         chosen = ", ".join(f"{n} {count}" for n, count in auto.chosen.items())
-        cells += [f"{regret[0]:.2f} / {regret[1]:.2f}", chosen]
+        cells += [f"{regret[0]:.2f} / {regret[1]:.2f}", f"{auto.forwards:.0f}", chosen]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

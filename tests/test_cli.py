@@ -106,6 +106,30 @@ def test_quiet_prints_nothing(tmp_path: Path, data: Path) -> None:
     assert (done.exit_code, done.output) == (0, "")
 
 
+def test_weights_alone_are_quantized_without_data(tmp_path: Path) -> None:
+    path = tmp_path / "q.onnx"
+    arguments = ("--activation", "none", "--weight", "int4", "--block-size", 16)
+    done = run("quantize", model_path(), "-o", path, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "weights    Conv 7, Gemm 1" in done.stdout
+    nodes = onnx.load(path).graph.node
+    assert not [n for n in nodes if n.op_type == "QuantizeLinear"]
+    sizes = [a.i for n in nodes for a in n.attribute if a.name == "block_size"]
+    assert sizes
+    assert set(sizes) == {16}
+
+
+def test_contrib_operators_leave_the_opset_as_it_is(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "q.onnx"
+    arguments = ("--activation", "uint16", "--contrib", "--verify", 0, "--limit", 16)
+    done = run("quantize", model_path(), "-o", path, "--calibration", data, *arguments)
+    assert done.exit_code == 0, done.output
+    opsets = [
+        {o.domain: o.version for o in onnx.load(p).opset_import} for p in (model_path(), path)
+    ]
+    assert opsets[1] == {**opsets[0], "com.microsoft": 1}
+
+
 def test_options_reach_the_ranges(tmp_path: Path, data: Path) -> None:
     options = {
         "minmax": ("--method", "minmax"),

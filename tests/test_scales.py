@@ -11,9 +11,11 @@ import torch
 from onnxruntime.quantization import quant_utils
 from onnxruntime.quantization.quant_utils import compute_scale_zp, snap_zero_point_to_uint8
 
-from qwrap.config import QuantSpec
+import qwrap
+from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import FLOAT4E2M1, INTEGERS, QuantType, integer_type
 from qwrap.export.quantizers import as_array
+from qwrap.model.points import UsePoint
 from qwrap.numerics import MIN_SCALE, block_extremes, choose_qparams, outer_scale, round_scale
 
 SHAPE = (3, 10, 7)
@@ -143,3 +145,21 @@ def test_the_extremes_of_blocks_are_those_of_slices() -> None:
         parts = x.split(size, axis)
         assert torch.equal(low, torch.cat([p.amin(axis, keepdim=True) for p in parts], axis))
         assert torch.equal(high, torch.cat([p.amax(axis, keepdim=True) for p in parts], axis))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [QuantSpec(power_of_two=True), QuantSpec(scale_type="float16"), QuantSpec()],
+    ids=["power of two", "float16", "float32"],
+)
+def test_a_scale_enlarged_for_a_bias_is_still_one_of_its_type(small, weight: QuantSpec) -> None:
+    weights = {"w": np.full((2, 3, 3, 3), 1e-7), "b": np.array([5.0, 0.1])}
+    source = small.build("y = Conv(x, w, b)", weights)
+    model = qwrap.load(source).eval()
+    plan = qwrap.prepare(model, QConfig(weight=weight, only_if_faster=False))
+    qwrap.calibrate(model, small.batches(), progress=False)
+    assert plan.biases
+    scale = model.tap(UsePoint("/y", 1)).scale
+    assert torch.equal(round_scale(scale, weight).float(), scale)
+    codes = model.tap(UsePoint("/y", 2)).codes(torch.tensor([5.0, 0.1]))
+    assert int(codes.abs().max()) <= 2**30 * (1 + 2**-10)

@@ -15,7 +15,9 @@ import qwrap
 from qwrap.cli.inspection import file_size, inspect_model, print_inspection
 from qwrap.cli.plan import print_plan
 from qwrap.cli.verification import FirstBatches, Thresholds, verify_summary
+from qwrap.config import QuantSpec
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
+from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError, ExportError, QwrapError
 from qwrap.graph.save import check_target
 from qwrap.quant.tables import FORMS
@@ -75,11 +77,22 @@ MinSqnr = Annotated[
         metavar="DB", help="Exit 1 if the quantized outputs are further from the float ones."
     ),
 ]
+NO_ACTIVATIONS = "none"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Activation = Annotated[
-    str | None, typer.Option("--activation", help="Type of activations, as in uint8.")
+    str | None,
+    typer.Option(
+        "--activation", help="Type of activations, as in uint8; 'none' quantizes weights alone."
+    ),
 ]
 Weight = Annotated[str | None, typer.Option("--weight", help="Type of weights, as in int8.")]
+BlockSize = Annotated[
+    int | None, typer.Option("--block-size", min=1, help="Weights that share a scale, as in 32.")
+]
+Contrib = Annotated[
+    bool | None,
+    typer.Option("--contrib", help="Write com.microsoft's operators instead of raising the opset."),
+]
 PerChannel = Annotated[
     bool | None,
     typer.Option("--per-channel/--no-per-channel", help="One weight scale per channel."),
@@ -137,6 +150,12 @@ Exclude = Annotated[
 ]
 
 
+def _weight(name: str | None, block_size: int | None) -> str | QuantSpec | None:
+    if block_size is None:
+        return name
+    return QuantSpec(dtype=quant_type(name or "int8"), block_size=block_size)
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -153,6 +172,8 @@ def quantize(
     batch_size: BatchSize = None,
     activation: Activation = None,
     weight: Weight = None,
+    block_size: BlockSize = None,
+    contrib: Contrib = None,
     per_channel: PerChannel = None,
     method: Method = None,
     weight_method: WeightMethod = None,
@@ -171,7 +192,8 @@ def quantize(
     # A default has one home, QConfig: only what was asked for is passed on.
     asked: dict[str, Any] = {
         "activation": activation,
-        "weight": weight,
+        "weight": _weight(weight, block_size),
+        "contrib": contrib,
         "per_channel": per_channel,
         "method": method,
         "weight_method": weight_method,
@@ -179,12 +201,15 @@ def quantize(
         "only_if_faster": only_if_faster,
         "excluded": exclude,
     }
-    config = qwrap.QConfig(**{key: value for key, value in asked.items() if value is not None})
+    settings = {key: value for key, value in asked.items() if value is not None}
+    if activation == NO_ACTIVATIONS:
+        settings["activation"] = None
+    config = qwrap.QConfig(**settings)
     thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
     if thresholds != Thresholds() and (calibration is None or not verify):
         cause = "--verify 0" if not verify else "no --calibration"
         raise ConfigError(f"{cause} leaves nothing to hold --max-differing or --min-sqnr against")
-    if calibration is None and statistics is None and table is None:
+    if not any((calibration, statistics, table)) and config.activation is not None:
         raise ConfigError("give --calibration DATA, --statistics or --table FILE with ranges")
     _check_table(write_table, table_form)
     console = Console(quiet=quiet, highlight=False)

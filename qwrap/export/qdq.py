@@ -140,7 +140,7 @@ class QdqWriter:
         parameters = self.qparams[tensor.source]
         uses = list(value.uses())
         data, before = value, list[ir.Node]()
-        if self._follows_relu(value, tensor, parameters):
+        if self._follows_clamp(value, tensor, parameters):
             before = [self.calls.keep_apart(value, name, parameters.real)]
             data = before[0].outputs[0]
         quantizer = self.make.quantize(data, parameters, name)
@@ -156,13 +156,13 @@ class QdqWriter:
             result = self._dequantize(parameters, name, where, quantizer, is_output=True)
             self._take_over_output(value, result)
 
-    def _follows_relu(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
-        """Whether a Relu is in front that onnxruntime would wrongly remove."""
+    def _follows_clamp(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
+        """Whether a Relu or Clip is in front that onnxruntime must not join to the quantizer."""
         producer = value.producer()
-        if producer is None or producer.op_type != "Relu":
+        if producer is None or producer.op_type not in ("Relu", "Clip"):
             return False
         zero_point = self._stub(ValuePoint(tensor.source)).zero_point
-        return self.make.loses_relu(parameters, zero_point)
+        return self.make.upsets(producer.op_type, parameters, zero_point)
 
     def _call(self, value: ir.Value, tensor: TensorPlan) -> None:
         """Put the call of a function behind ``value``, unless it only has moved since one."""

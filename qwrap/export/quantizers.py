@@ -81,7 +81,8 @@ class Quantizers:
 
         Zero points are left out where they would be many zeros (of blocks), and where there is
         another way to tell the type: onnxruntime takes any zero point of 4 or 2 bits or of float8
-        for the smallest code, and removes a Relu in front as if the clamp did its work.
+        for the smallest code, and removes a Relu in front as if the clamp did its work; at a Clip
+        it fails.
         """
         scale, zero_point = qparams.scale, qparams.zero_point
         if qparams.axis is None:
@@ -109,12 +110,13 @@ class Quantizers:
         known = spec.block_size is not None or (small and self.opset >= OUTPUT_DTYPE_OPSET)
         return known and spec.dtype.signed and not bool(zero_point.any())
 
-    def loses_relu(self, parameters: Parameters, zero_point: Tensor) -> bool:
-        """Whether onnxruntime would wrongly remove a Relu in front of the quantizer."""
+    def upsets(self, clamp: str, parameters: Parameters, zero_point: Tensor) -> bool:
+        """Whether onnxruntime would wrongly remove a Relu in front, or fail at a Clip there."""
         dtype = parameters.spec.dtype
         small = not dtype.is_integer or dtype.bits < EIGHT_BITS
-        given = parameters.zero_point is not None
-        return small and given and bool((zero_point != dtype.qmin).any())
+        if not small or parameters.zero_point is None:
+            return False
+        return clamp == "Clip" or bool((zero_point != dtype.qmin).any())
 
     def quantize(self, value: ir.Value, parameters: Parameters, name: str) -> ir.Node:
         """Make the node that turns ``value`` into codes."""

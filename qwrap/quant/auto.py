@@ -16,7 +16,7 @@ from qwrap.model.points import Program, UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams
 from qwrap.quant.consumers import ConsumerErrors
-from qwrap.quant.held_out import HeldOut, outputs_of, relative
+from qwrap.quant.held_out import HeldOut, outputs_of
 from qwrap.quant.prepare import device_of, plan_of, set_mode
 from qwrap.quant.samples import Samples
 from qwrap.quant.scales import (
@@ -39,6 +39,8 @@ Choice = Mapping[str, str]
 FALLBACK = "mse"  # where no operator computes on a tensor
 ALIKE = 0.01  # of the width: ranges that differ by less are tried once
 ROUNDS = 4  # parts of the samples; the first is also what single tensors are measured on
+SURELY = 3  # standard errors: one in some hundred is that far off by chance
+LEAST = 1e-12  # relative error that counts as none
 PREFIXES = (1.0, 0.5, 0.25, 0.125)
 """Shares of the tensors with the most to gain that leave the best single method together."""
 
@@ -55,7 +57,8 @@ def auto_ranges(
 
     Each tensor takes the method with the least error at the outputs of its consumers. What comes
     of that has to stand the test of the whole model's output against every single method, or else
-    only the tensors with the most to gain take another one. All of this is measured on the kept
+    only the tensors with the most to gain take another one. There the mean SQNR of the samples
+    decides. All of this is measured on the kept
     samples, summed over the processes of ``torch.distributed``, which decide alike.
 
     Args:
@@ -119,8 +122,7 @@ class _Trials:
         with model.running(Program()):
             wanted += [outputs_of(model, inputs) for inputs in batches[share:]]
         self._errors = measured.by_tensor(self._summed(measured.sums()))
-        self._held_out = HeldOut(model, batches, wanted)
-        self._power = self._summed(self._held_out.power)
+        self._held_out = HeldOut(model, batches, wanted, samples.sizes)
         self._parts = [slice(i * share, (i + 1) * share) for i in range(ROUNDS)]
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -133,33 +135,68 @@ class _Trials:
     def decide(self) -> Choice:
         """Return the best of all single methods, mixtures, and prefixes of mixtures."""
         singles = [dict.fromkeys(self._candidates, method) for method in self._methods()]
-        base, error = self._best_of(self._different(singles), math.inf)
-        mixture = {key: self._best(key, base[key]) for key in base}
-        gains = {key: self._gain(key, base[key], mixture[key]) for key in base}
-        order = sorted((key for key in base if gains[key] > 0), key=lambda k: -gains[k])
+        base = self._best_of(self._different(singles), None)
+        mixture = {key: self._best(key, base.choice[key]) for key in base.choice}
+        gains = {key: self._gain(key, base.choice[key], mixture[key]) for key in mixture}
+        order = sorted((key for key in gains if gains[key] > 0), key=lambda k: -gains[k])
         prefixes = [order[: math.ceil(len(order) * share)] for share in PREFIXES]
-        mixtures = [{**base, **{key: mixture[key] for key in prefix}} for prefix in prefixes]
-        better, _ = self._best_of(self._different([base, *mixtures])[1:], error)
-        return better or base
+        mixtures = [{**base.choice, **{key: mixture[key] for key in p}} for p in prefixes]
+        return self._best_of(self._different([base.choice, *mixtures])[1:], base).choice
 
-    def _best_of(self, choices: Sequence[Choice], limit: float) -> tuple[Choice, float]:
-        """Return the choice with the least error below ``limit``, or an empty one, and that error.
+    def _best_of(self, choices: Sequence[Choice], rival: _Course | None) -> _Course:
+        """Return the course of the choice with the least error, or ``rival``.
 
         All run the first part of the samples; then the most promising come first, and others stop
-        where what they have is more than the best has in all.
+        where they are surely worse. A rival has to be beaten all the way, so that the gain is not
+        that of a few samples.
         """
-        first = [self._errors_in(self._parts[0], choice) for choice in choices]
-        order = sorted(range(len(choices)), key=lambda i: relative(first[i], self._power))
-        best: Choice = {}
-        for i in order:
-            errors = first[i]
-            for part in self._parts[1:]:
-                if relative(errors, self._power) >= limit:
-                    break
-                errors = errors + self._errors_in(part, choices[i])
-            if relative(errors, self._power) < limit:
-                best, limit = choices[i], relative(errors, self._power)
-        return best, limit
+        started = [_Course(choice, [self._logs(choice, self._parts[0])]) for choice in choices]
+        means = {id(c): float(self._mean(c.logs[0])[0]) for c in started}
+        best = rival
+        for course in sorted(started, key=lambda c: means[id(c)]):
+            if self._finishes(course, best, surely=rival is None):
+                best = course
+        assert best is not None
+        return best
+
+    def _finishes(self, course: _Course, best: _Course | None, *, surely: bool) -> bool:
+        """Run the rest of the samples, in place; return whether ``course`` is better in the end.
+
+        Args:
+            course: has run the first part.
+            best: has run all; None if there is none yet.
+            surely: stop only where it is more than ``SURELY`` standard errors behind, not at once.
+        """
+        mean = -math.inf
+        for number, part in enumerate(self._parts):
+            if number:
+                course.logs.append(self._logs(course.choice, part))
+            if best is not None:
+                behind = torch.cat(course.logs) - torch.cat(best.logs[: number + 1])
+                mean, deviation = self._mean(behind)
+                if mean > (SURELY * deviation if surely else 0):
+                    return False
+        return mean < 0
+
+    def _mean(self, values: Tensor) -> tuple[float, float]:
+        """Return the mean over all processes and its standard error, both 0 for no values."""
+        parts = torch.tensor([len(values), values.sum(), values.square().sum()])
+        count, total, squares = self._summed(parts.to(torch.float64)).tolist()
+        mean = total / max(count, 1)
+        variance = max(squares / max(count, 1) - mean**2, 0.0)
+        return mean, math.sqrt(variance / max(count - 1, 1)) if count > 1 else math.inf
+
+    def _logs(self, choice: Choice, part: slice) -> Tensor:
+        """Return the logarithm of each sample's relative error, with everything quantized.
+
+        Errors of samples differ by orders of magnitude, and a sum would be that of the few worst.
+        """
+        self.restore()
+        set_activations(self._model, {**self._others, **self.ranges(choice)}, self._given)
+        set_mode(self._model, "quantize")
+        errors, powers = self._held_out.errors(part)
+        relative = torch.where(powers > 0, errors / powers, 0.0).sum(1)
+        return relative.clamp(min=LEAST).log()
 
     def _methods(self) -> list[str]:
         """Return the methods that every tensor has a candidate of, ``FALLBACK`` first."""
@@ -187,17 +224,18 @@ class _Trials:
         index, error = self._distinct[key].index, self._errors[key]
         return float(error[index[before]] - error[index[after]])
 
-    def _errors_in(self, part: slice, choice: Choice) -> Tensor:
-        """Return the squared error of every output, with everything quantized, on some batches."""
-        self.restore()
-        set_activations(self._model, {**self._others, **self.ranges(choice)}, self._given)
-        set_mode(self._model, "quantize")
-        return self._summed(self._held_out.errors(part))
-
     def restore(self) -> None:
         """Give weights the scales they had before a trial made room for biases, in place."""
         for point, scale in self._weights.items():
             stub_at(self._model, point).scale.copy_(scale)
+
+
+@dataclass(slots=True)
+class _Course:
+    """A choice, and the logarithms of the samples' errors so far, part by part."""
+
+    choice: Choice
+    logs: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)

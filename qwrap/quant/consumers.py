@@ -52,22 +52,20 @@ class ConsumerErrors:
 
         The layout depends on model and candidates alone.
         """
-        parts = [torch.cat([c.power, *c.errors.values()]) for c in self._consumers.values()]
+        parts = [error for c in self._consumers.values() for error in c.errors.values()]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def by_tensor(self, sums: Tensor) -> dict[str, Tensor]:
         """Return for each tensor the error of each candidate, float64 ``[N]``.
 
-        It is relative to the power of each consumer's output, and summed over consumers. Tensors
-        that nothing computes on are missing.
+        It is relative to the power of each consumer's output in a batch, and summed over consumers
+        and batches. Tensors that nothing computes on are missing.
         """
         result: dict[str, Tensor] = {}
         start = 0
         for consumer in self._consumers.values():
-            power = sums[start]
-            start += 1
             for source, errors in consumer.errors.items():
-                error = sums[start : start + len(errors)] / power
+                error = sums[start : start + len(errors)]
                 start += len(errors)
                 if error.isfinite().all():
                     result[source] = result.get(source, 0) + error
@@ -106,8 +104,8 @@ class _Consumer:
 
     Attributes:
         uses: source tensor -> the inputs that read it.
-        errors: source tensor -> squared error of each candidate so far.
-        power: squared output so far, ``[1]``.
+        errors: source tensor -> squared error of each candidate, relative to the output's power
+            in each batch.
     """
 
     def __init__(
@@ -121,7 +119,6 @@ class _Consumer:
         self._function, self.uses, self._stubs = function, uses, stubs
         self._candidates, self._bounds = candidates, bounds
         self.errors = {s: torch.zeros(len(candidates[s]), dtype=torch.float64) for s in uses}
-        self.power = torch.zeros(1, dtype=torch.float64)
 
     def __call__(self, *inputs: Any) -> Any:
         output = self._function(*inputs)
@@ -130,13 +127,14 @@ class _Consumer:
             return output
         ordinary = wanted.abs() < SENTINEL  # a mask's minus infinity has no error that counts
         power = torch.where(ordinary, wanted, 0).square().sum(dtype=torch.float64)
-        self.power += power.cpu()
+        if not power > 0:
+            return output
         for source, indices in self.uses.items():
             found = [
                 self._error(inputs, indices, self._stubs[source], qparams, wanted, ordinary)
                 for qparams in self._candidates[source]
             ]
-            self.errors[source] += torch.stack(found).cpu()
+            self.errors[source] += (torch.stack(found) / power).cpu()
         return output
 
     def _error(

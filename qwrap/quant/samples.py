@@ -13,8 +13,8 @@ from qwrap.model.wrapped import WrappedModel
 
 BYTES = 2**26
 """Room for samples: 64 MiB."""
-JOINED_BYTES = 2**20
-"""Of inputs in a joined batch; what a model computes from them takes some hundred times as much."""
+JOINED, JOINED_BYTES = 8, 2**20
+"""Samples in a joined batch, and bytes of its inputs; what is computed from them takes more."""
 
 
 class Samples:
@@ -23,14 +23,19 @@ class Samples:
     Attributes:
         most: how many samples to keep.
         batches: graph input -> tensor, for each batch kept.
-        count: samples in them.
+        sizes: samples in each.
     """
 
     def __init__(self, most: int, room: int = BYTES) -> None:
         self.most = most
         self.batches: list[dict[str, Any]] = []
-        self.count = 0
+        self.sizes: list[int] = []
         self._room = room
+
+    @property
+    def count(self) -> int:
+        """Samples in all batches."""
+        return sum(self.sizes)
 
     def take(self, inputs: Mapping[str, Any], *, divisible: bool) -> None:
         """Keep a copy of a batch, as far as there is room.
@@ -51,25 +56,27 @@ class Samples:
         needed = sum(_bytes(x) for x in inputs.values())
         if needed > self._room:
             return
+        self._room -= needed
         batch = {name: _copy(x) for name, x in inputs.items()}
-        if divisible and self.batches and _can_join(self.batches[-1], batch):
+        if divisible and self.batches and self._can_join(batch, size):
             last = self.batches[-1]
             self.batches[-1] = {name: torch.cat((last[name], batch[name])) for name in batch}
+            self.sizes[-1] += size
         else:
             self.batches.append(batch)
-        self._room -= needed
-        self.count += size
+            self.sizes.append(size)
+
+    def _can_join(self, batch: Mapping[str, Tensor], size: int) -> bool:
+        """Whether the last batch can take another one in: small ones cost most in overhead."""
+        last = self.batches[-1]
+        small = sum(_bytes(x) for x in (*last.values(), *batch.values())) <= JOINED_BYTES
+        fits = all(last[name].shape[1:] == batch[name].shape[1:] for name in batch)
+        return fits and small and self.sizes[-1] + size <= JOINED
 
     def on(self, device: torch.device) -> Iterator[dict[str, Any]]:
         """Yield the batches on ``device``, one at a time."""
         for batch in self.batches:
             yield {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
-
-
-def _can_join(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two batches can be one, and that is small: small batches cost most in overhead."""
-    small = sum(_bytes(x) for x in (*a.values(), *b.values())) <= JOINED_BYTES
-    return small and all(a[name].shape[1:] == b[name].shape[1:] for name in a)
 
 
 def _bytes(value: Any) -> int:

@@ -13,7 +13,7 @@ from qwrap.config import WEIGHT_METHODS, QuantSpec, RangeOverride
 from qwrap.errors import QwrapWarning
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
-from qwrap.numerics import QParams, choose_qparams, shrink_into
+from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
 from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observers import Observer
@@ -248,7 +248,9 @@ def _fit_biases(model: WrappedModel) -> None:
         least = stored(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
-        weight.scale.copy_(torch.maximum(weight.scale, least))
+        if (least > weight.scale).any():
+            enlarged = torch.maximum(weight.scale, least)
+            weight.scale.copy_(round_scale(enlarged, weight.spec))
 
 
 def warn_of_enlarged(model: WrappedModel) -> None:

@@ -365,3 +365,30 @@ def test_bfloat16_graphs_are_written_although_nothing_runs_them(
     for node in made.nodes("QuantizeLinear"):  # else its division would be one of bfloat16
         assert [a.i for a in node.attribute if a.name == "precision"] == [TensorProto.FLOAT]
     made.check_reloaded()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clamp", ["Relu(a)", "Clip(a, low, high)"])
+@pytest.mark.parametrize(
+    ("name", "contrib"),
+    [
+        ("int4", False),
+        ("int4", True),
+        ("uint4", False),
+        ("uint4", True),
+        ("int2", False),
+        ("uint2", False),
+        ("float8e4m3fn", False),
+    ],
+)
+def test_onnxruntime_neither_removes_a_clamp_nor_fails_at_it(
+    small, tmp_path, name: str, clamp: str, symmetric: bool, contrib: bool
+) -> None:
+    weights = {"w": (6, 3, 3, 3), "v": (4, 6, 1, 1), "low": np.float32(0), "high": np.float32(0.6)}
+    source = small.build(f"a = Conv(x, w) r = {clamp} y = Conv(r, v)", weights)
+    activation = QuantSpec(dtype=name, symmetric=symmetric)
+    config = QConfig(activation=activation, weight="int4", method="minmax", contrib=contrib)
+    made = Made(source, config, tmp_path, small.batches())
+    made.check_reloaded()
+    made.check_runtime()
+    assert not made.verify().skipped

@@ -31,10 +31,12 @@ def calibrated(source, batches, **settings):
 
 
 @torch.no_grad()
-def output_error(model, source, batches) -> float:
+def mean_log_error(model, source, batches) -> float:
+    """Logarithm of each sample's relative output error, averaged."""
     reference, x = qwrap.load(source).eval(), torch.from_numpy(np.concatenate(batches))
     wanted = reference(x)
-    return float((model(x) - wanted).double().square().sum() / wanted.double().square().sum())
+    error, power = (e.double().square().sum((1, 2, 3)) for e in (model(x) - wanted, wanted))
+    return float((error / power).log().mean())
 
 
 def scales(model) -> dict[str, float]:
@@ -46,26 +48,32 @@ def scales(model) -> dict[str, float]:
 def test_no_single_method_is_better_on_the_samples(small, seed: int) -> None:
     source, batches = small.build(NODES, WEIGHTS), heavy_tailed(seed=seed)
     model = calibrated(source, batches, method="auto")
-    found = output_error(model, source, batches)
+    found = mean_log_error(model, source, batches)
     for method in METHODS:
         qwrap.rescale(model, method=method)
-        # sums of float32 in another order
-        assert found <= output_error(model, source, batches) * (1 + 1e-5), method
+        # ranges within 1 % of each other are tried once
+        assert found <= mean_log_error(model, source, batches) + 0.02, method
 
 
-def test_mixtures_win_somewhere(small) -> None:
-    wins = 0
-    for seed in range(4):
-        source, batches = small.build(NODES, WEIGHTS), heavy_tailed(seed=seed)
-        model = calibrated(source, batches, method="auto")
-        wins += len(set(model.plan.methods.values())) > 1
-    assert wins
+def test_tensors_of_unlike_needs_take_unlike_methods(small) -> None:
+    """Outliers of x meet weights of zero, those of z large ones: no single method suits both."""
+    (ignored, (x,)), (decisive, (z,)) = outlier_in_a_channel(0.0), outlier_in_a_channel(10.0)
+    source = small.build(
+        "a = Conv(x, v) b = Conv(z, w) y = Add(a, b)",
+        {"v": ignored["w"] * 10, "w": decisive["w"]},
+        inputs="float[N,3,8,8] x, float[N,3,8,8] z",
+    )
+    model = qwrap.load(source).eval()
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="auto"))
+    qwrap.calibrate(model, [(x, z)], progress=False)
+    found = scales(model)
+    assert found["x"] < 30 / 255 < 40 / 255 < found["z"]
 
 
 def outlier_in_a_channel(weight: float) -> tuple[dict, list[np.ndarray]]:
-    """One value of channel 0 is far from all others; the layer gives the channel ``weight``."""
+    """A value of channel 0 is far from all others; the layer gives the channel ``weight``."""
     batches = [np.random.default_rng(0).normal(0, 1, (4, 3, 8, 8)).astype(np.float32)]
-    batches[0][0, 0, 0, 0] = 50
+    batches[0][:, 0, 0, 0] = 50
     matrix = np.random.default_rng(1).normal(0, 1, (4, 3, 1, 1)).astype(np.float32)
     matrix[:, 0] *= weight
     return {"w": matrix}, batches
@@ -143,6 +151,10 @@ def decide_with_others(rank: int, world: int, folder: str) -> None:
     model.samples = samples
     qwrap.rescale(model, method="auto")
     torch.save({"scales": scales(model), "methods": model.plan.methods}, f"{folder}/{rank}")
+    model = qwrap.load(f"{folder}/model.onnx").eval()
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, activation="uint4", method="auto"))
+    qwrap.calibrate(model, batches[2 * rank : 2 * rank + 2], progress=False)
+    torch.save({"scales": scales(model), "methods": model.plan.methods}, f"{folder}/shares {rank}")
     dist.destroy_process_group()
 
 
@@ -157,3 +169,6 @@ def test_processes_decide_alike_and_as_one(small, tmp_path) -> None:
     for rank in range(2):
         found = torch.load(tmp_path / str(rank), weights_only=True)
         assert found == {"scales": scales(model), "methods": model.plan.methods}
+    shares = [torch.load(tmp_path / f"shares {rank}", weights_only=True) for rank in range(2)]
+    assert shares[0] == shares[1]
+    assert shares[0]["methods"].keys() == model.plan.methods.keys()

@@ -277,7 +277,8 @@ def test_an_attention_mask_stretches_no_range(small, quantized, mask: float) -> 
     weights["m"] = np.where(np.tri(5, dtype=bool), 0, mask).astype(np.float32)
     source = small.build(ATTENTION, weights, "float[N,5,32] x", "float[N,5,32] y")
     batches = small.batches(shape=(2, 5, 32))
-    result = quantized(source, batches)
+    # This softmax magnifies what clipping costs; the extremes show whether the mask is left out.
+    result = quantized(source, batches, qwrap.QConfig(only_if_faster=False, method="minmax"))
     for key, (scale, _) in scales(result.model).items():
         assert (scale < 1).all(), key  # the largest value is about 100: 100 / 255
     (expected,) = onnxruntime.InferenceSession(source.SerializeToString()).run(

@@ -43,23 +43,23 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_the_error_is_that_of_the_convolution_behind(small) -> None:
     nodes = "y = Conv(x, w)"
     model = prepared(small.build(nodes, {"w": (4, 3, 1, 1)}))
-    x = torch.from_numpy(np.concatenate(small.batches()))
+    x = torch.from_numpy(small.batches()[0])
     weight = model.stored("w").detach()
     expected = [relative(F.conv2d(rounded(x, s), weight), F.conv2d(x, weight)) for s in RANGES]
-    found = measured(model, small.batches(), "x")["x"]
+    found = measured(model, small.batches(1), "x")["x"]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)  # float32 sums in another order
 
 
 def test_an_absorbed_relu_hides_the_errors_it_cuts(small) -> None:
     model = prepared(small.convs())
-    x = torch.from_numpy(np.concatenate(small.batches()))
+    x = torch.from_numpy(small.batches()[0])
     w, b = (model.stored(name).detach() for name in ("w1", "b1"))
 
     def layer(x):
         return F.conv2d(x, w, b, padding=1).relu()
 
     expected = [relative(layer(rounded(x, span)), layer(x)) for span in RANGES]
-    assert measured(model, small.batches(), "x")["x"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert measured(model, small.batches(1), "x")["x"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_consumers_add_up_each_relative_to_its_output_and_moves_are_looked_through(small) -> None:
@@ -74,23 +74,39 @@ def test_consumers_add_up_each_relative_to_its_output_and_moves_are_looked_throu
         )
     )
     assert model.plan.tensors["a"].source == "p"
-    p = torch.from_numpy(np.concatenate(small.batches()))
+    p = torch.from_numpy(small.batches()[0])
     w, v = (model.stored(name).detach() for name in ("w", "v"))
     expected = []
     for span in RANGES:
         pooled, plain = (F.max_pool2d(t, 2, 1) for t in (p, p))
         behind_pool = relative(F.conv2d(rounded(pooled, span), w), F.conv2d(plain, w))
         expected.append(behind_pool + relative(F.conv2d(rounded(p, span), v), F.conv2d(p, v)))
-    found = measured(model, small.batches(), "p")["p"]
+    found = measured(model, small.batches(1), "p")["p"]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_batches_add_up_each_relative_to_its_output(small) -> None:
+    model = prepared(small.build("y = Conv(x, w)", {"w": (4, 3, 1, 1)}))
+    weak, strong = (torch.from_numpy(b) for b in small.batches(2))
+    strong = strong * 3
+    weight = model.stored("w").detach()
+    expected = [
+        sum(
+            relative(F.conv2d(rounded(x, span), weight), F.conv2d(x, weight))
+            for x in (weak, strong)
+        )
+        for span in RANGES
+    ]
+    found = measured(model, [weak.numpy(), strong.numpy()], "x")["x"]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_both_inputs_of_a_product_with_itself_are_rounded(small) -> None:
     nodes = "a = Conv(x, w) b = Mul(a, a) y = Conv(b, v)"
     model = prepared(small.build(nodes, {"w": np.eye(3).reshape(3, 3, 1, 1), "v": (4, 3, 1, 1)}))
-    a = torch.from_numpy(np.concatenate(small.batches()))
+    a = torch.from_numpy(small.batches()[0])
     expected = [relative(rounded(a, span) ** 2, a**2) for span in RANGES]
-    assert measured(model, small.batches(), "a")["a"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert measured(model, small.batches(1), "a")["a"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_masked_outputs_do_not_drown_the_others(small) -> None:
@@ -100,9 +116,9 @@ def test_masked_outputs_do_not_drown_the_others(small) -> None:
     model = qwrap.load(small.build(nodes, weights)).eval()
     qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     assert "a" in model.plan.tensors
-    a = torch.from_numpy(np.concatenate(small.batches()))[..., 2:]
+    a = torch.from_numpy(small.batches()[0])[..., 2:]
     expected = [relative(rounded(a, span), a) for span in RANGES]
-    assert measured(model, small.batches(), "a")["a"].tolist() == pytest.approx(expected, rel=1e-4)
+    assert measured(model, small.batches(1), "a")["a"].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_outputs_are_those_of_the_float_model(small) -> None:
@@ -114,4 +130,4 @@ def test_outputs_are_those_of_the_float_model(small) -> None:
 
 
 def test_what_nothing_computes_on_has_no_error(small) -> None:
-    assert measured(prepared(small.convs()), small.batches(), "y") == {}
+    assert measured(prepared(small.convs()), small.batches(1), "y") == {}

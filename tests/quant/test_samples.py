@@ -9,7 +9,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, NotCalibratedError
-from qwrap.quant.samples import JOINED_BYTES, Samples
+from qwrap.quant.samples import JOINED, JOINED_BYTES, Samples
 
 
 def calibrated(small, batches, **settings):
@@ -76,6 +76,14 @@ def test_samples_of_unlike_shape_stay_apart_and_large_ones_too() -> None:
         (1, JOINED_BYTES // 4),
         (1, JOINED_BYTES // 4),
     ]
+
+
+def test_small_batches_are_joined_up_to_some_samples() -> None:
+    samples = Samples(100)
+    for value in range(20):
+        samples.take({"x": torch.full((1, 5), float(value))}, divisible=True)
+    assert samples.sizes == [JOINED, JOINED, 20 - 2 * JOINED]
+    assert torch.cat([b["x"] for b in samples.batches])[:, 0].tolist() == list(range(20))
 
 
 def test_empty_batches_are_not_kept() -> None:

@@ -17,7 +17,7 @@ def test_the_stride_has_no_divisor_in_common_with_the_size(size: int, channels: 
     assert math.gcd(stride, size) == 1 or size == 1
     assert stride == 1 or size > 255
     assert stride < 128
-    assert stride <= 2 or size / stride > 6 * channels
+    assert stride == 1 or size / stride > channels  # 16 and more but for sizes of many divisors
 
 
 def test_a_large_tensor_is_sampled_evenly_over_every_axis() -> None:

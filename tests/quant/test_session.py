@@ -183,6 +183,23 @@ def test_early_stop_takes_a_number_of_batches(small) -> None:
         calibrated(small.convs(), never(), early_stop=0)
 
 
+def test_sharded_parameters_do_not_stop_early(small) -> None:
+    """Every forward is a collective there, which a rank that stopped would leave hanging."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = prepared(small.convs())
+        module, name = next((m, n) for m in model.modules() for n in m._parameters)
+        sharded = torch.distributed.tensor.distribute_tensor(getattr(module, name), mesh)
+        module.register_parameter(name, torch.nn.Parameter(sharded))
+        with pytest.raises(ConfigError, match="early_stop: the parameters are sharded"):
+            qwrap.calibrate(model, never(), early_stop=2, progress=False)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- the bar
 
 

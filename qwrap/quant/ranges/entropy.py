@@ -89,7 +89,7 @@ def _threshold(counts: Tensor, rows: HistogramRows, sweep: Sweep) -> Tensor:
     return torch.where(least.isfinite(), tried[index] * rows.width, torch.inf)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _sweep(bins: int, levels: int, two_sided: bool) -> Sweep:
     """Return the thresholds of histograms of ``bins`` bins, with 0 at an end or in the middle."""
     if two_sided:
@@ -145,7 +145,11 @@ def _group_terms(below: Tensor, filled: Tensor, sweep: Sweep) -> Tensor:
     if groups.numel() < len(sizes) * bins:
         left = groups % bins
         right = left + groups // bins + sizes[0]
-        return _spread(below[:, right] - below[:, left], filled[:, right] - filled[:, left]).sum(2)
+        sums = [  # row by row, for the sake of memory
+            _spread(b[right] - b[left], f[right] - f[left]).sum(1)
+            for b, f in zip(below, filled, strict=True)
+        ]
+        return torch.stack(sums)
     # Thresholds share their groups: each is computed once, and the rows side by side.
     table = below.new_zeros(len(sizes), bins, below.shape[0])
     for size, row in zip(sizes, table, strict=True):

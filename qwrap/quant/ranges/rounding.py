@@ -112,7 +112,8 @@ class CellRounding(Rounding):
         counts, values = self._below(middles)
         last, all_counts, all_values = numbers[:, -1], self._counts[:, -1], self._values[:, -1]
         to_last = self.power - last * (2 * all_values - last * all_counts)
-        return to_last + 2 * (jumps * (values - middles * counts)).sum(1)
+        squares = to_last + 2 * (jumps * (values - middles * counts)).sum(1)
+        return squares.clamp_(min=0)  # where all rounds to 0, far below a step, nothing is left
 
     def magnitudes(self, qparams: QParams) -> Tensor:
         """Return the sums of the magnitudes of the errors, ``[R]``."""
