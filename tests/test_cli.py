@@ -119,6 +119,15 @@ def test_weights_alone_are_quantized_without_data(tmp_path: Path) -> None:
     assert set(sizes) == {16}
 
 
+def test_integers_of_odd_widths_go_by_name(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "q.onnx"
+    arguments = ("--activation", "uint5", "--weight", "int3", "--limit", 16, "--max-differing", 0)
+    done = run("quantize", model_path(), "-o", path, "--calibration", data, *arguments)
+    assert done.exit_code == 0, done.output
+    names = sorted(f.name for f in onnx.load(path).functions)
+    assert names == ["DequantizeInt3", "FakeQuantizeUint5"]
+
+
 def test_contrib_operators_leave_the_opset_as_it_is(tmp_path: Path, data: Path) -> None:
     path = tmp_path / "q.onnx"
     arguments = ("--activation", "uint16", "--contrib", "--verify", 0, "--limit", 16)

@@ -210,7 +210,10 @@ def test_no_operator_of_onnxruntime_rounds_weights_or_activations_again(tmp_path
         assert not found & {"MatMulNBits", "QLinearConv", "FusedMatMul", "QGemm", "QLinearMatMul"}
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+VERIFIED = ("int3 and int3", "uint8 and log2", "function and function", "log2 and blocks")
+
+
+@pytest.mark.parametrize("pair", [*VERIFIED, "no activations"])
 def test_verify_compares_what_functions_return(pair: str, tmp_path: Path) -> None:
     model = quantized(network(), *PAIRS[pair])
     path = tmp_path / "quantized.onnx"
@@ -282,6 +285,63 @@ def test_a_quantized_graph_output_keeps_its_name(tmp_path: Path) -> None:
     file = assert_equal_everywhere(quantized(model, exact("int3"), exact("int3")), tmp_path)
     assert file.graph.output[0].name == "r"
     assert file.graph.node[-1].op_type == "FakeQuantizeInt3"
+
+
+def branching() -> onnx.ModelProto:
+    """Return a model with a constant operand, and branches that read a quantized value."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 13]>
+    branching (float[n, 3, 8, 8] x, bool which) => (float[n, 4, 8, 8] y)
+    <float[4, 3, 1, 1] w, float[1, 3, 1, 1] shift, float[4, 4, 1, 1] v> {
+        moved = Add (x, shift)
+        a = Conv (moved, w)
+        y = If (which) <
+            then_branch = positive () => (float[n, 4, 8, 8] p) { p = Conv (a, v) },
+            else_branch = other () => (float[n, 4, 8, 8] q) { r = Relu (a) q = Conv (r, v) }
+        >
+    }"""
+    model = onnx.parser.parse_model(text)
+    arrays = {
+        "w": on_grid(4, 3, 1, 1, seed=1),
+        "shift": on_grid(1, 3, 1, 1, seed=2),
+        "v": on_grid(4, 4, 1, 1, seed=3),
+    }
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    for i, node in enumerate(model.graph.node):
+        node.name = f"node{i}"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight"), [("int3", "int3"), (LOG2, WIDE), (TERNARY, TERNARY)], ids=str
+)
+def test_branches_and_constant_operands_read_what_functions_return(
+    activation: QuantType | str, weight: QuantType | str, tmp_path: Path
+) -> None:
+    model = qwrap.load(branching())
+    config = QConfig(
+        activation=exact(activation), weight=exact(weight), method="minmax", only_if_faster=False
+    )
+    plan = qwrap.prepare(model, config)
+    choices = torch.tensor(True), torch.tensor(False)
+    qwrap.calibrate(model, [(images(), which) for which in choices], progress=False)
+    assert "moved" in plan.tensors
+    assert len(plan.constants) >= 3
+    file = exported(model, tmp_path)
+    x = (images(seed=3) * 64).round() / 64
+    for which in choices:
+        with torch.no_grad():
+            simulated = model(x, which)
+            assert torch.equal(qwrap.load(file)(x, which), simulated)
+        for mode in MODES:
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = mode
+            session = onnxruntime.InferenceSession(
+                file.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            feed = {"x": x.numpy(), "which": which.numpy()}
+            np.testing.assert_array_equal(session.run(None, feed)[0], simulated.numpy())
 
 
 def test_half_precision_models_have_casts_inside_the_functions(tmp_path: Path) -> None:
@@ -363,12 +423,6 @@ def test_gradients_of_a_file_read_back_stop_at_its_roundings(tmp_path: Path) -> 
     gradients = {n: p.grad for n, p in again.named_parameters()}
     assert not gradients["w1"].any()  # Round has gradient 0, and straight-through is no operator
     assert gradients["b3"].any()
-
-
-def test_odd_integers_go_by_name_on_the_command_line() -> None:
-    config = QConfig(activation="uint3", weight="int3")
-    assert config.weight_spec(0).dtype == qwrap.integer_type(3)
-    assert config.weight_spec(0).narrow_range
 
 
 METHODS = ("minmax", "ema", "percentile", "mse", "l1", "cosine", "entropy", "distribution")
