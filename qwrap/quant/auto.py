@@ -40,6 +40,7 @@ FALLBACK = "mse"  # where no operator computes on a tensor
 ALIKE = 0.01  # of the width: ranges that differ by less are tried once
 ROUNDS = 4  # parts of the samples; the first is also what single tensors are measured on
 SURELY = 3  # standard errors: one in some hundred is that far off by chance
+CLEARLY = 2  # the same for a gain that other samples should have, too
 LEAST = 1e-12  # relative error that counts as none
 PREFIXES = (1.0, 0.5, 0.25, 0.125)
 """Shares of the tensors with the most to gain that leave the best single method together."""
@@ -147,8 +148,8 @@ class _Trials:
         """Return the course of the choice with the least error, or ``rival``.
 
         All run the first part of the samples; then the most promising come first, and others stop
-        where they are surely worse. A rival has to be beaten all the way, so that the gain is not
-        that of a few samples.
+        where they are surely worse. A rival has to be beaten all the way and clearly, so that the
+        gain is not that of a few samples.
         """
         started = [_Course(choice, [self._logs(choice, self._parts[0])]) for choice in choices]
         means = {id(c): float(self._mean(c.logs[0])[0]) for c in started}
@@ -165,9 +166,10 @@ class _Trials:
         Args:
             course: has run the first part.
             best: has run all; None if there is none yet.
-            surely: stop only where it is more than ``SURELY`` standard errors behind, not at once.
+            surely: stop only where it is more than ``SURELY`` standard errors behind, not at once;
+                and be better by any amount, not by ``CLEARLY`` standard errors.
         """
-        mean = -math.inf
+        mean, deviation = -math.inf, 0.0
         for number, part in enumerate(self._parts):
             if number:
                 course.logs.append(self._logs(course.choice, part))
@@ -176,7 +178,7 @@ class _Trials:
                 mean, deviation = self._mean(behind)
                 if mean > (SURELY * deviation if surely else 0):
                     return False
-        return mean < 0
+        return mean < (0 if surely or best is None else -CLEARLY * deviation)
 
     def _mean(self, values: Tensor) -> tuple[float, float]:
         """Return the mean over all processes and its standard error, both 0 for no values."""
