@@ -15,7 +15,7 @@ from qwrap.quant.functions import function_type
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
 from qwrap.quant.rescale import rescale
-from qwrap.quant.statistics import Statistics
+from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.verify import verify

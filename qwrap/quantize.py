@@ -17,11 +17,11 @@ from qwrap.graph.save import check_target
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.auto.samples import keep
 from qwrap.quant.calibrate import calibrate, calibrating, run_batches
 from qwrap.quant.prepare import observers, plan_of, prepare
 from qwrap.quant.rescale import rescale
-from qwrap.quant.samples import keep
-from qwrap.quant.statistics import Statistics
+from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable
 
 KEPT = 32  # batches that stay in memory for what follows calibration

@@ -20,7 +20,7 @@ import torch
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from qwrap.config import METHODS, QuantSpec
-from qwrap.quant.observers import HistogramObserver
+from qwrap.quant.observe.observers import HistogramObserver
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 
 BINS = 2048  # a side

@@ -1,4 +1,4 @@
-"""Measure kernels of onnxruntime on this machine and fit the rates of qwrap/quant/cost.py.
+"""Measure kernels of onnxruntime here and fit the rates of qwrap/quant/placement/cost.py.
 
     python scripts/fit_costs.py --output measurements.csv
 
@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, shape_inference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qwrap.quant.cost import Rate, Work, float_work, integer_work
+from qwrap.quant.placement.cost import Rate, Work, float_work, integer_work
 
 Sample = tuple[Work, float]
 _BORDERS = {

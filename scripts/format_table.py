@@ -28,7 +28,7 @@ from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import FLOATS, INTEGERS, QuantType
 from qwrap.errors import QwrapWarning
 from qwrap.export.runtime import has_kernel
-from qwrap.quant.forms import (
+from qwrap.quant.placement.forms import (
     CONTRIB,
     DEQUANTIZE,
     QUANTIZE,

@@ -8,7 +8,7 @@ import torch
 import qwrap
 from qwrap.demo import batches as demo_batches
 from qwrap.demo import model_path
-from qwrap.quant.observers import HistogramObserver
+from qwrap.quant.observe.observers import HistogramObserver
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

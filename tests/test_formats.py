@@ -35,7 +35,7 @@ from qwrap.numerics import (
     quantize,
     spread,
 )
-from qwrap.quant.forms import (
+from qwrap.quant.placement.forms import (
     CONTRIB,
     DEQUANTIZE,
     QUANTIZE,

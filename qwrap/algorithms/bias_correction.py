@@ -13,7 +13,7 @@ from qwrap.model.batches import iterate
 from qwrap.model.operators import function_of_node
 from qwrap.model.points import Program
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.held_out import HeldOut, float_model
+from qwrap.quant.auto.held_out import HeldOut, float_model
 from qwrap.quant.prepare import plan_of
 
 

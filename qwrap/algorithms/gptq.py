@@ -20,7 +20,7 @@ from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
-from qwrap.quant.held_out import HeldOut
+from qwrap.quant.auto.held_out import HeldOut
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
 

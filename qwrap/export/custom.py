@@ -23,8 +23,8 @@ from qwrap.export.functions import (
 from qwrap.export.quantizers import Array, Quantizers, as_array
 from qwrap.graph.nodes import QUANTIZED, QUANTIZED_AS
 from qwrap.numerics import QParams, along_axis
-from qwrap.quant.forms import PACKED_OPSET, PRIMITIVE_OPSET
 from qwrap.quant.functions import at_opset
+from qwrap.quant.placement.forms import PACKED_OPSET, PRIMITIVE_OPSET
 
 PACKED_IR_VERSION = 10
 

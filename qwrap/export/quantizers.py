@@ -19,7 +19,14 @@ from qwrap.errors import ExportError
 from qwrap.graph.constants import Constants
 from qwrap.graph.index import opset_of, walk_nodes
 from qwrap.numerics import QParams, outer_scale
-from qwrap.quant.forms import CONTRIB, DEQUANTIZE, QUANTIZE, Format, domain_for, lowest_opset
+from qwrap.quant.placement.forms import (
+    CONTRIB,
+    DEQUANTIZE,
+    QUANTIZE,
+    Format,
+    domain_for,
+    lowest_opset,
+)
 
 Array = npt.NDArray[Any]
 ZERO_POINT = 2  # index of the input

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from qwrap.errors import ExportError, QwrapWarning
-from qwrap.quant.forms import QUANTIZE, Format
+from qwrap.quant.placement.forms import QUANTIZE, Format
 
 STACK = 9  # from here to who called ``export``
 SILENT = 4  # log severity; what goes wrong arrives as an exception

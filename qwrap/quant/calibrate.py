@@ -14,7 +14,9 @@ from tqdm import tqdm
 from qwrap.errors import NotCalibratedError, StatisticsError
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.auto.samples import keeping
 from qwrap.quant.early_stop import WIDENING, EarlyStop
+from qwrap.quant.observe.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
 from qwrap.quant.prepare import (
     config_of,
     decisions_of,
@@ -27,10 +29,8 @@ from qwrap.quant.prepare import (
 )
 from qwrap.quant.problems import leave_out_problems
 from qwrap.quant.rescale import fix_scales
-from qwrap.quant.samples import keeping
 from qwrap.quant.session import Session
-from qwrap.quant.statistics import Statistics, restore
-from qwrap.quant.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
+from qwrap.quant.statistics.statistics import Statistics, restore
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch was built without

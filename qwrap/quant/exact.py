@@ -16,11 +16,11 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
+from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
+from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import NodePlan, QuantPlan
 from qwrap.quant.sources import source_of, written_by
-from qwrap.quant.specs import is_fusable, is_fusable_weight
 from qwrap.quant.stubs import BiasStub, Stub
-from qwrap.quant.target import ORT_CPU
 
 
 @contextmanager

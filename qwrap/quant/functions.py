@@ -20,7 +20,7 @@ from qwrap.graph.nodes import STANDARD
 from qwrap.graph.opset import raise_opset
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.forms import FUNCTION_OPSET
+from qwrap.quant.placement.forms import FUNCTION_OPSET
 
 Gradient = Literal["straight-through", "own"]
 TOLERANCE = 1e-4  # steps; for the rounding of float32 products

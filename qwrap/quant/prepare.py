@@ -22,9 +22,9 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import scale_shape
 from qwrap.quant.exact import exact_program
 from qwrap.quant.functions import check_functions
-from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
-from qwrap.quant.opsets import let_carry
-from qwrap.quant.placement import place
+from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
+from qwrap.quant.placement.opsets import let_carry
+from qwrap.quant.placement.place import place
 from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Mode, Stub
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
+from qwrap.quant.observe.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import place_without, plan_of, stubs
 from qwrap.quant.scales import stored
 from qwrap.quant.sources import integer_users

@@ -15,8 +15,8 @@ from qwrap.errors import NotCalibratedError, QwrapWarning, TableError
 from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams
-from qwrap.quant.auto import auto_ranges
-from qwrap.quant.overrides import has_range
+from qwrap.quant.auto.auto import auto_ranges
+from qwrap.quant.placement.overrides import has_range
 from qwrap.quant.prepare import (
     config_of,
     decisions_of,
@@ -37,7 +37,7 @@ from qwrap.quant.scales import (
     watched,
     ways_of,
 )
-from qwrap.quant.statistics import Statistics, restore
+from qwrap.quant.statistics.statistics import Statistics, restore
 from qwrap.quant.stubs import Stub, Switch
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quant.unify import Range

@@ -16,8 +16,8 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
 from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
-from qwrap.quant.observers import Observer
-from qwrap.quant.overrides import has_range, qparams_of
+from qwrap.quant.observe.observers import Observer
+from qwrap.quant.placement.overrides import has_range, qparams_of
 from qwrap.quant.plan import ConstantPlan
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range

@@ -12,9 +12,9 @@ from torch import nn
 
 from qwrap.graph.save import check_target
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.fingerprint import Fingerprint
 from qwrap.quant.prepare import decisions_of
-from qwrap.quant.statistics import Statistics, seen
+from qwrap.quant.statistics.fingerprint import Fingerprint
+from qwrap.quant.statistics.statistics import Statistics, seen
 
 SECONDS = 30.0  # between two files
 SHARE = 0.05  # of the time may go into writing

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qwrap.config import QuantSpec
 from qwrap.errors import NotCalibratedError
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
-from qwrap.quant.observers import Observer
+from qwrap.quant.observe.observers import Observer
 
 Mode = Literal["float", "observe", "quantize"]
 

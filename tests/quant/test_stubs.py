@@ -5,7 +5,7 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8, UINT8
 from qwrap.errors import NotCalibratedError
 from qwrap.numerics import QParams
-from qwrap.quant.observers import MinMaxObserver
+from qwrap.quant.observe.observers import MinMaxObserver
 from qwrap.quant.stubs import BiasStub, Stub
 
 U8 = QuantSpec(dtype=UINT8, symmetric=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwrap.config import METHODS, QuantSpec
 from qwrap.errors import ConfigError
-from qwrap.quant.observers import HistogramObserver, Observer
+from qwrap.quant.observe.observers import HistogramObserver, Observer
 from qwrap.quant.ranges.distribution import distribution_range
 from qwrap.quant.ranges.entropy import entropy_range
 from qwrap.quant.ranges.errors import least_error_range

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwrap.config import QuantSpec
 from qwrap.numerics import QParams, fake_quantize
-from qwrap.quant.integrals import (
+from qwrap.quant.ranges.integrals import (
     absolute_error_integral,
     error_moment_integral,
     squared_error_integral,

@@ -12,7 +12,7 @@ from qwrap.config import METHODS, QuantSpec
 from qwrap.dtypes import INT8, INT16, UINT8, codebook_type
 from qwrap.errors import ConfigError
 from qwrap.numerics import choose_qparams, fake_quantize
-from qwrap.quant.observers import HistogramObserver, MinMaxObserver, Observer
+from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.ranges import candidate_ranges, choose_ranges
 
 ACTIVATION = QuantSpec(dtype=UINT8, symmetric=False)

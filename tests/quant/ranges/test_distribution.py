@@ -11,7 +11,7 @@ from onnxruntime.quantization.quant_utils import compute_scale_zp_float8
 from qwrap.config import QuantSpec
 from qwrap.dtypes import codebook_type
 from qwrap.numerics import choose_qparams
-from qwrap.quant.observers import HistogramObserver
+from qwrap.quant.observe.observers import HistogramObserver
 from qwrap.quant.ranges import choose_ranges
 from qwrap.quant.ranges.distribution import deviation_of, moments, normal_clip
 from qwrap.quant.ranges.rows import HistogramRows

@@ -6,7 +6,7 @@ import torch
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from qwrap.config import QuantSpec
-from qwrap.quant.observers import HistogramObserver
+from qwrap.quant.observe.observers import HistogramObserver
 from qwrap.quant.ranges import choose_ranges
 
 ASYMMETRIC = QuantSpec(dtype="uint8", symmetric=False)

@@ -11,7 +11,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from qwrap.config import QuantSpec
 from qwrap.dtypes import codebook_type
 from qwrap.numerics import choose_qparams, fake_quantize
-from qwrap.quant.observers import HistogramObserver
+from qwrap.quant.observe.observers import HistogramObserver
 from qwrap.quant.ranges import candidate_ranges
 from qwrap.quant.ranges.errors import histogram_cost, least_error_range
 from qwrap.quant.ranges.rows import HistogramRows

@@ -1,0 +1,1 @@
+"""Method "auto": ranges by trial on a few samples."""

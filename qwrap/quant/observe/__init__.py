@@ -1,0 +1,1 @@
+"""Watching tensors: what is kept of them, and how it is put together."""

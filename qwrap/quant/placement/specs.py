@@ -1,0 +1,141 @@
+"""How each tensor of a graph is quantized: the user's wishes, filled in for tensor and node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from qwrap.config import QConfig, QuantSpec
+from qwrap.dtypes import INT8, UINT8
+from qwrap.errors import ConfigError
+from qwrap.ops.traits import OUTPUT_RANGES
+from qwrap.quant.bounds import operator_qparams
+from qwrap.quant.placement.eligibility import Eligibility
+from qwrap.quant.placement.forms import scaled_as
+
+EIGHT_BITS = 8
+LARGEST_ACCUMULATOR = 24  # bits of both operands; codes of a bias beyond would overflow int32
+
+
+def is_fusable(spec: QuantSpec) -> bool:
+    """Whether onnxruntime has integer kernels for tensors of ``spec``: 8 bits, no blocks."""
+    eight = spec.dtype.is_integer and spec.dtype.is_standard and spec.dtype.bits == EIGHT_BITS
+    return eight and spec.block_size is None and spec.scale_type == "float32"
+
+
+def is_fusable_weight(spec: QuantSpec) -> bool:
+    """The same for weights, which may be of fewer bits that 8 carry: int5 … int7."""
+    carried = spec.dtype.is_integer and spec.dtype.onnx_type in (INT8.onnx_type, UINT8.onnx_type)
+    return carried and spec.block_size is None and spec.scale_type == "float32"
+
+
+class Specs:
+    """The ``QuantSpec`` of every tensor that ``config`` has quantized in one graph."""
+
+    def __init__(self, facts: Eligibility, config: QConfig) -> None:
+        """Check what can be told without the graph.
+
+        Raises:
+            ConfigError: activations are asked for in blocks, or with a scale per index.
+        """
+        self.facts, self.graph, self.config = facts, facts.graph, config
+        spec = config.activation_spec
+        if spec is not None and (spec.axis is not None or spec.block_size is not None):
+            raise ConfigError(
+                f"activation={spec.dtype} with axis={spec.axis}, block_size={spec.block_size}: "
+                "activations are quantized per tensor; leave both out (weights can have them)"
+            )
+
+    def slow(self) -> str | None:
+        """Return why onnxruntime has no integer kernels for what is asked, None if it has."""
+        for what, spec, has_kernels in (
+            ("activations", self.config.activation_spec, is_fusable),
+            ("weights", self.config.weight_spec(None, 0), is_fusable_weight),
+        ):
+            if spec is not None and not has_kernels(spec):
+                blocks = "" if spec.block_size is None else f" in blocks of {spec.block_size}"
+                return f"onnxruntime has no integer kernels for {what} of {spec.dtype}{blocks}"
+        return None
+
+    def activation(self, value: ir.Value) -> QuantSpec:
+        """Return how a computed tensor, or a constant operand beside one, is quantized."""
+        spec = self.config.activation_spec
+        assert spec is not None
+        return self._scaled(spec, value)
+
+    def fixed(self, node: ir.Node | None) -> tuple[float, int] | None:
+        """Return the scale and zero point that the kernel of ``node`` gives its output."""
+        spec = self.config.activation_spec
+        if node is None or spec is None or node.op_type not in self.facts.target.dictated:
+            return None
+        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], spec)
+        return float(qparams.scale), int(qparams.zero_point)
+
+    def weight(self, node: ir.Node) -> QuantSpec:
+        """Return how the weight of a matrix operator is quantized.
+
+        Where the axis that is summed over is shorter than a block there is one scale per output
+        channel: blocks would be cut off to fewer weights, such as one in a depthwise convolution.
+        """
+        weight = node.inputs[1]
+        assert weight is not None
+        kernels = self.config.activation_spec is not None and self.slow() is None
+        axis = self.facts.weight_axis(node, stacked=not kernels)
+        spec = self.config.weight_spec(axis, self.facts.block_axis(node))
+        if spec.block_size is not None and spec.axis is not None:
+            size = self.facts.size_of(weight)[spec.axis]
+            if size < spec.block_size and axis is not None:
+                spec = replace(spec, axis=axis, block_size=None)
+        return self._scaled(spec, weight)
+
+    def table(self, node: ir.Node) -> QuantSpec:
+        """Return how the constant table is quantized that ``node`` fetches rows of."""
+        table = node.inputs[0]
+        assert table is not None
+        if self.config.activation_spec is not None:
+            return self.activation(table)
+        spec = self.config.weight_spec(None)
+        if not is_fusable(spec):  # few bits want a scale for each row, or each block of a row
+            spec = self.config.weight_spec(0, len(self.facts.size_of(table)) - 1)
+        return self._scaled(spec, table)
+
+    def is_worth_it(self, value: ir.Value, spec: QuantSpec) -> bool:
+        """Whether codes and scales of a constant take less space than its floats.
+
+        What has no codes is not quantized for space at all.
+        """
+        if spec.dtype.function is not None:
+            return True
+        shape = self.facts.size_of(value)
+        scales = 1
+        if spec.axis is not None:
+            scales = shape[spec.axis]
+            if spec.block_size is not None:
+                scales = math.prod(shape) // max(shape[spec.axis], 1)
+                scales *= -(-shape[spec.axis] // spec.block_size)
+        size = {"float32": 32, "float16": 16, "bfloat16": 16}.get(spec.scale_type, 8)
+        dtype = self.graph.type_of(value).dtype
+        width = 8 * dtype.itemsize if dtype is not None else 32
+        return spec.dtype.bits * math.prod(shape) + size * scales < width * math.prod(shape)
+
+    def bias_as_codes(self, node: ir.Node) -> bool:
+        """Whether the bias of ``node`` is stored as int32 at the scale of the accumulator.
+
+        Else it stays float: a product of floats, or of scales that change within a sum, has no
+        accumulator of codes; that of 16-bit codes would overflow; and scales of 16 bits cannot
+        hold the product of two.
+        """
+        x = node.inputs[0]
+        assert x is not None
+        activation, weight = self.activation(x), self.weight(node)
+        bits = activation.dtype.bits + weight.dtype.bits
+        plain = all(s.dtype.is_integer and s.dtype.is_standard for s in (activation, weight))
+        plain = plain or (is_fusable(activation) and is_fusable_weight(weight))
+        is_float32 = self.graph.type_of(x).dtype == ir.DataType.FLOAT
+        return plain and is_float32 and weight.block_size is None and bits <= LARGEST_ACCUMULATOR
+
+    def _scaled(self, spec: QuantSpec, value: ir.Value) -> QuantSpec:
+        dtype = self.graph.type_of(value).dtype
+        return spec if dtype is None else scaled_as(spec, dtype)

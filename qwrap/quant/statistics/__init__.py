@@ -1,0 +1,1 @@
+"""What calibration observed, as a value and as a file."""
