@@ -40,7 +40,7 @@ FALLBACK = "mse"  # where no operator computes on a tensor
 ALIKE = 0.01  # of the width: ranges that differ by less are tried once
 ROUNDS = 4  # parts of the samples; the first is also what single tensors are measured on
 SURELY = 3  # standard errors: one in some hundred is that far off by chance
-CLEARLY = 2  # the same for a gain that other samples should have, too
+CLEARLY = 1  # the same for a gain that other samples should have, too
 LEAST = 1e-12  # relative error that counts as none
 PREFIXES = (1.0, 0.5, 0.25, 0.125)
 """Shares of the tensors with the most to gain that leave the best single method together."""
