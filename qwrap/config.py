@@ -171,7 +171,7 @@ class QConfig:
     weight_method: Literal["minmax", "mse"] = "mse"
     percentile: float = 99.999
     ema: float = 0.01
-    kept_samples: int = 32
+    kept_samples: int = 64
     only_if_faster: bool = True
     contrib: bool = False
     excluded: list[str] = field(default_factory=list)

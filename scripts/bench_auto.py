@@ -167,7 +167,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--samples", type=int, default=64, help="of each of the two sets")
-    parser.add_argument("--kept", type=int, default=32, help="samples that auto decides on")
+    parser.add_argument("--kept", type=int, default=64, help="samples that auto decides on")
     parser.add_argument("--activation", default="uint8")
     parser.add_argument("--shared", type=Path, default=default_folder())
     parser.add_argument("--json", type=Path, help="write all figures there")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwrap.errors import ConfigError, InputError
-from qwrap.quant import histogram, observers
+from qwrap.quant.observe import histogram, observers
 from qwrap.quant.observe.histogram import CHANNEL_BINS
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 
