@@ -236,3 +236,17 @@ def test_an_excluded_add_rounds_as_the_kernel_that_onnxruntime_takes(small, tmp_
     qwrap.export(model, tmp_path / "q.onnx")
     report = qwrap.verify(model, tmp_path / "q.onnx", small.batches(), progress=False)
     assert report.deployed.differing == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_no_activation_is_absorbed_where_codes_lie_on_both_sides_of_zero(
+    small, quantized, dtype: str
+) -> None:
+    """The kernel would clamp at the smallest code, which is no longer that of 0."""
+    config = qwrap.QConfig(
+        activation=qwrap.QuantSpec(dtype=dtype, symmetric=True), only_if_faster=False
+    )
+    result = quantized(small.convs(), small.batches(), config)
+    roles = {node.role for node in result.model.plan.nodes.values() if node.op_type == "Relu"}
+    assert roles == {"float"}
+    assert result.verify().deployed.differing == 0

@@ -30,6 +30,8 @@ class Eligibility:
         nodes: all nodes that run.
         barred: node key -> why it has to stay float, whatever it is.
         reals: types of the tensors that can be quantized.
+        one_sided: whether all codes of an activation can lie on one side of 0, as those of an
+            asymmetric type can.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class Eligibility:
         target: Target,
         barred: Mapping[str, str],
         reals: Collection[ir.DataType] = REALS,
+        *,
+        one_sided: bool = True,
     ) -> None:
         self.graph, self.values, self.target = layout.graph, layout.values, target
         self.nodes = [node for node, _ in layout.placed()]
-        self.barred, self.reals = barred, reals
+        self.barred, self.reals, self.one_sided = barred, reals, one_sided
 
     def obstacle(self, node: ir.Node) -> str | None:
         """Return why ``node`` cannot run in an integer kernel, None if it can."""
@@ -127,8 +131,11 @@ class Eligibility:
         if len(value.consumers()) > 1 or value.is_graph_output() or self._is_barred(node):
             return None
         bounds = bounds_of(self.values, node)
-        holds_zero = bounds is not None and bounds[0] <= 0 <= bounds[1]  # as every grid does
-        return producer if holds_zero and producer.op_type in CLAMPED else None
+        if bounds is None or not bounds[0] <= 0 <= bounds[1]:  # as every grid does
+            return None
+        if 0 in bounds and not self.one_sided:
+            return None  # no scale can keep the codes beyond that end from standing for something
+        return producer if producer.op_type in CLAMPED else None
 
     def bias_add(self, node: ir.Node) -> ir.Node | None:
         """Return the Add of a constant vector behind a MatMul of known shape, if there is one."""

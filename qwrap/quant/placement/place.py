@@ -51,7 +51,14 @@ def place(
     strict = without is None
     without = dict(without or {})
     reals = carried_reals(config, layout.graph.opset)
-    facts = Eligibility(layout, target, {**without, **_excluded(layout, config)}, reals)
+    spec = config.activation_spec
+    facts = Eligibility(
+        layout,
+        target,
+        {**without, **_excluded(layout, config)},
+        reals,
+        one_sided=spec is None or not spec.symmetric,
+    )
     specs = Specs(facts, config)
     if config.activation_spec is None:
         plan = place_weights(facts, specs)
