@@ -154,7 +154,7 @@ class QConfig:
         weight_method: how a weight's range is chosen.
         percentile: share of the values, in percent, that method "percentile" keeps in range.
         ema: weight of each new batch in method "ema".
-        kept_samples: calibration samples kept in memory, of up to 64 MiB, on which "auto" compares
+        kept_samples: calibration samples kept in memory, of up to 20 MiB, on which "auto" compares
             ranges, then or later; 0 keeps none.
         only_if_faster: leave in float what integer kernels would not speed up, going by the shapes
             and costs measured for onnxruntime on CPUs; False quantizes all that has a kernel.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qwrap.model.wrapped import WrappedModel
 
-BYTES = 2**26
-"""Room for samples: 64 MiB."""
+BYTES = 20 * 2**20
+"""Room for samples, 20 MiB: some 33 photographs of 224 x 224, or 64 of half the side."""
 JOINED, JOINED_BYTES = 8, 2**20
 """Samples in a joined batch, and bytes of its inputs; what is computed from them takes more."""
 
