@@ -15,7 +15,7 @@ import qwrap
 from qwrap.cli.inspection import file_size, inspect_model, print_inspection
 from qwrap.cli.plan import print_plan
 from qwrap.cli.verification import FirstBatches, Thresholds, verify_summary
-from qwrap.config import QuantSpec
+from qwrap.config import METHODS, QuantSpec
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
 from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError, ExportError, QwrapError
@@ -98,7 +98,8 @@ PerChannel = Annotated[
     typer.Option("--per-channel/--no-per-channel", help="One weight scale per channel."),
 ]
 Method = Annotated[
-    str | None, typer.Option("--method", help="Ranges of activations: mse, minmax or percentile.")
+    str | None,
+    typer.Option("--method", help=f"Ranges of activations: {', '.join(METHODS)} or auto."),
 ]
 WeightMethod = Annotated[
     str | None, typer.Option("--weight-method", help="Ranges of weights: mse or minmax.")
