@@ -153,6 +153,9 @@ class QConfig:
             each tensor the method with the least error behind the operators that read it.
         weight_method: how a weight's range is chosen.
         percentile: share of the values, in percent, that method "percentile" keeps in range.
+        margin: error beyond the least, as a share of it, that methods "mse", "l1" and "cosine"
+            accept for a wider range: what lies at its ends is rare, so little known from a sample,
+            and matters more to what follows than the many small values. 0 takes the least.
         ema: weight of each new batch in method "ema".
         kept_samples: calibration samples kept in memory, of up to 20 MiB, on which "auto" compares
             ranges, then or later; 0 keeps none.
@@ -170,6 +173,7 @@ class QConfig:
     method: Choice = "mse"
     weight_method: Literal["minmax", "mse"] = "mse"
     percentile: float = 99.999
+    margin: float = 0.1
     ema: float = 0.01
     kept_samples: int = 64
     only_if_faster: bool = True
@@ -183,6 +187,8 @@ class QConfig:
             raise ConfigError(
                 f"weight_method={self.weight_method!r}: choose one of {WEIGHT_METHODS}"
             )
+        if not self.margin >= 0:
+            raise ConfigError(f"margin={self.margin}: expected 0 or more")
         if not 0 < self.ema <= 1:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
         if self.kept_samples < 0:

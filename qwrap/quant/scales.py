@@ -69,6 +69,7 @@ def ranges_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, Range]:
         [found[key].spec for key in ways],
         [method for method, _ in ways.values()],
         [percentile for _, percentile in ways.values()],
+        config_of(model).margin,
     )
     return {key: _numbers(ends) for key, ends in zip(ways, ranges, strict=True)}
 
@@ -84,6 +85,7 @@ def candidates_by(model: WrappedModel, ways: Mapping[str, Way]) -> dict[str, dic
         [_observer(found[key]) for key in ways],
         [found[key].spec for key in ways],
         [percentile for _, percentile in ways.values()],
+        margin=config_of(model).margin,
     )
     return {
         key: {method: _numbers(ends) for method, ends in choices.items()}

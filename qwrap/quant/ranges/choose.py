@@ -27,10 +27,11 @@ _CHUNK = 32  # rows searched at once, so that temporaries stay in the cache
 
 
 class Request(NamedTuple):
-    """A method, and the share of values that it keeps if it is ``"percentile"``."""
+    """A method, with the share of values that ``"percentile"`` keeps, and the margin of others."""
 
     method: str
     percentile: float = 100.0
+    margin: float = 0.0
 
     @property
     def needs_histogram(self) -> bool:
@@ -44,6 +45,7 @@ def choose_ranges(
     specs: Sequence[QuantSpec],
     methods: Sequence[str],
     percentiles: Sequence[float],
+    margin: float = 0.0,
 ) -> list[Range]:
     """Return the range of every observed tensor, or of each of its channels.
 
@@ -60,13 +62,15 @@ def choose_ranges(
             information; or ``"distribution"``, from mean and standard deviation.
         percentiles: for each, the share of the values that ``"percentile"`` keeps, in percent; 100
             keeps the exact extremes.
+        margin: error beyond the least, as a share of it, that ``"mse"``, ``"l1"`` and ``"cosine"``
+            accept for a wider range.
 
     Raises:
         NotCalibratedError: an observer saw no value.
         ConfigError: a method is unknown, needs a histogram that is not there, or a percentile is
             not above 50 and at most 100.
     """
-    wanted = [(Request(*each),) for each in zip(methods, percentiles, strict=True)]
+    wanted = [(Request(*each, margin),) for each in zip(methods, percentiles, strict=True)]
     return [found[0] for found in _ranges(observers, specs, wanted)]
 
 
@@ -75,6 +79,7 @@ def candidate_ranges(
     specs: Sequence[QuantSpec],
     percentiles: Sequence[float],
     methods: Sequence[str] = METHODS,
+    margin: float = 0.0,
 ) -> list[dict[str, Range]]:
     """Return the ranges that several methods choose, method -> range for every tensor.
 
@@ -85,6 +90,7 @@ def candidate_ranges(
         specs: how each will be quantized.
         percentiles: for each, the share of the values that ``"percentile"`` keeps, in percent.
         methods: as in ``choose_ranges``.
+        margin: as in ``choose_ranges``.
 
     Raises:
         NotCalibratedError: an observer saw no value.
@@ -92,7 +98,7 @@ def candidate_ranges(
     """
     wanted = []
     for observer, percentile in zip(observers, percentiles, strict=True):
-        requests = (Request(method, percentile) for method in methods)
+        requests = (Request(method, percentile, margin) for method in methods)
         whole = isinstance(observer, HistogramObserver)
         wanted.append(tuple(r for r in requests if whole or not r.needs_histogram))
     found = _ranges(observers, specs, wanted)
@@ -233,5 +239,5 @@ def _range(rows: HistogramRows, scaling: RowScaling, request: Request) -> tuple[
         case "distribution":
             return distribution_range(rows, scaling.spec)
         case "mse" | "l1" | "cosine":
-            return least_error_range(rows, scaling, request.method)
+            return least_error_range(rows, scaling, request.method, request.margin)
     raise AssertionError(request.method)

@@ -22,15 +22,16 @@ _STEPS = Steps(
 
 
 def least_error_range(
-    rows: HistogramRows, scaling: RowScaling, error: Error
+    rows: HistogramRows, scaling: RowScaling, error: Error, margin: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the ranges with the least error, never worse than the extremes.
+    """Return the ranges with the least error, or wider ones, never worse than the extremes.
 
     Args:
         rows: what was seen.
         scaling: how the values will be quantized.
         error: ``"mse"``, the squared error; ``"l1"``, its magnitude; or ``"cosine"``, the angle
             between the values and what becomes of them, which does not mind a common factor.
+        margin: further error, as a share of the least, that a wider range may have.
     """
     return least_cost(
         histogram_cost(rows, scaling, error),
@@ -39,6 +40,7 @@ def least_error_range(
         _STEPS,
         apart=rows.two_sided and not scaling.spec.symmetric,
         pinned=scaling.pinned(rows.low, rows.high),
+        margin=margin,
     )
 
 

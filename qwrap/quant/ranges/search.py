@@ -12,6 +12,10 @@ Cost = Callable[[Tensor, Tensor], Tensor]
 """The errors ``[R]`` of ranges, given low and high as float64 ``[R]``."""
 
 
+WIDER = (1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.2, 3.0)
+"""Multiples of the best range that are tried where a margin allows for more cost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """Which shares of a range are tried.
@@ -29,7 +33,14 @@ class Steps:
 
 
 def least_cost(
-    cost: Cost, low: Tensor, high: Tensor, steps: Steps, *, apart: bool, pinned: Tensor
+    cost: Cost,
+    low: Tensor,
+    high: Tensor,
+    steps: Steps,
+    *,
+    apart: bool,
+    pinned: Tensor,
+    margin: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the ranges of least cost, within the given ones and never worse than they are.
 
@@ -43,6 +54,7 @@ def least_cost(
         apart: whether to move the ends one by one, too; not where only the larger end matters, or
             all rows have but one.
         pinned: which rows keep their range.
+        margin: cost, as a share of the least, that may be paid for a wider range.
     """
     search = _Search(cost, low.clamp(max=0), high.clamp(min=0), ~pinned)
     search.shrink((0, 1), steps.both)
@@ -55,6 +67,8 @@ def least_cost(
     for ratios in steps.fine:
         for ends in moves:
             search.scale(ends, ratios)
+    if margin:
+        search.widen(margin)
     return search.best[0], search.best[1]
 
 
@@ -99,6 +113,32 @@ class _Search:
         for ratio in ratios:
             self._attempt(ends, centre, centre, ratio, self._free)
 
+    def widen(self, margin: float) -> None:
+        """Take the widest of the multiples of the best range that cost little more.
+
+        None costs more than the whole range does.
+        """
+        best, limit = self.best, torch.minimum(self._least * (1 + margin), self._first)
+        for ratio in WIDER:
+            wider = self._scaled((0, 1), best, best, ratio)
+            chosen = (self._cost(*wider) <= limit) & self._free
+            self.best = [
+                torch.where(chosen, new, old) for new, old in zip(wider, self.best, strict=True)
+            ]
+
+    def _scaled(
+        self,
+        ends: Sequence[int],
+        centre: Sequence[Tensor],
+        other: Sequence[Tensor],
+        ratio: float,
+    ) -> tuple[Tensor, Tensor]:
+        low, high = (
+            (centre[end] * ratio).to(torch.float32).to(torch.float64) if end in ends else other[end]
+            for end in (0, 1)
+        )
+        return torch.maximum(low, self._whole[0]), torch.minimum(high, self._whole[1])
+
     def _attempt(
         self,
         ends: Sequence[int],
@@ -107,11 +147,7 @@ class _Search:
         ratio: float,
         rows: Tensor,
     ) -> Tensor:
-        low, high = (
-            (centre[end] * ratio).to(torch.float32).to(torch.float64) if end in ends else other[end]
-            for end in (0, 1)
-        )
-        low, high = torch.maximum(low, self._whole[0]), torch.minimum(high, self._whole[1])
+        low, high = self._scaled(ends, centre, other, ratio)
         error = self._cost(low, high)
         better = (error < self._least) & rows
         self._least = torch.where(better, error, self._least)

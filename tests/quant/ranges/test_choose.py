@@ -147,6 +147,36 @@ def test_least_error_is_near_brute_force_and_never_worse_than_minmax(
     assert found <= 1.003 * error(x, (low, high), spec, method)
 
 
+@pytest.mark.parametrize("name", ["normal", "relu", "outliers", "skewed", "uniform"])
+@pytest.mark.parametrize("spec", [ACTIVATION, QuantSpec(dtype=INT8)], ids=str)
+@pytest.mark.parametrize("method", ["mse", "l1", "cosine"])
+def test_a_margin_buys_a_wider_range_for_no_more_error_than_it_allows(
+    name: str, spec: QuantSpec, method: str
+) -> None:
+    x = data(name)
+    observer = observed_whole(x)
+    ends = [
+        choose_ranges([observer], [spec], [method], [99.9], margin)[0] for margin in (0.0, 0.1, 0.5)
+    ]
+    plain, tenth, half = [(low.item(), high.item()) for low, high in ends]
+    assert half[0] <= tenth[0] <= plain[0]
+    assert plain[1] <= tenth[1] <= half[1]
+    whole = error(x, (x.min().item(), x.max().item()), spec, method)
+    for margin, found in ((0.1, tenth), (0.5, half)):
+        # Bins are not single values, as above.
+        assert error(x, found, spec, method) <= 1.03 * (1 + margin) * error(x, plain, spec, method)
+        assert error(x, found, spec, method) <= 1.003 * whole
+
+
+def test_a_margin_matters_where_there_are_tails() -> None:
+    observer = observed_whole(data("normal"))
+    widths = [
+        float(torch.diff(torch.cat(choose_ranges([observer], [ACTIVATION], ["mse"], [99], m)[0])))
+        for m in (0.0, 0.1)
+    ]
+    assert widths[0] * 1.02 < widths[1]
+
+
 def test_zeros_and_a_lone_value_have_that_value_as_range() -> None:
     for method in ("mse", "l1", "entropy"):
         low, high = ranges(observed(torch.zeros(10), torch.tensor([3.0])), method)
