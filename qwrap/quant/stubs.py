@@ -47,9 +47,9 @@ class Stub(Switch):
 
     Attributes:
         spec: how the tensor is quantized: what the scale is chosen for.
+        grid: the same spec, with the ends at which values are clamped.
         scale: float32 ``[1]``, ``[C]``, or one for each block.
         zero_point: int32 of the same shape.
-        grid: the same, with the ends at which values are clamped.
         observer: what watches the tensor, None where the scale needs no data.
     """
 

@@ -31,7 +31,7 @@ class Eligibility:
         barred: node key -> why it has to stay float, whatever it is.
         reals: types of the tensors that can be quantized.
         one_sided: whether all codes of an activation can lie on one side of 0, as those of an
-            asymmetric type can.
+            asymmetric type can, or else no kernel's clamp stands for an activation function.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from qwrap.quant.placement.cut import worth_it
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.placement.opsets import carried_reals
 from qwrap.quant.placement.overrides import apply_overrides
-from qwrap.quant.placement.specs import Specs
+from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.target import ORT_CPU, Target
 from qwrap.quant.placement.weights_only import place_weights
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
@@ -57,7 +57,7 @@ def place(
         target,
         {**without, **_excluded(layout, config)},
         reals,
-        one_sided=spec is None or not spec.symmetric,
+        one_sided=spec is None or not (spec.symmetric and is_fusable(spec)),
     )
     specs = Specs(facts, config)
     if config.activation_spec is None:
