@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from qwrap.config import QuantSpec
@@ -325,7 +325,7 @@ def test_float4_values_are_those_of_the_reference_evaluator(layout: dict[str, in
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
     feed = {"x": finite.numpy(), "s": scale.numpy()}
-    values = onnx.reference.ReferenceEvaluator(model).run(None, feed)[0]
+    values = ReferenceEvaluator(model).run(None, feed)[0]
     ours = fake_quantize(finite, case.qparams.scale, case.qparams.zero_point, case.grid)
     np.testing.assert_array_equal(ours.numpy(), values)
 

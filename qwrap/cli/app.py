@@ -157,6 +157,14 @@ def _weight(name: str | None, block_size: int | None) -> str | QuantSpec | None:
     return QuantSpec(dtype=quant_type(name or "int8"), block_size=block_size)
 
 
+def _config(**asked: Any) -> qwrap.QConfig:
+    """Return the settings asked for; a default has one home, so None is left to ``QConfig``."""
+    settings = {key: value for key, value in asked.items() if value is not None}
+    if settings.get("activation") == NO_ACTIVATIONS:
+        settings["activation"] = None
+    return qwrap.QConfig(**settings)
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -190,22 +198,17 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL with the ranges that calibration data shows."""
-    # A default has one home, QConfig: only what was asked for is passed on.
-    asked: dict[str, Any] = {
-        "activation": activation,
-        "weight": _weight(weight, block_size),
-        "contrib": contrib,
-        "per_channel": per_channel,
-        "method": method,
-        "weight_method": weight_method,
-        "percentile": percentile,
-        "only_if_faster": only_if_faster,
-        "excluded": exclude,
-    }
-    settings = {key: value for key, value in asked.items() if value is not None}
-    if activation == NO_ACTIVATIONS:
-        settings["activation"] = None
-    config = qwrap.QConfig(**settings)
+    config = _config(
+        activation=activation,
+        weight=_weight(weight, block_size),
+        contrib=contrib,
+        per_channel=per_channel,
+        method=method,
+        weight_method=weight_method,
+        percentile=percentile,
+        only_if_faster=only_if_faster,
+        excluded=exclude,
+    )
     thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
     if thresholds != Thresholds() and (calibration is None or not verify):
         cause = "--verify 0" if not verify else "no --calibration"

@@ -59,8 +59,8 @@ def auto_ranges(
     Each tensor takes the method with the least error at the outputs of its consumers. What comes
     of that has to stand the test of the whole model's output against every single method, or else
     only the tensors with the most to gain take another one. There the mean SQNR of the samples
-    decides. All of this is measured on the kept
-    samples, summed over the processes of ``torch.distributed``, which decide alike.
+    decides. All of this is measured on the kept samples, summed over the processes of
+    ``torch.distributed``, which decide alike.
 
     Args:
         model: prepared, observed, in ``eval`` mode; its weights have their scales. The stubs' modes
