@@ -18,6 +18,7 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
+from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "function_type",
     "integer_type",
     "load",
+    "param_groups",
     "prepare",
     "quantize",
     "register_op",

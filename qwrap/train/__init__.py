@@ -1,0 +1,1 @@
+"""Quantization-aware training: what a training loop needs besides the module itself."""
