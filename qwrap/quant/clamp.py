@@ -38,7 +38,7 @@ class Clamp:
         return x.clamp(low, high)
 
     def look(self) -> None:
-        """Find out now whether the stub's clamp is enough, for a compiler that is about to trace."""
+        """Find out whether the stub's clamp is enough, for a compiler that is about to trace."""
         self._is_redundant()
 
     def _is_redundant(self) -> bool:
