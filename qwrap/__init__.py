@@ -18,9 +18,11 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
+from qwrap.train.distill import Distillation, teacher_of
 from qwrap.verify import verify
 
 __all__ = [
+    "Distillation",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
@@ -44,5 +46,6 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
+    "teacher_of",
     "verify",
 ]
