@@ -19,6 +19,7 @@ from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
 from qwrap.train.distill import Distillation, teacher_of
+from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "function_type",
     "integer_type",
     "load",
+    "param_groups",
     "prepare",
     "quantize",
     "register_op",

@@ -104,12 +104,16 @@ class QuantSpec:
 Method = Literal["minmax", "ema", "percentile", "mse", "l1", "cosine", "entropy", "distribution"]
 METHODS = get_args(Method)
 Choice = Literal[Method, "auto"]
+Training = Literal["fixed", "follow", "lsq", "lsq+", "pact", "tqt"]
+TRAININGS = get_args(Training)
 WEIGHT_METHODS = ("minmax", "mse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeOverride:
-    """What the user knows of a tensor's range, or how it is to be chosen; None leaves it open.
+    """What the user says of a tensor's range: what it is, how it is chosen, how it is trained.
+
+    None leaves it open.
 
     Attributes:
         low: smallest value to represent, in real units.
@@ -118,6 +122,7 @@ class RangeOverride:
         zero_point: the zero point that goes with ``scale``.
         method: how the range is chosen, for this tensor.
         percentile: as in ``QConfig``, for this tensor.
+        training: as in ``QConfig``, for this tensor.
     """
 
     low: float | None = None
@@ -126,6 +131,7 @@ class RangeOverride:
     zero_point: int | None = None
     method: Choice | None = None
     percentile: float | None = None
+    training: Training | None = None
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
@@ -137,6 +143,7 @@ class RangeOverride:
         if self.scale is not None and not (self.scale > 0 and self.low is None):
             raise ConfigError(f"scale={self.scale} has to be above 0, and without low and high")
         _check_method(self.method, self.percentile)
+        _check_training(self.training)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +164,18 @@ class QConfig:
             accept for a wider range: what lies at its ends is rare, so little known from a sample,
             and matters more to what follows than the many small values. 0 takes the least.
         ema: weight of each new batch in method "ema".
+        training: how scales move when the model is trained, from where calibration put them.
+            "fixed": not at all; gradients pass straight through (STE). "follow": with the data, an
+            average over batches for activations, until ``freeze_observers``. "lsq": learned by
+            gradient descent. "lsq+": zero points too, where a tensor has one to choose. "pact": the
+            clip of an activation is learned, from what it cuts off. "tqt": powers of two, learned
+            in the log domain; what "lsq" means for a spec with such scales. Scales that a kernel or
+            the user dictates, of tables that are looked up in and of types that are functions stay
+            fixed.
+        bn: "fold" BatchNormalization into the layer before it, or keep it "live" in training: what
+            is quantized is the folded weight.
+        first_last_8bit: keep the layers that read a graph input or write a graph output at 8 bits,
+            weight and input, where others have fewer.
         kept_samples: calibration samples kept in memory, of up to 20 MiB, on which "auto" compares
             ranges, then or later; 0 keeps none.
         only_if_faster: leave in float what integer kernels would not speed up, going by the shapes
@@ -175,6 +194,9 @@ class QConfig:
     percentile: float = 99.999
     margin: float = 0.1
     ema: float = 0.01
+    training: Training = "lsq"
+    bn: Literal["fold", "live"] = "fold"
+    first_last_8bit: bool = False
     kept_samples: int = 64
     only_if_faster: bool = True
     contrib: bool = False
@@ -189,6 +211,9 @@ class QConfig:
             )
         if not self.margin >= 0:
             raise ConfigError(f"margin={self.margin}: expected 0 or more")
+        _check_training(self.training)
+        if self.bn not in ("fold", "live"):
+            raise ConfigError(f"bn={self.bn!r}: choose one of ('fold', 'live')")
         if not 0 < self.ema <= 1:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
         if self.kept_samples < 0:
@@ -239,6 +264,7 @@ class QConfig:
         zero_point: int | None = None,
         method: Choice | None = None,
         percentile: float | None = None,
+        training: Training | None = None,
     ) -> None:
         """Say what is known of tensors, in place; a later word on the same tensor wins.
 
@@ -250,6 +276,7 @@ class QConfig:
             zero_point: the zero point that goes with ``scale``.
             method: how the range is chosen, for this tensor.
             percentile: as in ``QConfig``, for this tensor.
+            training: as in ``QConfig``, for this tensor.
         """
         override = RangeOverride(
             low=low,
@@ -258,8 +285,14 @@ class QConfig:
             zero_point=zero_point,
             method=method,
             percentile=percentile,
+            training=training,
         )
         self.overrides.append((selector, override))
+
+
+def _check_training(training: str | None) -> None:
+    if training not in (None, *TRAININGS):
+        raise ConfigError(f"training={training!r}: choose one of {TRAININGS}")
 
 
 def _check_method(method: str | None, percentile: float | None) -> None:

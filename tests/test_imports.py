@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qwrap"
-BASE = {"errors", "minifloat", "codebook", "dtypes", "config", "rounding", "numerics"}
+BASE = {
+    "errors",
+    "minifloat",
+    "codebook",
+    "dtypes",
+    "config",
+    "rounding",
+    "numerics",
+    "fused",
+    "learned",
+}
 MAY_IMPORT = {
     "errors": set(),
     "minifloat": set(),
@@ -14,16 +24,18 @@ MAY_IMPORT = {
     "dtypes": {"errors", "minifloat", "codebook"},
     "config": {"errors", "dtypes"},
     "rounding": {"minifloat", "codebook", "dtypes"},
-    "numerics": BASE - {"numerics"},
+    "numerics": BASE - {"numerics", "fused", "learned"},
+    "fused": {"errors"},
+    "learned": {"config", "fused", "rounding"},
     "graph": BASE,
     "ops": BASE,
     "model": {*BASE, "graph", "ops"},
     "quant": {*BASE, "graph", "ops", "model"},
     "algorithms": {*BASE, "graph", "ops", "model", "quant"},
+    "train": {*BASE, "graph", "ops", "model", "quant", "algorithms", "export"},
     "export": {*BASE, "graph", "ops", "model", "quant"},
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
-    "train": {*BASE, "graph", "ops", "model", "quant"},
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},

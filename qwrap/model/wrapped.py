@@ -40,6 +40,7 @@ class WrappedModel(Block):
         plan: what ``prepare`` decided, None before.
         config: what it was asked for, None before.
         samples: what calibration kept of its data, None before; not part of a copy or pickle.
+        kernels: node key -> what ``attach`` was given to compute it, unless a program runs.
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
@@ -53,6 +54,7 @@ class WrappedModel(Block):
         self.samples: object = None
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
+        self.kernels: dict[str, Callable[..., Any]] = {}
         self._program: Program | None = None
         self._written: dict[Path, Code] = {}  # what the Blocks run now
         self.layout = Layout(graph, settings or LoadSettings())
@@ -92,6 +94,7 @@ class WrappedModel(Block):
             delattr(self, name)
         self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs, self._written = {}, None, {}, {}
+        self.kernels = {}
         self.plan = self.config = self.samples = self.before_loading = None
         self._build(kept)
 
@@ -143,10 +146,18 @@ class WrappedModel(Block):
 
     # --- points and programs ---------------------------------------------------------------------
 
-    def attach(self, taps: Mapping[Point, nn.Module]) -> None:
+    def attach(
+        self,
+        taps: Mapping[Point, nn.Module],
+        kernels: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         """Put ``taps`` on points of the graph, in place; those there before are removed.
 
         Each becomes a submodule under ``taps`` of the Block that runs it.
+
+        Args:
+            taps: point -> module that is called with the tensor.
+            kernels: node key -> called with the node's inputs instead of its operator.
         """
         homes = self.layout.points
         for point in taps:
@@ -162,12 +173,13 @@ class WrappedModel(Block):
             name = _tap_name(point, holder)
             holder[name] = module
             self.attached[point] = (homes[point], name)
+        self.kernels = dict(kernels or {})
         self._generate()
 
     def _detach(self) -> None:
         for path in {path for path, _ in self.attached.values()}:
             del self._module_at(path)._modules["taps"]
-        self.attached = {}
+        self.attached, self.kernels = {}, {}
 
     def tap(self, point: Point) -> nn.Module:
         """Return the module attached to ``point``."""
@@ -207,10 +219,10 @@ class WrappedModel(Block):
 
     @property
     def program(self) -> Program:
-        """What a forward runs now: by default the operators, with every attached tap."""
+        """What a forward runs now: by default the operators, with all that was attached."""
         if self._program is not None:
             return self._program
-        return Program(taps={point: self.tap(point) for point in self.attached})
+        return Program({point: self.tap(point) for point in self.attached}, self.kernels)
 
     def _generate(self) -> None:
         names = {point: name for point, (_, name) in self.attached.items()}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from qwrap.errors import ConfigError
@@ -35,7 +36,7 @@ def exact(model: WrappedModel) -> Iterator[None]:
     """
     if "exact" not in model.programs:
         raise ConfigError("the model is not prepared; call prepare() and calibrate() first")
-    with model.running("exact"):
+    with torch.no_grad(), model.running("exact"):
         yield
 
 

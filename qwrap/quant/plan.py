@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from qwrap.config import QuantSpec, RangeOverride
+from qwrap.config import QuantSpec, RangeOverride, Training
 from qwrap.dtypes import INT8, UINT8
 
 Role = Literal["integer", "weights", "moves", "absorbed", "float"]
@@ -24,6 +24,7 @@ class TensorPlan:
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
+        training: how its scale moves in training, see ``QConfig``.
     """
 
     spec: QuantSpec
@@ -31,6 +32,7 @@ class TensorPlan:
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
     override: RangeOverride | None = None
+    training: Training = "fixed"
 
     @property
     def is_observed(self) -> bool:
@@ -46,11 +48,13 @@ class ConstantPlan:
         value: initialiser.
         spec: its type and axis.
         override: what the user said of it, None for nothing.
+        training: how its scale moves in training, see ``QConfig``.
     """
 
     value: str
     spec: QuantSpec
     override: RangeOverride | None = None
+    training: Training = "fixed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import scale_shape
+from qwrap.quant.bounds import bounds_of
+from qwrap.quant.clamp import Clamp
 from qwrap.quant.exact import exact_program
 from qwrap.quant.functions import check_functions
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
@@ -87,7 +89,10 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
     decisions = Decisions(plan.without, *_left_out(model, stubs.values()))
     device = next((p.device for p in model.parameters()), None)
-    model.attach({point: stub.to(device) for point, stub in stubs.items()})
+    model.attach(
+        {point: stub.to(device) for point, stub in stubs.items()},
+        _clamps(model, plan, stubs),
+    )
     model.add_module("quantization", decisions)
     model.plan, model.config = plan, config
     model.programs["exact"] = partial(exact_program, model)
@@ -178,16 +183,39 @@ def follow_saved_decisions(model: WrappedModel, state: Mapping[str, Any]) -> Non
         place_without(model, without)
 
 
+def _clamps(
+    model: WrappedModel, plan: QuantPlan, stubs: Mapping[Point, nn.Module]
+) -> dict[str, Clamp]:
+    """Return what computes the activations that are absorbed into the clamp of a stub."""
+    found: dict[str, Clamp] = {}
+    for key, node in plan.nodes.items():
+        if node.role != "absorbed":
+            continue
+        output = model.graph.key(model.graph.nodes[key].outputs[0])
+        stub, bounds = (
+            stubs[ValuePoint(output)],
+            bounds_of(model.layout.values, model.graph.nodes[key]),
+        )
+        assert isinstance(stub, Stub)
+        assert bounds is not None
+        found[key] = Clamp(stub, *bounds)
+    return found
+
+
 def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: QConfig) -> Stub:
     if not tensor.is_observed:
-        return Stub(key, tensor.spec)
+        return Stub(key, tensor.spec, training_by=tensor.training)
     source, earlier = key, model.plan
     if isinstance(earlier, QuantPlan) and key in earlier.tensors:
         source = earlier.tensors[key].source
     stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
     if not isinstance(stub, Stub):
-        return Stub(key, tensor.spec, observer=new_observer(key, config, tensor.spec.axis))
-    return stub if source == key else Stub(key, tensor.spec, observer=copy.deepcopy(stub.observer))
+        observer: Observer | None = new_observer(key, config, tensor.spec.axis)
+    elif source == key and stub.training_by == tensor.training:
+        return stub
+    else:
+        observer = copy.deepcopy(stub.observer)
+    return Stub(key, tensor.spec, observer=observer, training_by=tensor.training)
 
 
 def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan) -> Stub:
@@ -197,7 +225,8 @@ def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan)
     value = model.stored(constant.value)
     assert value is not None
     shape = scale_shape(value.shape, constant.spec)
-    return Stub(constant.value, constant.spec, shape, stored=True)
+    way = constant.training
+    return Stub(constant.value, constant.spec, shape, stored=True, training_by=way)
 
 
 def new_observer(name: str, config: QConfig, axis: int | None = None) -> Observer:

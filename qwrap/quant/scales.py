@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def set_activations(
     for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
         stub = stub_at(model, ValuePoint(key))
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
-        stub.set_qparams(cut_to_bounds(model, key, qparams))
+        stub.set_qparams(cut_to_bounds(model, key, qparams), _limit(model, key, qparams))
     _set_tables(model)
     _fit_biases(model)
 
@@ -162,6 +163,15 @@ def cut_to_bounds(model: WrappedModel, key: str, qparams: QParams) -> QParams:
     low = -math.inf if low == 0 > reach[0] else low
     high = math.inf if high == 0 < reach[1] else high
     return shrink_into(qparams, low, high, grid)
+
+
+def _limit(model: WrappedModel, key: str, qparams: QParams) -> float:
+    """Return the largest scale with which no code lies beyond ``bounds_at``."""
+    if not any(map(math.isfinite, bounds_at(model, key))):
+        return math.inf
+    widest = torch.full_like(qparams.scale, torch.finfo(torch.float32).max)
+    scale = float(cut_to_bounds(model, key, replace(qparams, scale=widest)).scale)
+    return scale if scale < float(widest) else math.inf
 
 
 def _dictated(model: WrappedModel) -> dict[str, QParams]:
@@ -252,7 +262,8 @@ def _fit_biases(model: WrappedModel) -> None:
             least = least.max().reshape(1)
         if (least > weight.scale).any():
             enlarged = torch.maximum(weight.scale, least)
-            weight.scale.copy_(round_scale(enlarged, weight.spec))
+            scale = round_scale(enlarged, weight.spec).to(torch.float32)
+            weight.set_qparams(replace(weight.qparams, scale=scale))
 
 
 def warn_of_enlarged(model: WrappedModel) -> None:

@@ -8,9 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qwrap.config import QuantSpec
+from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
+from qwrap.learned import Grid, keep_in_graph, learned_fake_quantize
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
+from qwrap.quant.follow import range_now
+from qwrap.quant.held import Held
+from qwrap.quant.learners import LEARNERS, Kind, rule
 from qwrap.quant.observe.observers import Observer
 
 Mode = Literal["float", "observe", "quantize"]
@@ -42,19 +46,27 @@ class Switch(nn.Module):
 class Stub(Switch):
     """Rounds a tensor to the grid of its codes once its scale is known; before, passes it on.
 
-    The scale is NaN until it is known. Scale and zero point have their final shape from the start
-    and are written in place, so that wrappers which hold on to them (DDP) keep the right ones.
+    The initial scale is NaN until it is known. It and the initial zero point are what calibration,
+    the user or a file said; training adds to them what its parameters hold, which is nothing at
+    first. All have their final shape from the start and are written in place, so that wrappers
+    which hold on to them (DDP) keep the right ones.
 
     Attributes:
         spec: how the tensor is quantized: what the scale is chosen for.
         grid: the same spec, with the ends at which values are clamped.
-        scale: float32 ``[1]``, ``[C]``, or one for each block.
-        zero_point: int32 of the same shape.
+        initial_scale: float32 ``[1]``, ``[C]``, or one for each block.
+        initial_zero_point: int32 of the same shape.
+        scale_limit: largest scale, float32 ``[1]``; infinite where there is none.
+        training_by: how the scale moves in training.
         observer: what watches the tensor, None where the scale needs no data.
+        stored: whether the tensor is a constant of the model, which lives on anyway.
+        learning: whether trained parameters get gradients; else these are zero.
+        following: whether the scale goes with the data in training mode, for "follow".
     """
 
-    scale: Tensor
-    zero_point: Tensor
+    initial_scale: Tensor
+    initial_zero_point: Tensor
+    scale_limit: Tensor
 
     def __init__(
         self,
@@ -64,52 +76,154 @@ class Stub(Switch):
         observer: Observer | None = None,
         *,
         stored: bool = False,
+        training_by: Training = "fixed",
     ) -> None:
         super().__init__(name)
-        self.spec, self.observer = spec, observer
+        self.spec, self.observer, self.stored = spec, observer, stored
         self.grid = spec if stored else spec.as_computed()
-        self.register_buffer("scale", torch.full(tuple(shape), float("nan")))
-        self.register_buffer("zero_point", torch.zeros(tuple(shape), dtype=torch.int32))
+        self.training_by = training_by
+        self.learning, self.following = True, training_by == "follow"
+        self.register_buffer("initial_scale", torch.full(tuple(shape), float("nan")))
+        zero = torch.zeros(tuple(shape), dtype=torch.int32)
+        self.register_buffer("initial_zero_point", zero)
+        self.register_buffer("scale_limit", torch.tensor([float("inf")]))
+        self._kinds = LEARNERS[training_by].kinds
+        self._held: Held | None = None
+        for parameter, value in self._start().items():
+            self.register_parameter(parameter, nn.Parameter(value))
+
+    def _start(self) -> dict[str, Tensor]:
+        learner = LEARNERS[self.training_by]
+        return learner.start(self.initial_scale, self.initial_zero_point, self.grid)
+
+    # --- scale and zero point --------------------------------------------------------------------
+
+    def trained(self) -> dict[Kind, nn.Parameter]:
+        """Return the parameters that training moves: of the scale, the zero point or the clip."""
+        return {kind: self.get_parameter(name) for name, kind in self._kinds.items()}
+
+    @torch.no_grad()
+    def _own(self) -> dict[str, Tensor]:
+        return {name: _whole(self.get_parameter(name)) for name in self._kinds}
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale as it is now, NaN where it is not known; without gradient."""
+        return self._now()[0]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Zero point as it is now, int32."""
+        return self._now()[1]
+
+    @torch.no_grad()
+    def _now(self) -> tuple[Tensor, Tensor]:
+        if not self._kinds:
+            return self.initial_scale, self.initial_zero_point
+        learner, own = LEARNERS[self.training_by], self._own()
+        zero_point = learner.zero_point(self.initial_zero_point, self.grid, own)
+        scale = learner.scale(self.initial_scale, zero_point, self.grid, own)
+        return torch.minimum(scale, self.scale_limit), zero_point
 
     @property
     def qparams(self) -> QParams:
-        """Scale and zero point.
+        """Scale and zero point as they are now.
 
         Raises:
             NotCalibratedError: they are not known yet.
         """
-        if self.scale.isnan().any():
+        scale, zero_point = self._now()
+        if scale.isnan().any():
             raise NotCalibratedError(
                 f"tensor {self.name!r} has no scale yet; run qwrap.calibrate() first"
             )
-        return QParams(self.scale, self.zero_point, self.spec.axis, self.spec.block_size)
+        return QParams(scale, zero_point, self.spec.axis, self.spec.block_size)
 
     @torch.no_grad()
-    def set_qparams(self, qparams: QParams) -> None:
-        """Write scale and zero point, in place."""
-        self.scale.copy_(qparams.scale)
-        self.zero_point.copy_(qparams.zero_point)
+    def set_qparams(self, qparams: QParams, limit: float = float("inf")) -> None:
+        """Write scale and zero point, in place; training starts from there.
+
+        Args:
+            qparams: of the shape of ``initial_scale``.
+            limit: largest scale that training may come to.
+        """
+        self.initial_scale.copy_(qparams.scale)
+        self.initial_zero_point.copy_(qparams.zero_point)
+        self.scale_limit.fill_(limit)
+        for parameter, value in self._start().items():
+            self.get_parameter(parameter).copy_(value)
 
     @torch.no_grad()
     def forget(self, observer: Observer | None) -> None:
         """Drop the scale, in place, and watch with ``observer`` from now on."""
-        self.scale.fill_(float("nan"))
+        unknown = torch.full_like(self.initial_scale, float("nan"))
+        self.set_qparams(QParams(unknown, torch.zeros_like(self.initial_zero_point)))
         self.observer = observer
+
+    # --- running ---------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe, quantize or pass on ``x``."""
         if self.mode == "quantize":
-            return fake_quantize(x, self.scale, self.zero_point, self.grid)
+            if self.following and self.training:
+                self._follow(x)
+            return self._quantized(x)
         if self.mode == "observe" and self.observer is not None:
             self.observer.observe(x)
+        if self._kinds and self.training and torch.is_grad_enabled():
+            return keep_in_graph(x, [*self.trained().values()])
         return x
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        scale, zero_point = self._now()
+        parameters = [*self.trained().values()]
+        is_plain = not (parameters or self.stored) or self.grid.dtype.function is not None
+        if is_plain or not torch.is_grad_enabled():
+            self._held = None
+            return fake_quantize(x, scale, zero_point, self.grid)
+        grid = Grid(scale, zero_point, self.grid, is_alive=self.stored)
+        by = None
+        if self.learning and parameters:
+            by = rule(LEARNERS[self.training_by], grid, self.scale_limit)
+        value = self._hold(x, grid) if self.stored else None
+        return learned_fake_quantize(x, grid, parameters, by, value)
+
+    def _hold(self, x: Tensor, grid: Grid) -> Tensor | None:
+        """Return a constant rounded once for all forward passes until it or its scale changes."""
+        parts = [self.initial_scale, self.initial_zero_point, *self.trained().values()]
+        if not all(map(Held.is_possible, (x, *parts))):
+            return None
+        if self._held is None or not self._held.is_of(x, parts):
+            with torch.no_grad():
+                self._held = Held.of(x, grid, parts)
+        return self._held.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Give the tensor the scale that goes with what it is now, in place."""
+        qparams = range_now(x, self.spec, self.observer)
+        self.initial_scale.copy_(torch.minimum(qparams.scale, self.scale_limit))
+        self.initial_zero_point.copy_(qparams.zero_point)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return mode and flags."""
+        return {**super().get_extra_state(), "learning": self.learning, "following": self.following}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over saved mode and flags."""
+        super().set_extra_state(state)
+        self.learning, self.following = state["learning"], state["following"]
 
     def extra_repr(self) -> str:
         """Describe type and granularity in ``print(model)``."""
         spec = self.spec
         axis = "" if spec.axis is None else f", axis={spec.axis}"
         block = "" if spec.block_size is None else f", block_size={spec.block_size}"
-        return f"{spec.dtype}{axis}{block}, {self.mode}"
+        trained = "" if self.training_by == "fixed" else f", training={self.training_by}"
+        return f"{spec.dtype}{axis}{block}, {self.mode}{trained}"
 
 
 class BiasStub(Switch):
@@ -150,3 +264,9 @@ class BiasStub(Switch):
     def extra_repr(self) -> str:
         """Describe the stub in ``print(model)``."""
         return f"int32, {self.mode}"
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return all of a parameter of which FSDP keeps a part here."""
+    full = getattr(parameter, "full_tensor", None)
+    return parameter if full is None else full()

@@ -1,1 +1,1 @@
-"""Training of prepared models: what helps in a loop of one's own, and one for those without."""
+"""Quantization-aware training: what a training loop needs besides the module itself."""

@@ -217,7 +217,7 @@ def test_when_other_batches_get_worse_every_bit_is_put_back() -> None:
     wrapped = calibrated(build("Gemm"), batches)
     before = {key: value.clone() for key, value in wrapped.named_parameters()}
     assert not round_weights(wrapped, batches)
-    assert len(before) == 2
+    assert before.keys() >= {"w", "b"}
     for key, value in wrapped.named_parameters():
         assert torch.equal(value, before[key]), key
 

@@ -238,7 +238,7 @@ def test_verify_tells_what_differs_in_units_of_the_scale(tmp_path: Path) -> None
     qwrap.export(model, path)
     stub = model.tap(ValuePoint("x"))
     assert isinstance(stub, Stub)
-    stub.scale *= 2
+    stub.initial_scale *= 2
     (found,) = (
         t
         for t in qwrap.verify(model, path, [images()], progress=False).specification.tensors
@@ -246,7 +246,7 @@ def test_verify_tells_what_differs_in_units_of_the_scale(tmp_path: Path) -> None
     )
     with torch.no_grad():
         doubled = stub(images())
-        stub.scale /= 2
+        stub.initial_scale /= 2
         steps = ((doubled - stub(images())) / stub.scale).abs()
     assert found.worst_step == steps.max()
     assert found.differing == steps.count_nonzero()

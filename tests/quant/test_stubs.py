@@ -39,9 +39,9 @@ def test_a_scale_that_is_not_known_is_an_error_that_names_the_tensor() -> None:
 
 def test_forget_drops_the_scale_and_keeps_the_buffer() -> None:
     made = stub()
-    buffer = made.scale
+    buffer = made.initial_scale
     made.forget(None)
-    assert made.scale is buffer
+    assert made.initial_scale is buffer
     assert made.observer is None
     with pytest.raises(NotCalibratedError, match="no scale"):
         _ = made.qparams
@@ -84,7 +84,7 @@ def test_the_gradient_of_a_bias_passes_and_its_value_is_exact() -> None:
 def test_a_bias_stub_follows_its_scales_and_holds_none() -> None:
     made = bias_stub()
     assert set(made.state_dict()) == {"_extra_state"}
-    made._stubs[0].scale.mul_(2)
+    made._stubs[0].initial_scale.mul_(2)
     assert made.scale.tolist() == [0.25, 0.5]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -229,7 +229,8 @@ class _Trials:
     def restore(self) -> None:
         """Give weights the scales they had before a trial made room for biases, in place."""
         for point, scale in self._weights.items():
-            stub_at(self._model, point).scale.copy_(scale)
+            stub = stub_at(self._model, point)
+            stub.set_qparams(replace(stub.qparams, scale=scale))
 
 
 @dataclass(slots=True)

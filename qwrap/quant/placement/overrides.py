@@ -101,11 +101,21 @@ def _resolve(
 
 
 def _merge(earlier: RangeOverride, later: RangeOverride) -> RangeOverride:
-    """Return the later word: a range replaces everything, a way to choose one replaces a range."""
-    if has_range(later) or later == RangeOverride():
+    """Return the later word: a range replaces everything, a way to choose one replaces a range.
+
+    How it is trained is a matter of its own.
+    """
+    if later == RangeOverride():
         return later
+    training = later.training or earlier.training
+    if later == RangeOverride(training=later.training):
+        return replace(earlier, training=training)
+    if has_range(later):
+        return replace(later, training=training)
     return RangeOverride(
-        method=later.method or earlier.method, percentile=later.percentile or earlier.percentile
+        method=later.method or earlier.method,
+        percentile=later.percentile or earlier.percentile,
+        training=training,
     )
 
 

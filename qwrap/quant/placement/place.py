@@ -17,6 +17,7 @@ from qwrap.quant.placement.opsets import carried_reals
 from qwrap.quant.placement.overrides import apply_overrides
 from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.target import ORT_CPU, Target
+from qwrap.quant.placement.trainable import choose_training
 from qwrap.quant.placement.weights_only import place_weights
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 
@@ -67,6 +68,7 @@ def place(
         placement.decide()
         plan = placement.plan()
     apply_overrides(plan, layout, config, strict=strict)
+    choose_training(plan, layout.graph, config)
     plan.without = without
     return plan
 

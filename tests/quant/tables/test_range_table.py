@@ -66,7 +66,7 @@ def test_a_constant_with_two_scales_has_no_single_entry(small) -> None:
     model = calibrated(source, small.batches())
     assert "w" in RangeTable.of(model)
     with torch.no_grad():
-        model.tap(UsePoint("/b", 1)).scale.mul_(2)
+        model.tap(UsePoint("/b", 1)).initial_scale.mul_(2)
     with pytest.raises(TableError, match="constant 'w' has another scale in node '/b'"):
         RangeTable.of(model)
 

@@ -1,0 +1,60 @@
+"""An activation function that the clamp of a fake-quantization makes redundant."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwrap.quant.stubs import Stub
+
+
+class Clamp:
+    """Stands in for a Relu or Clip whose output a stub quantizes.
+
+    While the stub does, and none of its codes stands for a value beyond the bounds, clamping codes
+    is clamping values: one pass over the tensor less, and one tensor less to keep for the backward
+    pass, where the gradient is cut off by the codes.
+
+    Args:
+        stub: quantizes the output.
+        low: what the activation function cuts off below, -inf for nothing.
+        high: what it cuts off above.
+    """
+
+    def __init__(self, stub: Stub, low: float, high: float) -> None:
+        self.stub, self.low, self.high = stub, low, high
+        self._known: tuple[tuple[int, ...], bool] = ((), False)
+
+    def __call__(self, x: Tensor, *_bounds: Any) -> Tensor:
+        """Return ``x`` clamped, or as it is where the stub will clamp it."""
+        if self.stub.mode == "quantize" and self._is_redundant():
+            return x
+        if (self.low, self.high) == (0, math.inf):
+            return x.relu()
+        low, high = (None if math.isinf(bound) else bound for bound in (self.low, self.high))
+        return x.clamp(low, high)
+
+    def _is_redundant(self) -> bool:
+        """Whether no code lies beyond; only looked up again where the initial scale changed.
+
+        Training keeps it so, for it respects the stub's limit and moves no zero point here.
+        """
+        stub = self.stub
+        if torch.compiler.is_compiling():
+            return False
+        parts = (stub.initial_scale, stub.initial_zero_point, stub.scale_limit)
+        key = tuple(n for part in parts for n in (part.data_ptr(), part._version))
+        if key != self._known[0]:
+            self._known = key, self._covers()
+        return self._known[1]
+
+    @torch.no_grad()
+    def _covers(self) -> bool:
+        stub = self.stub
+        scale, zero_point = stub.initial_scale, stub.initial_zero_point
+        below = (stub.grid.qmin - zero_point) * scale >= self.low
+        above = (stub.grid.qmax - zero_point) * scale <= self.high
+        return bool((below & above).all())
