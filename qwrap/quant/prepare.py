@@ -55,7 +55,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
             "are those of float32; load it without dtype (torch.autocast may be used)"
         )
     config = copy.deepcopy(config) if config else QConfig()
-    draft = materialize(model)
+    draft = materialize(model, lasting=True)  # it stays what the float model is held against
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
     changes = let_carry(draft, config)
     check_functions(config, opset_of(draft, ""))
