@@ -1,6 +1,7 @@
 """Quantization-aware training: what a training loop needs besides the module itself."""
 
 from qwrap.train.groups import param_groups
+from qwrap.train.oscillation import OscillationFreezer, dampening
 from qwrap.train.schedule import (
     Schedule,
     fake_quant,
@@ -10,7 +11,9 @@ from qwrap.train.schedule import (
 )
 
 __all__ = [
+    "OscillationFreezer",
     "Schedule",
+    "dampening",
     "fake_quant",
     "freeze_observers",
     "learn_scales",

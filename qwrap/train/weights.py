@@ -1,0 +1,81 @@
+"""The weights of prepared models that training moves and stubs round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qwrap.errors import ConfigError
+from qwrap.model.points import UsePoint
+from qwrap.model.wrapped import WrappedModel
+from qwrap.numerics import spread
+from qwrap.quant.plan import QuantPlan
+from qwrap.quant.prepare import stubs
+from qwrap.quant.stubs import Stub
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedWeight:
+    """A trainable weight and what rounds it.
+
+    Attributes:
+        name: of the initialiser, behind the path of its model in the module that was searched.
+        stub: rounds it.
+        model: it is a parameter of this.
+        value: key of the initialiser.
+    """
+
+    name: str
+    stub: Stub
+    model: WrappedModel
+    value: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now."""
+        weight = self.model.stored(self.value)
+        assert weight is not None
+        return weight
+
+    def over(self, values: Tensor) -> Tensor:
+        """Return scales, or what is one for each scale, as they broadcast against the weight."""
+        return spread(values, self.weight.shape, self.stub.spec)
+
+
+def rounded_weights(
+    module: nn.Module, fits: Callable[[Stub], bool] = lambda _: True
+) -> list[RoundedWeight]:
+    """Return the trainable weights in ``module`` that stubs round to codes, each once.
+
+    A weight that several nodes read counts as the first of them rounds it.
+
+    Args:
+        module: a prepared model, or a module with such models in it.
+        fits: whether a stub is meant.
+
+    Raises:
+        ConfigError: there is none, or one is sharded over devices.
+    """
+    found: dict[int, RoundedWeight] = {}
+    for path, model in module.named_modules():
+        if not isinstance(model, WrappedModel) or not isinstance(model.plan, QuantPlan):
+            continue
+        for point, stub in stubs(model):
+            if not isinstance(point, UsePoint) or stub.spec.dtype.function is not None:
+                continue
+            value = model.plan.constants[point.node, point.index].value
+            weight = model.stored(value)
+            if weight is None or not weight.requires_grad or not fits(stub):
+                continue
+            name = f"{path}.{value}" if path else value
+            if hasattr(weight, "full_tensor"):
+                raise ConfigError(f"weight {name!r} is sharded: this needs it whole, as in DDP")
+            found.setdefault(id(weight), RoundedWeight(name, stub, model, value))
+    if not found:
+        raise ConfigError(
+            "no trainable weight in this module is quantized to such a type; call "
+            "qwrap.prepare(model) first"
+        )
+    return list(found.values())
