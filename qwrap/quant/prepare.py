@@ -284,6 +284,9 @@ def set_mode(model: WrappedModel, mode: Mode) -> None:
     """Switch every stub to ``mode``, in place."""
     for _, stub in (*stubs(model), *bias_stubs(model)):
         stub.mode = mode
+    for kernel in model.kernels.values():
+        if isinstance(kernel, Clamp):
+            kernel.look()
 
 
 def device_of(model: WrappedModel) -> torch.device:
