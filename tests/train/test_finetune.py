@@ -288,7 +288,7 @@ def test_epochs_need_data_of_known_length(student, data) -> None:
         quiet(student, iter(data), epochs=1)
 
 
-def test_a_model_without_scales_is_refused(small, calibrated, data) -> None:
+def test_a_model_without_scales_is_refused(small, data) -> None:
     model = qwrap.load(small.convs())
     with pytest.raises(ConfigError, match="not prepared"):
         quiet(model, data)
