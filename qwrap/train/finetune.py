@@ -24,7 +24,7 @@ from qwrap.train.targets import Measure
 STEPS = 1000
 LOOKS = 20  # at what was held out, in a whole training
 
-Schedule = Literal["cosine", "constant"] | Callable[[float], float]
+RateSchedule = Literal["cosine", "constant"] | Callable[[float], float]
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
@@ -40,7 +40,7 @@ def finetune(
     zero_point_lr: float | None = None,
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.Adam,
-    schedule: Schedule = "cosine",
+    schedule: RateSchedule = "cosine",
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     held_out: float | Iterable[Any] = 0.2,
@@ -180,7 +180,7 @@ def _total_steps(data: Split, steps: int | None, epochs: int | None, accumulate:
     return epochs * known
 
 
-def _factor(schedule: Schedule) -> Callable[[float], float]:
+def _factor(schedule: RateSchedule) -> Callable[[float], float]:
     if callable(schedule):
         return schedule
     if schedule not in SCHEDULES:
