@@ -14,6 +14,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, NotCalibratedError, TrainingError
+from qwrap.train.rates import weight_rate
 
 quiet = functools.partial(qwrap.finetune, progress=False)
 
@@ -279,6 +280,22 @@ def test_the_bar_counts_steps(student, data, capsys) -> None:
 def test_settings_out_of_range_are_refused(student, data, settings, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         quiet(student, data, **settings)
+
+
+@pytest.mark.parametrize(("weight", "qmax"), [("int8", 127), ("int4", 7)])
+def test_the_usual_rate_goes_by_the_distance_between_codes(
+    calibrated, data, weight: str, qmax: int
+) -> None:
+    model = calibrated(batches=data, weight=weight, weight_method="minmax", per_channel=False)
+    largest = min(model.stored(w).detach().abs().max().item() for w in ("w1", "w2"))
+    rate = weight_rate(model)
+    assert rate == pytest.approx(largest / qmax / 150, rel=0.01)
+    assert quiet(model, data, steps=1).history[0].lr == rate
+
+
+def test_without_codes_the_usual_rate_is_that_of_8_bits(calibrated, data) -> None:
+    model = calibrated(batches=data, activation="float8e4m3fn", weight="float8e4m3fn")
+    assert weight_rate(model) == 1e-5
 
 
 def test_epochs_need_data_of_known_length(student, data) -> None:
