@@ -84,7 +84,9 @@ def compare(
 
 
 def batched(samples: Sequence[Inputs], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield samples put together, those of unlike lengths padded where the model has a mask."""
+    """Yield samples put together, those of like lengths, padded, where the model has a mask."""
+    if MASK in samples[0]:
+        samples = sorted(samples, key=lambda inputs: inputs[MASK].shape[1])
     for start in range(0, len(samples), size):
         part = samples[start : start + size]
         yield {key: stacked([inputs[key] for inputs in part], MASK in part[0]) for key in part[0]}
