@@ -12,7 +12,7 @@ from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
 from qwrap.learned import Grid, keep_in_graph, learned_fake_quantize
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
-from qwrap.quant.follow import range_now
+from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
 from qwrap.quant.learners import LEARNERS, Kind, rule
 from qwrap.quant.observe.observers import Observer
@@ -220,7 +220,7 @@ class Stub(Switch):
     def forward(self, x: Tensor) -> Tensor:
         """Observe, quantize or pass on ``x``."""
         if self.mode == "quantize":
-            if self.following and self.training:
+            if self.following and self.training and not is_repeated():
                 self._follow(x)
             return self._quantized(x)
         if self.mode == "observe" and self.observer is not None:
