@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
-from qwrap.learned import Grid, keep_in_graph, learned_fake_quantize
+from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
 from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
@@ -241,10 +241,10 @@ class Stub(Switch):
         learns = [*self._learns().values()]
         if any(learns):
             by = rule(LEARNERS[self.training_by], grid, self.scale_limit, learns)
-        value = self._hold(x, grid) if self.stored else None
-        return learned_fake_quantize(x, grid, parameters, by, value)
+        known = self._hold(x, grid) if self.stored else None
+        return learned_fake_quantize(x, grid, parameters, by, known)
 
-    def _hold(self, x: Tensor, grid: Grid) -> Tensor | None:
+    def _hold(self, x: Tensor, grid: Grid) -> Known | None:
         """Return a constant rounded once for all forward passes until it or its scale changes."""
         parts = [self.initial_scale, self.initial_zero_point, *self.trained().values()]
         if not all(map(Held.is_possible, (x, *parts))):
@@ -252,7 +252,7 @@ class Stub(Switch):
         if self._held is None or not self._held.is_of(x, parts):
             with torch.no_grad():
                 self._held = Held.of(x, grid, parts)
-        return self._held.value
+        return self._held.known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
