@@ -25,10 +25,15 @@ from qwrap.train.batch_norm import (
     reestimating_batch_norm,
     sync_batch_norm,
 )
+from qwrap.train.distill import Distillation, teacher_of
+from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
+from qwrap.train.report import FinetuneReport
 from qwrap.verify import verify
 
 __all__ = [
+    "Distillation",
+    "FinetuneReport",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
@@ -44,6 +49,7 @@ __all__ = [
     "correct_biases",
     "exact",
     "export",
+    "finetune",
     "fold_batch_norm",
     "freeze_batch_norm",
     "function_type",
@@ -58,5 +64,6 @@ __all__ = [
     "rescale",
     "round_weights",
     "sync_batch_norm",
+    "teacher_of",
     "verify",
 ]

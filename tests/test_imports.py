@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "export": {*BASE, "graph", "ops", "model", "quant"},
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
-    "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export"},
+    "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},
