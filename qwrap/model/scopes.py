@@ -170,7 +170,7 @@ RESERVED = frozenset((
     *dir(nn.Module()),
     *("_compile", "_file", "_run", "namespace", "set_code", "source", "taps"),  # of Block
     *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
-    *("loaded_opset", "output_names", "plan", "quantization", "samples"),
+    *("loaded_opset", "origin", "output_names", "plan", "quantization", "samples"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
     *(
         "_add_blocks",
