@@ -18,10 +18,15 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
+from qwrap.train.distill import Distillation, teacher_of
+from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
+from qwrap.train.report import FinetuneReport
 from qwrap.verify import verify
 
 __all__ = [
+    "Distillation",
+    "FinetuneReport",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
@@ -37,6 +42,7 @@ __all__ = [
     "correct_biases",
     "exact",
     "export",
+    "finetune",
     "function_type",
     "integer_type",
     "load",
@@ -46,5 +52,6 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
+    "teacher_of",
     "verify",
 ]

@@ -43,3 +43,7 @@ class ExportError(QwrapError):
 
 class TableError(QwrapError):
     """A table of ranges is broken, or its form cannot hold what it is to say."""
+
+
+class TrainingError(QwrapError):
+    """Training ran into numbers that cannot be trained on."""

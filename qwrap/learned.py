@@ -130,7 +130,7 @@ def _backward(
     if spec.dtype.levels is not None:
         return _levels_backward(gradient, rows.of(saved), scale, spec)
     if not grid.is_alive:
-        return fused.backward_kept(gradient, saved, scale, needs=needs)
+        return fused.backward_kept(gradient, saved, needs=needs)
     zero_point, ends = rows.flat(grid.zero_point), (spec.qmin, spec.qmax)
     return fused.backward_recomputed(
         gradient, rows.of(saved), scale, zero_point, *ends, needs=needs

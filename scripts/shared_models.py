@@ -61,6 +61,15 @@ class SharedModels:
         """The first ``count`` validation samples, batch 1."""
         return [inputs for inputs, _ in self._load.val(name, count)]
 
+    def cifar10(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images ``[N, 3, 32, 32]`` as resnet20_cifar10 wants them, and classes ``[N]``.
+
+        Args:
+            split: "train" (4000) or "test" (600).
+        """
+        images, classes = self._load.cifar10(split)
+        return self._load.resnet20_input(images), classes
+
     def evaluate(self, name: str, run: Run) -> dict[str, Any]:
         """The task metric over all validation samples; its first entry is the one that counts."""
         return dict(self._check.evaluate(name, run))

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "load": {*BASE, "graph", "model", "importing"},
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
-    "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export"},
+    "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},

@@ -19,18 +19,27 @@ from qwrap.ops.element_types import TORCH_DTYPES
 Array = npt.NDArray[Any]
 
 
-def materialize(model: WrappedModel) -> ir.Model:
+def materialize(model: WrappedModel, *, lasting: bool = False) -> ir.Model:
     """Return a copy of the model's graph that holds its current parameters and buffers.
 
     Tensors that did not change stay the same objects, so that those outside the file stay there.
+
+    Args:
+        model: what is written back.
+        lasting: whether changed tensors are copies, which training does not change any more;
+            else they share the memory of the module where they can.
     """
     copy = model.graph.model.clone()
     changed = changed_tensors(model)
     if changed:
         graph = OnnxGraph(copy)
         for key, replacement in changed.items():
-            set_stored(graph.values[key], replacement)
+            set_stored(graph.values[key], _copied(replacement) if lasting else replacement)
     return copy
+
+
+def _copied(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:

@@ -37,14 +37,21 @@ class Clamp:
         low, high = (None if math.isinf(bound) else bound for bound in (self.low, self.high))
         return x.clamp(low, high)
 
+    def look(self) -> None:
+        """Find out whether the stub's clamp is enough, for a compiler that is about to trace."""
+        self._is_redundant()
+
     def _is_redundant(self) -> bool:
         """Whether no code lies beyond; only looked up again where the initial scale changed.
 
         Training keeps it so, for it respects the stub's limit and moves no zero point here.
         """
         stub = self.stub
-        if torch.compiler.is_compiling():
+        watches = stub.following and stub.training  # and has to see what the function makes of it
+        if watches:
             return False
+        if torch.compiler.is_compiling():  # where versions of tensors cannot be looked up
+            return self._known[1]
         parts = (stub.initial_scale, stub.initial_zero_point, stub.scale_limit)
         key = tuple(n for part in parts for n in (part.data_ptr(), part._version))
         if key != self._known[0]:

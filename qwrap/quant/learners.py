@@ -214,19 +214,21 @@ LEARNERS: Mapping[Training, Learner] = {
 }
 
 
-def rule(learner: Learner, grid: Grid, limit: Tensor) -> Rule:
+def rule(learner: Learner, grid: Grid, limit: Tensor, learns: Sequence[bool]) -> Rule:
     """Return how gradients follow from the sums of a backward pass.
 
     Args:
         learner: what is trained.
         grid: scale and zero point of the forward pass.
         limit: largest scale; there, what would enlarge it further gets no gradient.
+        learns: for each parameter whether it has a gradient other than 0.
     """
 
     def gradients(sums: Sums) -> Sequence[Tensor]:
         found = list(learner.gradients(sums, grid.scale, grid.zero_point, grid.spec))
         found[0] = torch.where(grid.scale < limit, found[0], found[0].clamp(min=0))
-        return found
+        pairs = zip(found, learns, strict=True)
+        return [value if on else torch.zeros_like(value) for value, on in pairs]
 
     return gradients
 

@@ -55,7 +55,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
             "are those of float32; load it without dtype (torch.autocast may be used)"
         )
     config = copy.deepcopy(config) if config else QConfig()
-    draft = materialize(model)
+    draft = materialize(model, lasting=True)  # it stays what the float model is held against
     before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
     changes = let_carry(draft, config)
     check_functions(config, opset_of(draft, ""))
@@ -287,6 +287,9 @@ def set_mode(model: WrappedModel, mode: Mode) -> None:
     """Switch every stub to ``mode``, in place."""
     for _, stub in (*stubs(model), *bias_stubs(model)):
         stub.mode = mode
+    for kernel in model.kernels.values():
+        if isinstance(kernel, Clamp):
+            kernel.look()
 
 
 def device_of(model: WrappedModel) -> torch.device:

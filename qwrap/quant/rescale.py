@@ -226,7 +226,7 @@ def _undone_on_error(model: WrappedModel) -> Iterator[None]:
     config, plan, decisions = model.config, plan_of(model), decisions_of(model)
     methods = plan.methods
     taps = {point: model.tap(point) for point in model.attached}
-    before = [(s, s.observer, s.scale.clone(), s.zero_point.clone()) for _, s in stubs(model)]
+    before = [(stub, stub.observer, _own_tensors(stub)) for _, stub in stubs(model)]
     modes = [(tap, tap.mode) for tap in taps.values() if isinstance(tap, Switch)]
     model.eval()
     try:
@@ -234,9 +234,11 @@ def _undone_on_error(model: WrappedModel) -> Iterator[None]:
     except BaseException:
         model.attach(taps)
         model.add_module("quantization", decisions)
-        for stub, observer, scale, zero_point in before:
-            stub.forget(observer)
-            stub.set_qparams(QParams(scale, zero_point))
+        for stub, observer, tensors in before:
+            stub.observer = observer
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    getattr(stub, name).copy_(tensor)
         for tap, mode in modes:
             tap.mode = mode
         model.config, model.plan, plan.methods = config, plan, methods
@@ -244,3 +246,9 @@ def _undone_on_error(model: WrappedModel) -> Iterator[None]:
     finally:
         for module, was in training:
             module.training = was
+
+
+def _own_tensors(stub: Stub) -> dict[str, torch.Tensor]:
+    """Return copies of what a stub's scale is made of, by attribute."""
+    own = (*stub.named_buffers(recurse=False), *stub.named_parameters(recurse=False))
+    return {name: tensor.detach().clone() for name, tensor in own}

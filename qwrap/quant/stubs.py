@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,7 +60,6 @@ class Stub(Switch):
         training_by: how the scale moves in training.
         observer: what watches the tensor, None where the scale needs no data.
         stored: whether the tensor is a constant of the model, which lives on anyway.
-        learning: whether trained parameters get gradients; else these are zero.
         following: whether the scale goes with the data in training mode, for "follow".
     """
 
@@ -82,7 +81,8 @@ class Stub(Switch):
         self.spec, self.observer, self.stored = spec, observer, stored
         self.grid = spec if stored else spec.as_computed()
         self.training_by = training_by
-        self.learning, self.following = True, training_by == "follow"
+        self.following = training_by == "follow"
+        self._learning, self._learning_zero_point = True, True
         self.register_buffer("initial_scale", torch.full(tuple(shape), float("nan")))
         zero = torch.zeros(tuple(shape), dtype=torch.int32)
         self.register_buffer("initial_zero_point", zero)
@@ -102,9 +102,65 @@ class Stub(Switch):
         """Return the parameters that training moves: of the scale, the zero point or the clip."""
         return {kind: self.get_parameter(name) for name, kind in self._kinds.items()}
 
+    @property
+    def learning(self) -> bool:
+        """Whether trained parameters get gradients and count; else gradients are zero.
+
+        What stops learning stays exactly where it is: that becomes its initial value, for the
+        momentum of an optimizer goes on moving a parameter whose gradient is zero.
+        """
+        return self._learning
+
+    @learning.setter
+    def learning(self, on: bool) -> None:
+        self._learn(on, self._learning_zero_point)
+
+    @property
+    def learning_zero_point(self) -> bool:
+        """Whether, while the stub is learning, so is its zero point."""
+        return self._learning_zero_point
+
+    @learning_zero_point.setter
+    def learning_zero_point(self, on: bool) -> None:
+        self._learn(self._learning, on)
+
+    @torch.no_grad()
+    def _learn(self, learning: bool, zero_point: bool) -> None:
+        before, (now, zero_point_now) = self._learns(), self._now()
+        self._learning, self._learning_zero_point = learning, zero_point
+        changed = {name for name, on in self._learns().items() if on != before[name]}
+        if not changed:
+            return
+        kinds = {self._kinds[name] for name in changed}
+        if "zero_point" in kinds:
+            self.initial_zero_point.copy_(zero_point_now)
+        if kinds - {"zero_point"}:
+            self.initial_scale.copy_(now)
+        self._restart(changed)
+
+    def _learns(self) -> dict[str, bool]:
+        """Return which parameters get gradients."""
+        fine = self._learning_zero_point
+        return {
+            name: self._learning and (fine or kind != "zero_point")
+            for name, kind in self._kinds.items()
+        }
+
+    @torch.no_grad()
+    def _restart(self, names: Collection[str]) -> None:
+        """Let these parameters stand for no change, in place."""
+        for name, value in self._start().items():
+            if name in names:
+                _write(self.get_parameter(name), value)
+
     @torch.no_grad()
     def _own(self) -> dict[str, Tensor]:
-        return {name: _whole(self.get_parameter(name)) for name in self._kinds}
+        learns = self._learns()
+        start = {} if all(learns.values()) else self._start()
+        return {
+            name: _whole(self.get_parameter(name)) if on else start[name]
+            for name, on in learns.items()
+        }
 
     @property
     def scale(self) -> Tensor:
@@ -150,8 +206,7 @@ class Stub(Switch):
         self.initial_scale.copy_(qparams.scale)
         self.initial_zero_point.copy_(qparams.zero_point)
         self.scale_limit.fill_(limit)
-        for parameter, value in self._start().items():
-            self.get_parameter(parameter).copy_(value)
+        self._restart(self._kinds)
 
     @torch.no_grad()
     def forget(self, observer: Observer | None) -> None:
@@ -183,8 +238,9 @@ class Stub(Switch):
             return fake_quantize(x, scale, zero_point, self.grid)
         grid = Grid(scale, zero_point, self.grid, is_alive=self.stored)
         by = None
-        if self.learning and parameters:
-            by = rule(LEARNERS[self.training_by], grid, self.scale_limit)
+        learns = [*self._learns().values()]
+        if any(learns):
+            by = rule(LEARNERS[self.training_by], grid, self.scale_limit, learns)
         value = self._hold(x, grid) if self.stored else None
         return learned_fake_quantize(x, grid, parameters, by, value)
 
@@ -210,12 +266,19 @@ class Stub(Switch):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return mode and flags."""
-        return {**super().get_extra_state(), "learning": self.learning, "following": self.following}
+        return {
+            **super().get_extra_state(),
+            "learning": self._learning,
+            "learning_zero_point": self._learning_zero_point,
+            "following": self.following,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved mode and flags."""
         super().set_extra_state(state)
-        self.learning, self.following = state["learning"], state["following"]
+        self._learning = state["learning"]  # values and parameters are loaded as they were
+        self._learning_zero_point = state["learning_zero_point"]
+        self.following = state["following"]
 
     def extra_repr(self) -> str:
         """Describe type and granularity in ``print(model)``."""
@@ -270,3 +333,13 @@ def _whole(parameter: Tensor) -> Tensor:
     """Return all of a parameter of which FSDP keeps a part here."""
     full = getattr(parameter, "full_tensor", None)
     return parameter if full is None else full()
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    """Copy into a parameter, in place, the part of ``value`` that FSDP keeps here."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor  # slow to import
+
+        value = distribute_tensor(value, mesh, parameter.placements)  # type: ignore[attr-defined]  # a DTensor
+    parameter.copy_(value)

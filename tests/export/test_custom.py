@@ -267,6 +267,16 @@ def test_weights_that_eight_bits_carry_run_in_integer_kernels(
     assert not any(t.differing for t in report.deployed.outputs)
 
 
+def test_biases_beside_weights_that_four_bits_carry_are_codes(tmp_path: Path) -> None:
+    """Else onnxruntime rounds them to the accumulator's codes by itself, which nobody simulates."""
+    model = quantized(network(), "uint8", "int3", only_if_faster=False)
+    assert len(model.plan.biases) == 2
+    path = tmp_path / "quantized.onnx"
+    qwrap.export(model, path)
+    report = qwrap.verify(model, path, [images(seed=5)], progress=False)
+    assert not any(t.differing for t in report.deployed.tensors)
+
+
 def test_biases_stay_float() -> None:
     for activation, weight in (("int3", "int8"), ("uint8", LOG2), (TERNARY, TERNARY)):
         plan = quantized(network(), activation, weight).plan

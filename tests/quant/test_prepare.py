@@ -4,6 +4,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError
+from qwrap.quant.auto.held_out import float_model
 from qwrap.quant.prepare import plan_of
 
 
@@ -43,6 +44,17 @@ def test_trained_weights_are_what_is_quantized(small) -> None:
     expected = model(x)
     qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
     assert torch.equal(model(x), expected)
+
+
+def test_the_float_model_stays_what_it_was_when_prepared(small) -> None:
+    model = qwrap.load(small.convs()).eval()
+    x = torch.from_numpy(small.batches()[0])
+    with torch.no_grad():
+        model.w1.mul_(2)  # trained before ...
+        before = model(x)
+        qwrap.prepare(model)
+        model.w1.add_(1)  # ... and after
+        assert torch.equal(float_model(model)(x), before)
 
 
 def test_batch_normalization_is_folded_and_said_so(small) -> None:

@@ -15,7 +15,7 @@ Outputs = list[Tensor]
 def float_model(model: WrappedModel) -> WrappedModel:
     """Return the float model that was prepared, without what algorithms did to it since."""
     device = next((tensor.device for tensor in model.parameters()), None)
-    return WrappedModel(model.graph).eval().to(device)
+    return WrappedModel(model.graph, model.layout.settings).eval().to(device)
 
 
 class HeldOut:

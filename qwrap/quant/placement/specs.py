@@ -131,8 +131,8 @@ class Specs:
         assert x is not None
         activation, weight = self.activation(x), self.weight(node)
         bits = activation.dtype.bits + weight.dtype.bits
-        plain = all(s.dtype.is_integer and s.dtype.is_standard for s in (activation, weight))
-        plain = plain or (is_fusable(activation) and is_fusable_weight(weight))
+        plain = activation.dtype.is_standard and activation.dtype.is_integer
+        plain = plain and weight.dtype.is_integer
         is_float32 = self.graph.type_of(x).dtype == ir.DataType.FLOAT
         return plain and is_float32 and weight.block_size is None and bits <= LARGEST_ACCUMULATOR
 
