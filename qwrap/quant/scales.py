@@ -122,7 +122,7 @@ def set_activations(
     fixed: dict[str, Range] = {}
     for key, qparams in {**_dictated(model), **(given or {})}.items():
         stub = stub_at(model, ValuePoint(key))
-        stub.set_qparams(qparams, _limit(model, key, qparams))
+        stub.set_qparams(qparams, limit_of(model, key, qparams))
         fixed[key] = span_of(qparams, stub.spec)
         exact[fixed[key], stub.spec] = qparams
     wanted = dict(ranges)
