@@ -146,10 +146,8 @@ class Stripper:
         return stored
 
     def _same_codes(self, codes: ir.Value, reading: Reading) -> Stored | None:
-        return next(
-            (s for s in self._stored if s.codes[0].value is codes and s.reading.equals(reading)),
-            None,
-        )
+        same = (s for s in self._stored if s.codes and s.codes[0].value is codes)
+        return next((s for s in same if s.reading.equals(reading)), None)
 
     def _floats_of(self, node: ir.Node, codes: ir.Value, reading: Reading) -> Stored:
         tensor = constant_of(codes)
@@ -170,8 +168,9 @@ class Stripper:
         """Return what the weight was called before it was quantized, as far as names tell."""
         for value, suffix in zip((codes, result), NAMES, strict=True):
             name = value.name or ""
-            if name.endswith(suffix) and name != suffix:
-                return self.constants.unique_name(name.removesuffix(suffix))
+            stem = name.removesuffix(suffix)
+            if stem not in (name, "", result.name):
+                return self.constants.unique_name(stem)
         return result.name or self.constants.unique_name("weight")
 
     def _take_floats(self, chain: Chain) -> None:
