@@ -8,12 +8,11 @@ import torch
 from qwrap.dtypes import INT32
 from qwrap.graph.constants import label
 from qwrap.graph.nodes import STANDARD
-from qwrap.importing.chains import moved_outputs
 from qwrap.importing.reading import Reading, UnreadableError, constant_of
-from qwrap.importing.strip import Stripped, Stripper, Use
+from qwrap.importing.strip import Stripped, Stripper, Use, moves_reals
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize, quantize_bias
-from qwrap.ops.traits import PASS_THROUGH, WEIGHTED
+from qwrap.ops.traits import WEIGHTED
 
 ROUNDING = 1e-6  # of a product of two float32 numbers, whatever a tool multiplied them in
 PRODUCTS = ("MatMul", "Gemm")
@@ -59,11 +58,18 @@ def _partners(result: Stripped, node: ir.Node) -> tuple[Use, ir.Value, Use]:
             layer = layer if layer is not None and layer.op_type in PRODUCTS else None
     if layer is None:
         raise UnreadableError("its int32 codes are no bias of a layer")
-    x, weight = layer.inputs[0], _weight_use(result, layer)
-    source = None if x is None else result.source_of(x)
+    source, weight = _source(result, layer.inputs[0]), _weight_use(result, layer)
     if source is None or weight is None:
         raise UnreadableError("activation and weight of its layer are not both quantized")
     return (user, index), source, weight
+
+
+def _source(result: Stripped, value: ir.Value | None) -> ir.Value | None:
+    """Return the tapped value that a value was moved from, or is."""
+    while value is not None and result.source_of(value) is None:
+        maker = value.producer()
+        value = maker.inputs[0] if maker is not None and moves_reals(maker, value) else None
+    return None if value is None else result.source_of(value)
 
 
 def _weight_use(result: Stripped, layer: ir.Node) -> Use | None:
@@ -72,7 +78,7 @@ def _weight_use(result: Stripped, layer: ir.Node) -> Use | None:
     while use not in result.constants:
         value = use[0].inputs[use[1]]
         maker = None if value is None else value.producer()
-        if maker is None or maker.op_type not in PASS_THROUGH or value not in moved_outputs(maker):
+        if maker is None or value is None or not moves_reals(maker, value):
             return None
         use = maker, 0
     return use

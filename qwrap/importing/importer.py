@@ -10,11 +10,11 @@ import onnx_ir as ir
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.export.write_back import Origin, Part
-from qwrap.graph.expand import FUNCTION
-from qwrap.graph.index import OnnxGraph, ValueType, bodies, walk_nodes
+from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.importing.biases import take_biases
 from qwrap.importing.chains import find_chains
 from qwrap.importing.plan import FilePlan
+from qwrap.importing.propagate import propagate
 from qwrap.importing.reading import Reading, Source
 from qwrap.importing.strip import Stripped, Stripper
 from qwrap.model.layout import Layout
@@ -57,6 +57,7 @@ def import_quantized(
         )
     stripper = Stripper(draft, found, twins.types)
     stripped = stripper.strip()
+    propagate(stripped, draft)
     take_biases(stripper)
     stripper.clean_up()
     floats = OnnxGraph(draft, graph.source)
@@ -209,8 +210,3 @@ def _kept(graph: OnnxGraph, twins: Twins) -> Iterator[tuple[str, str]]:
 def _is_constant(value: ir.Value) -> bool:
     node = value.producer()
     return node is not None and node.op_type == "Constant"
-
-
-def in_functions(model: ir.Model) -> bool:
-    """Whether some nodes came out of functions of the file, which has one for all calls."""
-    return any(FUNCTION in node.metadata_props for node in walk_nodes(model.graph))

@@ -20,13 +20,11 @@ from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 
-UNQUANTIZED = "not all of its inputs and outputs are quantized"
+UNQUANTIZED = "the file does not quantize all of its inputs and outputs"
 FLOAT_BIAS = "its bias is float"
 UNMOVED = "stands among float nodes"
 KEPT = "its clamp is not that of the codes behind it"
 HALF_RANGE = 64  # largest code of int8 weights with a bit to spare
-PUSHED = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators over which onnxruntime moves a DequantizeLinear to what is behind them."""
 
 
 class FilePlan:
@@ -44,7 +42,6 @@ class FilePlan:
         self._add_constants()
         self._add_tensors()
         self._add_biases()
-        self._push_down()
         self._add_nodes()
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         weights = [constant.spec for constant in self.plan.constants.values()]
@@ -94,17 +91,6 @@ class FilePlan:
                 activation=self.graph.key(source),
                 weight=(self.graph.node_key(weight[0]), weight[1]),
             )
-
-    def _push_down(self) -> None:
-        """Let values have the scale they were moved with, where onnxruntime sees to that."""
-        for node in self.facts.nodes:
-            value = self.facts.moved_input(node)
-            if node.op_type not in PUSHED or value is None:
-                continue
-            tensor = self.plan.tensors.get(self.graph.key(value))
-            key = self.graph.key(node.outputs[0])
-            if tensor is not None and tensor.spec.axis is None and key not in self.plan.tensors:
-                self.plan.tensors[key] = replace(tensor, table=None)
 
     # --- nodes -----------------------------------------------------------------------------------
 

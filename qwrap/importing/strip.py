@@ -242,10 +242,8 @@ class Stripper:
         """Return the tapped value whose codes ``value`` can have, if it was only moved since."""
         known = self.result.source_of(value)
         node = value.producer()
-        if known is not None or node is None or value not in moved_outputs(node):
+        if known is not None or node is None or not moves_reals(node, value):
             return known
-        if not _moves_reals(node):
-            return None
         source = self.result.source_of(node.inputs[0]) if node.inputs[0] is not None else None
         per_tensor = source is not None and self.result.taps[source].reading.spec.axis is None
         return source if per_tensor else None
@@ -353,10 +351,12 @@ def _add_to(groups: list[list[Chain]], chain: Chain) -> None:
     groups.append([chain])
 
 
-def _moves_reals(node: ir.Node) -> bool:
-    """Whether the values of a node are those of its first input, or 0."""
+def moves_reals(node: ir.Node, output: ir.Value) -> bool:
+    """Whether an output of a node holds values of its first input, and nothing else but 0."""
     known = PASS_THROUGH.get(node.op_type)
     if known is None or known.data != (0,) or node.domain not in STANDARD:
+        return False
+    if output not in moved_outputs(node):
         return False
     if not known.holds(attributes_of(node)):
         return False

@@ -218,7 +218,7 @@ def test_learned_zero_points_come_back(
 
 
 def test_a_zero_point_that_was_left_out_is_written_once_it_is_learned(
-    small: Any, imported: Any, tmp_path: Path
+    small: Any, tmp_path: Path
 ) -> None:
     path = made(small, tmp_path, "missing zero points")
     model = qwrap.load(path, config=qwrap.QConfig(training="lsq+"))
