@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.load import Source
 from qwrap.importing.importer import import_quantized
+from qwrap.importing.lift import lift as lift_operators
 from qwrap.model.build import check_loaded, collector_paused, load_settings, read_graph
 from qwrap.model.settings import Expand
 from qwrap.model.wrapped import WrappedModel
@@ -28,6 +30,7 @@ def load(
     parameters: Collection[str] | None = None,
     untie: bool = False,
     quantized: Quantized = "taps",
+    lift: bool = False,
     config: QConfig | None = None,
 ) -> WrappedModel:
     """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
@@ -59,6 +62,8 @@ def load(
             copies are called ``<initialiser>_<node>``, in what is exported too.
         quantized: "taps" makes stubs of the pairs of a quantized file; "nodes" computes them as
             they stand, without gradients for scales and codes.
+        lift: make operators on codes, as in onnxruntime's QOperator format, operators on reals
+            between pairs first, see ``qwrap.importing.lift``. What is exported is QDQ then.
         config: how an imported model is trained, and calibrated again: ``training``, ``method``
             and the like, and what ``set`` says of its tensors. Types and places are those of the
             file.
@@ -88,8 +93,10 @@ def load(
         raise ConfigError(f"quantized={quantized!r}: choose one of {get_args(Quantized)}")
     settings = load_settings(expand, dtype, custom_ops, parameters)
     with collector_paused():
-        graph = read_graph(source, settings, untie=untie)
-        model = import_quantized(graph, settings, config) if quantized == "taps" else None
+        notes: list[str] = []
+        edit = partial(lift_operators, notes=notes) if lift else None
+        graph = read_graph(source, settings, untie=untie, edit=edit)
+        model = import_quantized(graph, settings, config, notes) if quantized == "taps" else None
         if model is None:
             model = WrappedModel(graph, settings)
     check_loaded(model, parameters, untied=untie)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -29,7 +29,10 @@ from qwrap.quant.scales import limit_of, stub_at
 
 
 def import_quantized(
-    graph: OnnxGraph, settings: LoadSettings, config: QConfig | None
+    graph: OnnxGraph,
+    settings: LoadSettings,
+    config: QConfig | None = None,
+    notes: Iterable[str] = (),
 ) -> WrappedModel | None:
     """Return a prepared model that simulates a quantized file, None if it quantizes nothing.
 
@@ -40,6 +43,7 @@ def import_quantized(
         graph: of the file.
         settings: what to load it with.
         config: how scales are trained and found anew; types and placement are those of the file.
+        notes: for the plan, beside those on what was found here.
 
     Raises:
         ConfigError: it is to compute in another type than float32, or a selector of ``config``
@@ -63,7 +67,7 @@ def import_quantized(
     floats = OnnxGraph(draft, graph.source)
     model = WrappedModel(floats, settings)
     _leave_out_unseen(stripped, model.layout)
-    file = FilePlan(model.layout, stripped, found.notes)
+    file = FilePlan(model.layout, stripped, [*notes, *found.notes])
     config = _config(file.plan, config)
     apply_overrides(file.plan, model.layout, config)
     choose_training(file.plan, floats, config)
