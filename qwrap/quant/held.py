@@ -40,7 +40,7 @@ class Held:
     def of(cls, x: Tensor, grid: Grid, parts: Iterable[Tensor]) -> Held:
         """Round ``x`` to ``grid``, which is made of ``parts``."""
         sample = _sample(x).clone() if x.device.type == "cpu" else None
-        return cls(rounded(x, grid)[0], _key(x, parts), sample)
+        return cls(rounded(x, grid, keep=False)[0], _key(x, parts), sample)
 
     def is_of(self, x: Tensor, parts: Iterable[Tensor]) -> bool:
         """Whether this is what ``x`` would be rounded to now."""
