@@ -44,7 +44,7 @@ def dampening(model: nn.Module) -> Tensor:
 
 
 def _distance(item: RoundedWeight) -> Tensor:
-    stub, weight = item.stub, item.weight
+    stub, weight = item.stub, item.latent()
     if stub.mode != "quantize":
         return (0 * weight).sum()
     scale, zero_point = stub.scale, stub.zero_point
@@ -204,10 +204,9 @@ class _Codes:
         self._write_back(item)
 
     def _write_back(self, item: RoundedWeight) -> None:
-        weight, stub = item.weight, item.stub
         if self.frozen.any():
-            steps = (self.codes - item.over(stub.zero_point)).to(torch.float32)
-            weight.copy_(torch.where(self.frozen, steps * item.over(stub.scale), weight))
+            steps = (self.codes - item.over(item.stub.zero_point)).to(torch.float32)
+            item.write(self.frozen, steps * item.over(item.stub.scale))
 
     def _move_to(self, device: torch.device) -> None:
         if self.codes.device != device:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from qwrap.errors import ConfigError
 from qwrap.model.points import UsePoint
+from qwrap.model.substitute import Substitute
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import spread
 from qwrap.quant.plan import QuantPlan
@@ -23,7 +25,7 @@ class RoundedWeight:
     Attributes:
         name: of the initialiser, behind the path of its model in the module that was searched.
         stub: rounds it.
-        model: it is a parameter of this.
+        model: has the parameter.
         value: key of the initialiser.
     """
 
@@ -34,14 +36,41 @@ class RoundedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it is now."""
-        weight = self.model.stored(self.value)
+        """What is rounded now, without gradient: the parameter, or what batch norm makes of it."""
+        weight = self.model.deployed(self.value)
         assert weight is not None
-        return weight
+        return weight.detach()
+
+    def latent(self) -> Tensor:
+        """Return what is rounded now, with the gradient of the parameter alone."""
+        stored = self._stored()
+        substitute, index = self._substitute()
+        if substitute is None:
+            return stored
+        with torch.no_grad():
+            factor = substitute.made(index, torch.ones_like(stored))
+        return stored * factor
+
+    @torch.no_grad()
+    def write(self, mask: Tensor, values: Tensor) -> None:
+        """Let ``values`` be what is rounded where ``mask`` is, in place."""
+        stored = self._stored()
+        substitute, index = self._substitute()
+        wanted = values if substitute is None else substitute.unmade(index, values)
+        stored.copy_(torch.where(mask, wanted.to(stored.dtype), stored))
+
+    def _stored(self) -> Tensor:
+        stored = self.model.stored(self.value)
+        assert stored is not None
+        return stored
+
+    def _substitute(self) -> tuple[Substitute | None, int]:
+        key, index = self.model.remade.get(self.value, ("", 0))
+        return (self.model.substitute(key) if key else None), index
 
     def over(self, values: Tensor) -> Tensor:
         """Return scales, or what is one for each scale, as they broadcast against the weight."""
-        return spread(values, self.weight.shape, self.stub.spec)
+        return spread(values, self._stored().shape, self.stub.spec)
 
 
 def rounded_weights(

@@ -121,7 +121,7 @@ def test_frequencies_are_the_average_of_turns_counted_by_a_loop(make) -> None:
 def test_a_frozen_code_stays_while_its_scale_is_learned(make, accumulate, kind, weight) -> None:
     model = make("lsq", weight)
     freezer = OscillationFreezer(model, threshold=0.0, momentum=0.5)
-    rate = 1e-2 if kind is torch.optim.AdamW else 1e-4  # whose steps go with the loss
+    rate = 1e-2 if kind is torch.optim.AdamW else 1e-7  # whose steps go with the loss
     optimizer = kind(qwrap.param_groups(model, scale_lr=rate), lr=0.02)
     run = Run(model, freezer=freezer, accumulate=accumulate, optimizer=optimizer)
     run.turns(60)
@@ -255,3 +255,44 @@ def test_without_a_quantized_weight_there_is_an_error(make) -> None:
 def test_senseless_settings_are_errors(make, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         OscillationFreezer(make(), **settings)
+
+
+def live(small):
+    """Convolutions whose batch normalization is live, so that a folded weight is rounded."""
+    rng = np.random.default_rng(0)
+    norm = {f"{n}{k}": np.abs(rng.normal(1, 0.3, 6)) for n in "gbmv" for k in (1, 2)}
+    source = small.build(
+        "c = Conv(x, w1) d = BatchNormalization(c, g1, b1, m1, v1) r = Relu(d) "
+        "e = Conv(r, w2) y = BatchNormalization(e, g2, b2, m2, v2)",
+        {"w1": (6, 3, 3, 3), "w2": (6, 6, 3, 3), **norm},
+        opset=21,
+    )
+    model = qwrap.load(source)
+    qwrap.prepare(model, qwrap.QConfig(activation="uint8", weight="int4", bn="live"))
+    qwrap.calibrate(model, small.batches(), progress=False)
+    return model.train()
+
+
+def test_the_folded_weight_counts_where_batch_normalization_is_live(small) -> None:
+    model = live(small)
+    freezer = OscillationFreezer(model, threshold=0.0, momentum=0.5)
+    optimizer = torch.optim.SGD(qwrap.param_groups(model, scale_lr=1e-4), lr=0.05)
+    values = [torch.from_numpy(x) for x in small.batches()]
+
+    def folded():
+        found = {s.name: (s, model.deployed(s.name)) for _, s in stubs(model) if s.stored}
+        return {n: quantize(w.detach(), s.qparams, s.grid).int() for n, (s, w) in found.items()}
+
+    for step in range(60):
+        before, masks = folded(), {n: s.frozen.clone() for n, s in freezer._states.items()}
+        optimizer.zero_grad()
+        model(values[step % 3]).square().mean().backward()
+        optimizer.step()
+        freezer.step()
+        now = folded()
+        assert all(torch.equal(now[n][mask], before[n][mask]) for n, mask in masks.items())
+    assert all(share > 0 for share in freezer.frozen().values())
+    model.zero_grad()
+    dampening(model).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert {name.rpartition(".")[2] for name in gradients} == {"w1", "w2"}
