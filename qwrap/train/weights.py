@@ -23,7 +23,7 @@ class RoundedWeight:
     """A trainable weight and what rounds it.
 
     Attributes:
-        name: of the initialiser, behind the path of its model in the module that was searched.
+        name: of the initialiser, behind the path of its model where there are several models.
         stub: rounds it.
         model: has the parameter.
         value: key of the initialiser.
@@ -73,6 +73,28 @@ class RoundedWeight:
         return spread(values, self._stored().shape, self.stub.spec)
 
 
+def models_in(module: nn.Module) -> dict[str, WrappedModel]:
+    """Return the prepared models in ``module``: what their tensors' names begin with -> model.
+
+    That is nothing for a single one, and else its path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = {
+        path: model
+        for path, model in module.named_modules()
+        if isinstance(model, WrappedModel) and isinstance(model.plan, QuantPlan)
+    }
+    if not found:
+        raise ConfigError(
+            "there is no prepared model in this module; call qwrap.prepare(model) first"
+        )
+    if len(found) == 1:
+        return {"": next(iter(found.values()))}
+    return {f"{path}." if path else "": model for path, model in found.items()}
+
+
 def rounded_weights(
     module: nn.Module, fits: Callable[[Stub], bool] = lambda _: True
 ) -> list[RoundedWeight]:
@@ -88,9 +110,8 @@ def rounded_weights(
         ConfigError: there is none, or one is sharded over devices.
     """
     found: dict[int, RoundedWeight] = {}
-    for path, model in module.named_modules():
-        if not isinstance(model, WrappedModel) or not isinstance(model.plan, QuantPlan):
-            continue
+    for prefix, model in models_in(module).items():
+        assert isinstance(model.plan, QuantPlan)
         for point, stub in stubs(model):
             if not isinstance(point, UsePoint) or stub.spec.dtype.function is not None:
                 continue
@@ -98,13 +119,10 @@ def rounded_weights(
             weight = model.stored(value)
             if weight is None or not weight.requires_grad or not fits(stub):
                 continue
-            name = f"{path}.{value}" if path else value
+            name = f"{prefix}{value}"
             if hasattr(weight, "full_tensor"):
                 raise ConfigError(f"weight {name!r} is sharded: this needs it whole, as in DDP")
             found.setdefault(id(weight), RoundedWeight(name, stub, model, value))
     if not found:
-        raise ConfigError(
-            "no trainable weight in this module is quantized to such a type; call "
-            "qwrap.prepare(model) first"
-        )
+        raise ConfigError("no trainable weight in this module is quantized to such a type")
     return list(found.values())

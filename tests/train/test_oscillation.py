@@ -240,7 +240,7 @@ def test_without_a_quantized_weight_there_is_an_error(make) -> None:
     model = make(weight="float8e4m3fn")
     with pytest.raises(ConfigError, match="no trainable weight in this module is quantized"):
         OscillationFreezer(model)
-    with pytest.raises(ConfigError, match="no trainable weight"):
+    with pytest.raises(ConfigError, match="no prepared model"):
         dampening(nn.Linear(2, 2))
 
 
