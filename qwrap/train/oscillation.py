@@ -35,7 +35,7 @@ def dampening(model: nn.Module) -> Tensor:
         model: a calibrated model, or a module with such models in it.
 
     Raises:
-        ConfigError: it has no quantized weight that is trained, or one is sharded.
+        ConfigError: it has no quantized weight that is trained, or FSDP has sharded it.
 
     Source: arXiv:2203.08086, section 4.2.
     """
@@ -97,7 +97,7 @@ class OscillationFreezer:
 
         Raises:
             ConfigError: an argument makes no sense, the model has no trained weight of an integer
-                type, or one is sharded.
+                type, or FSDP has sharded it.
         """
         ends = threshold if isinstance(threshold, tuple) else (threshold, threshold)
         if not all(end >= 0 for end in ends) or not 0 < momentum <= 1:

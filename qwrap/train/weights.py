@@ -107,8 +107,12 @@ def rounded_weights(
         fits: whether a stub is meant.
 
     Raises:
-        ConfigError: there is none, or one is sharded over devices.
+        ConfigError: there is none, or FSDP has sharded them.
     """
+    if any(hasattr(part, "reshard") for part in module.modules()):  # as FSDP2 makes it
+        raise ConfigError(
+            "FSDP has sharded this module, but weights have to be whole here, as DDP leaves them"
+        )
     found: dict[int, RoundedWeight] = {}
     for prefix, model in models_in(module).items():
         assert isinstance(model.plan, QuantPlan)
@@ -120,8 +124,6 @@ def rounded_weights(
             if weight is None or not weight.requires_grad or not fits(stub):
                 continue
             name = f"{prefix}{value}"
-            if hasattr(weight, "full_tensor"):
-                raise ConfigError(f"weight {name!r} is sharded: this needs it whole, as in DDP")
             found.setdefault(id(weight), RoundedWeight(name, stub, model, value))
     if not found:
         raise ConfigError("no trainable weight in this module is quantized to such a type")

@@ -244,6 +244,20 @@ def test_without_a_quantized_weight_there_is_an_error(make) -> None:
         dampening(nn.Linear(2, 2))
 
 
+def test_a_sharded_model_is_an_error(make, tmp_path) -> None:
+    distributed = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = distributed.fully_shard(make(), mesh=mesh)
+        with pytest.raises(ConfigError, match="FSDP has sharded this module"):
+            OscillationFreezer(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
