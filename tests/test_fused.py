@@ -147,7 +147,8 @@ def test_only_what_is_needed_is_given() -> None:
         ((1, 1, 5000), torch.float32),
         ((1, 1, 5000), torch.bfloat16),
         ((1, 7, 300), torch.float16),
-        ((300, 7, 1), torch.float64),
+        ((301, 7, 1), torch.float64),
+        ((320, 7, 1), torch.float32),
         ((5, 7, 60), torch.float32),
     ],
 )

@@ -92,7 +92,8 @@ def backward_kept(gradient: Tensor, kept: Tensor, *, needs: Needs) -> Gradients:
     through = g * (codes.abs() <= LARGEST)
     if not needs.sums:
         return Gradients(through.to(gradient.dtype), None, None, None)
-    inside = _sum(through * codes) / torch.full_like(codes[0, :, 0], RESIDUAL_STEPS)
+    inside = _sum(through * codes)
+    inside = inside / torch.full_like(inside, RESIDUAL_STEPS)
     below, above = (_sum(g * (codes == end)) for end in (BELOW, ABOVE))
     return Gradients(through.to(gradient.dtype) if needs.x else None, inside, below, above)
 
@@ -118,16 +119,16 @@ def backward_recomputed(
     through = g * within
     if not needs.sums:
         return Gradients(through.to(gradient.dtype), None, None, None)
-    inside = _sum(through * torch.where(within, rounded - steps, 0.0))  # infinity has no residual
+    inside = _sum(g * torch.where(within, rounded - steps, 0.0))  # infinity has no residual
     below, above = _sum(g * (codes < ends[0])), _sum(g * (codes > ends[1]))
     return Gradients(through.to(gradient.dtype) if needs.x else None, inside, below, above)
 
 
 def _spread(values: Tensor) -> Tensor:
     """Return ``[C]`` values as they broadcast against ``[outer, C, inner]``."""
-    return values.reshape(1, -1, 1)
+    return values.reshape(-1, 1)
 
 
 def _sum(values: Tensor) -> Tensor:
     """Return the sums ``[C]``; torch and inductor add pairwise, the error grows as log N."""
-    return values.sum((0, 2))
+    return values.sum((-3, -1))
