@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.live import live_layers
 from qwrap.quant.prepare import device_of, plan_of, stubs
 from qwrap.train.distill import Distillation
 from qwrap.train.groups import param_groups
@@ -55,6 +56,8 @@ def finetune(
     of the outputs is measured on batches that were held out. The state with the lowest is what the
     model has in the end; if none is lower than before training, that is the one it had, bit for
     bit. It is held in memory, on the CPU, once.
+
+    Live batch normalizations go by their running statistics meanwhile, as the teacher does.
 
     However training ends, by an error or ``KeyboardInterrupt`` too, which go on to the caller, the
     model has the best state so far.
@@ -183,8 +186,11 @@ def _total_steps(data: Split, steps: int | None, epochs: int | None, accumulate:
 
 @contextmanager
 def _as_before(model: WrappedModel, seed: int) -> Iterator[None]:
-    """Put back, at the end, what was in training mode and the state of random numbers."""
+    """Put back, at the end, modes and the state of random numbers; batch norm goes by its own."""
     modes = [(module, module.training) for module in model.modules()]
+    norms = [(layer, layer.frozen) for _, layer in live_layers(model)]
+    for layer, _ in norms:
+        layer.frozen = True  # the teacher goes by these statistics, and so will what is deployed
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     try:
@@ -194,3 +200,5 @@ def _as_before(model: WrappedModel, seed: int) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for layer, frozen in norms:
+            layer.frozen = frozen
