@@ -6,7 +6,7 @@ from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
-from qwrap.model.build import load
+from qwrap.load import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
