@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
 from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
+from qwrap.model import shards
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
 from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
@@ -151,14 +152,14 @@ class Stub(Switch):
         """Let these parameters stand for no change, in place."""
         for name, value in self._start().items():
             if name in names:
-                _write(self.get_parameter(name), value)
+                shards.write(self.get_parameter(name), value)
 
     @torch.no_grad()
     def _own(self) -> dict[str, Tensor]:
         learns = self._learns()
         start = {} if all(learns.values()) else self._start()
         return {
-            name: _whole(self.get_parameter(name)) if on else start[name]
+            name: shards.whole(self.get_parameter(name)) if on else start[name]
             for name, on in learns.items()
         }
 
@@ -327,19 +328,3 @@ class BiasStub(Switch):
     def extra_repr(self) -> str:
         """Describe the stub in ``print(model)``."""
         return f"int32, {self.mode}"
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return all of a parameter of which FSDP keeps a part here."""
-    full = getattr(parameter, "full_tensor", None)
-    return parameter if full is None else full()
-
-
-def _write(parameter: Tensor, value: Tensor) -> None:
-    """Copy into a parameter, in place, the part of ``value`` that FSDP keeps here."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None:
-        from torch.distributed.tensor import distribute_tensor  # slow to import
-
-        value = distribute_tensor(value, mesh, parameter.placements)  # type: ignore[attr-defined]  # a DTensor
-    parameter.copy_(value)
