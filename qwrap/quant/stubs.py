@@ -101,7 +101,8 @@ class Stub(Switch):
 
     def trained(self) -> dict[Kind, nn.Parameter]:
         """Return the parameters that training moves: of the scale, the zero point or the clip."""
-        return {kind: self.get_parameter(name) for name, kind in self._kinds.items()}
+        # Not ``get_parameter``: ``torch.func.functional_call`` puts other tensors in their places.
+        return {kind: getattr(self, name) for name, kind in self._kinds.items()}
 
     @property
     def learning(self) -> bool:
@@ -159,7 +160,7 @@ class Stub(Switch):
         learns = self._learns()
         start = {} if all(learns.values()) else self._start()
         return {
-            name: shards.whole(self.get_parameter(name)) if on else start[name]
+            name: shards.whole(getattr(self, name)) if on else start[name]
             for name, on in learns.items()
         }
 
