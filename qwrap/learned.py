@@ -97,6 +97,8 @@ def learned_fake_quantize(
 
     Source: Esser et al., arXiv:1902.08153, section 2.1.
     """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))):
+        return (rounded(x, grid, keep=False)[0] if known is None else known.value).detach()
     result: Tensor = _Learned.apply(x, grid, rule, known, *parameters)  # type: ignore[no-untyped-call]  # torch has no stub
     return result
 
@@ -112,7 +114,7 @@ class _Learned(torch.autograd.Function):
         if known is not None:
             ctx.save_for_backward(x)
             return known.value.detach()
-        result, kept = rounded(x, grid, rows)
+        result, kept = rounded(x, grid, rows, keep=not grid.is_alive)
         ctx.save_for_backward(x if kept is None else kept)
         return result.detach()  # no view of the rows, so that users may change it in place
 
@@ -134,14 +136,16 @@ class _Learned(torch.autograd.Function):
         return (grad_x, None, None, None, *own)
 
 
-def rounded(x: Tensor, grid: Grid, rows: _Rows | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return ``x`` rounded to ``grid``, and what a backward pass needs if it is not ``x``."""
+def rounded(
+    x: Tensor, grid: Grid, rows: _Rows | None = None, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``x`` rounded to ``grid`` and, with ``keep``, what a backward pass needs of it."""
     rows = rows or _Rows(x, grid.spec)
     values, scale = rows.of(x), rows.flat(grid.scale)
     if grid.spec.dtype.levels is not None:
         return rows.back(_to_levels(values, scale, grid.spec)), None
     zero_point, ends = rows.flat(grid.zero_point), (grid.spec.qmin, grid.spec.qmax)
-    result, kept = fused.forward(values, scale, zero_point, *ends, keep=not grid.is_alive)
+    result, kept = fused.forward(values, scale, zero_point, *ends, keep=keep)
     return rows.back(result), kept
 
 

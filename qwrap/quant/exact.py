@@ -12,12 +12,14 @@ from torch import Tensor
 
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
+from qwrap.model.operators import function_of_node
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.shards import check_unsharded
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
+from qwrap.quant.clamp import Clamp
 from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import NodePlan, QuantPlan
@@ -77,6 +79,10 @@ class _Lowering:
             in_kernel = isinstance(point, UsePoint) and self._is_weight(point, kernels)
             if not on_output and not in_kernel:
                 taps[point] = self.model.tap(point)
+        for key in self.model.replaced.keys() - kernels.keys():  # as deployed, in training mode too
+            function = function_of_node(self.model, key)
+            assert function is not None
+            kernels[key] = function
         return Program(taps=taps, kernels=kernels)
 
     def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
@@ -100,15 +106,25 @@ class _Lowering:
 
     def _fits(self, node: ir.Node) -> bool:
         """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
-        sources = [source_of(self.plan, self.graph, v) for v in node.inputs if v is not None]
+        values = [*node.inputs, written_by(self.plan, self.graph, node)]
+        sources = [source_of(self.plan, self.graph, v) for v in values if v is not None]
         specs = [self.plan.tensors[key].spec for key in sources if key is not None]
         key = self.graph.node_key(node)
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        fits = fits and self._clamps(values[-1])
         # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
+
+    def _clamps(self, output: ir.Value | None) -> bool:
+        """Whether codes stand for the activation function behind a node, if one was absorbed."""
+        producer = None if output is None else output.producer()
+        if producer is None:
+            return True
+        clamp = self.model.kernels.get(self.graph.node_key(producer))
+        return clamp.is_redundant() if isinstance(clamp, Clamp) else True
 
     def _has_float_bias(self, node: ir.Node) -> bool:
         index = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None
@@ -142,7 +158,7 @@ class _Lowering:
         """Return the weight's codes minus zero point, and its scale."""
         key = self.graph.node_key(node)
         stub = self._stub(UsePoint(key, 1))
-        value = self.model.stored(self.plan.constants[key, 1].value)
+        value = self.model.deployed(self.plan.constants[key, 1].value)
         assert value is not None
         qparams = stub.qparams
         codes = quantize(value, qparams, stub.grid)
@@ -154,7 +170,7 @@ class _Lowering:
             return None
         stub, value = (
             self.model.tap(UsePoint(*point)),
-            self.model.stored(self.plan.biases[point].value),
+            self.model.deployed(self.plan.biases[point].value),
         )
         assert isinstance(stub, BiasStub)
         assert value is not None

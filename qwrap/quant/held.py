@@ -51,7 +51,7 @@ class Held:
     def of(cls, x: Tensor, grid: Grid, parts: Sequence[Tensor]) -> Held:
         """Round ``x`` to ``grid``, which is made of ``parts``."""
         sample = _sample(x).clone() if x.device.type == "cpu" else None
-        known = Known(rounded(x, grid)[0])
+        known = Known(rounded(x, grid, keep=False)[0])
         return cls(known, weakref.ref(x), _key(x, parts), _gradients(x, parts), 0, sample)
 
     def is_of(self, x: Tensor, parts: Sequence[Tensor]) -> bool:

@@ -35,7 +35,7 @@ Way = tuple[str, float]
 
 def stored(model: WrappedModel, value: str) -> Tensor:
     """Return a constant of the model as it is now, all of it if it is sharded."""
-    tensor = model.stored(value)
+    tensor = model.deployed(value)
     assert tensor is not None
     return whole(tensor)
 
@@ -123,7 +123,7 @@ def set_activations(
     fixed: dict[str, Range] = {}
     for key, qparams in {**_dictated(model), **(given or {})}.items():
         stub = stub_at(model, ValuePoint(key))
-        stub.set_qparams(qparams, _limit(model, key, qparams))
+        stub.set_qparams(qparams, limit_of(model, key, qparams))
         fixed[key] = span_of(qparams, stub.spec)
         exact[fixed[key], stub.spec] = qparams
     wanted = dict(ranges)
@@ -136,7 +136,7 @@ def set_activations(
     for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
         stub = stub_at(model, ValuePoint(key))
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
-        stub.set_qparams(cut_to_bounds(model, key, qparams), _limit(model, key, qparams))
+        stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
     _fit_biases(model)
 
@@ -166,7 +166,7 @@ def cut_to_bounds(model: WrappedModel, key: str, qparams: QParams) -> QParams:
     return shrink_into(qparams, low, high, grid)
 
 
-def _limit(model: WrappedModel, key: str, qparams: QParams) -> float:
+def limit_of(model: WrappedModel, key: str, qparams: QParams) -> float:
     """Return the largest scale with which no code lies beyond ``bounds_at``."""
     if not any(map(math.isfinite, bounds_at(model, key))):
         return math.inf

@@ -234,8 +234,7 @@ class Stub(Switch):
     def _quantized(self, x: Tensor) -> Tensor:
         scale, zero_point = self._now()
         parameters = [*self.trained().values()]
-        is_plain = not (parameters or self.stored) or self.grid.dtype.function is not None
-        if is_plain or not torch.is_grad_enabled():
+        if self.grid.dtype.function is not None or not torch.is_grad_enabled():
             self._held = None
             return fake_quantize(x, scale, zero_point, self.grid)
         grid = Grid(scale, zero_point, self.grid, is_alive=self.stored)

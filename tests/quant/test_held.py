@@ -1,130 +1,156 @@
-"""When a constant is rounded again, and when the rounded one is taken once more."""
+"""A weight is rounded once for each value it has, and never once too seldom."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import copy
+import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qwrap.config import QuantSpec
-from qwrap.numerics import QParams, fake_quantize
+from qwrap.numerics import choose_qparams, fake_quantize
 from qwrap.quant import held
 from qwrap.quant.stubs import Stub
 
-SPEC = QuantSpec(dtype="int8", axis=0)
+SPEC = QuantSpec(dtype="int8", axis=0, narrow_range=True)
 
 
 @pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one each time a constant is rounded."""
-    counted: list[int] = []
-    plain = held.rounded
+def roundings(monkeypatch):
+    """Counts how often a constant is rounded."""
+    calls = []
 
-    def counting(*arguments: object) -> object:
-        counted.append(len(counted))
-        return plain(*arguments)
+    def counted(*args, **settings):
+        calls.append(None)
+        return rounded(*args, **settings)
 
-    monkeypatch.setattr(held, "rounded", counting)
-    return counted
-
-
-def weight(size: int = 200, training: str = "lsq") -> tuple[Stub, nn.Parameter]:
-    stub = Stub("w", SPEC, shape=(2,), stored=True, training_by=training)
-    scale = torch.tensor([0.25, 0.5])
-    stub.set_qparams(QParams(scale, torch.zeros(2, dtype=torch.int32), 0))
-    stub.mode = "quantize"
-    generator = torch.Generator().manual_seed(0)
-    return stub, nn.Parameter(torch.randn(2, size, generator=generator))
+    rounded = held.rounded
+    monkeypatch.setattr(held, "rounded", counted)
+    return calls
 
 
-def is_right(stub: Stub, w: Tensor) -> bool:
-    expected = fake_quantize(w.detach(), stub.scale, stub.zero_point, SPEC)
-    return torch.equal(stub(w), expected)
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 300))
+        self.stub = Stub("w", SPEC, (8,), stored=True, training_by="lsq")
+        ends = self.weight.detach().abs().amax(1)
+        self.stub.set_qparams(choose_qparams(-ends, ends, SPEC))
+        self.stub.mode = "quantize"
+
+    def forward(self):
+        return self.stub(self.weight)
 
 
-def step(stub: Stub, w: Tensor, x: float = 1.0) -> None:
-    (stub(w) * x).square().sum().backward()
+def fresh(layer):
+    return fake_quantize(layer.weight.detach(), layer.stub.scale, layer.stub.zero_point, SPEC)
 
 
-def test_gradients_that_accumulate_round_once(rounds) -> None:
-    stub, w = weight()
-    for _ in range(4):
-        step(stub, w)
-    assert is_right(stub, w)
-    assert len(rounds) == 1
-    optimizer = torch.optim.AdamW([w, *stub.parameters()], lr=0.1)
-    optimizer.step()
-    optimizer.zero_grad()
-    for _ in range(3):
-        step(stub, w)
-    assert is_right(stub, w)
-    assert len(rounds) == 2
-
-
-def test_forward_passes_before_one_backward_pass_round_once(rounds) -> None:
-    stub, w = weight()
-    (stub(w) + stub(w)).sum().backward()
-    assert is_right(stub, w)
-    assert len(rounds) == 1
-
-
-def through_data(w: nn.Parameter) -> None:
-    w.data[0, 1] += 1  # none of the values that are compared
-
-
-def behind_the_counter(w: nn.Parameter) -> None:
-    """What FSDP does when it gathers the shards that an optimizer has changed."""
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(w):
-        w[0, 1] += 1
-
-
-@pytest.mark.parametrize("to_none", [True, False])
-@pytest.mark.parametrize("write", [through_data, behind_the_counter])
-def test_what_no_version_counts_is_seen_by_the_gradient_that_was_reset(
-    write: Callable[[nn.Parameter], None], to_none: bool
-) -> None:
-    stub, w = weight()
-    optimizer = torch.optim.SGD([w, *stub.parameters()], lr=0.0)
-    for _ in range(3):
-        step(stub, w)
-        write(w)
-        optimizer.zero_grad(set_to_none=to_none)
-        assert is_right(stub, w)
-
-
-def test_a_scale_changed_behind_the_counter_is_seen() -> None:
-    stub, w = weight()
-    step(stub, w)
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(stub.gain):
-        stub.gain += 0.5
-    w.grad = stub.gain.grad = None
-    assert is_right(stub, w)
-
-
-def test_another_tensor_in_the_same_memory_is_another_one() -> None:
-    stub, w = weight()
-    stub(w)
-    with torch.no_grad():
-        other = nn.Parameter(w.detach())  # as torch.func.functional_call hands them in
-        with torch.autograd._unsafe_preserve_version_counter(other):
-            other[0, 1] += 1
-    assert is_right(stub, other)
-
-
-def test_a_computed_weight_is_not_held(rounds) -> None:
-    stub, w = weight()
-    assert is_right(stub, w * 2)
-    assert not rounds
-
-
-def test_a_frozen_weight_with_a_learned_scale_is_right_in_every_step() -> None:
-    stub, w = weight()
-    w.requires_grad_(False)
-    optimizer = torch.optim.SGD(stub.parameters(), lr=0.1)
-    for _ in range(3):
+def test_it_is_rounded_once_for_a_step_of_many_forward_passes(roundings) -> None:
+    layer = Layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(3):
         optimizer.zero_grad()
-        step(stub, w)
+        for _ in range(4):
+            result = layer()
+            assert torch.equal(result, fresh(layer))
+            result.square().sum().backward()
+        assert len(roundings) == step + 1
         optimizer.step()
-        assert is_right(stub, w)
+
+
+def written_in_place(layer):
+    layer.weight.data.mul_(0.5)
+
+
+def replaced(layer):
+    layer.weight.data = layer.weight.data + 0.1
+
+
+def one_element_written(layer):
+    with torch.no_grad():
+        layer.weight[3, 7] += 0.5
+
+
+def loaded(layer):
+    other = Layer()
+    with torch.no_grad():
+        other.weight.mul_(2)
+        other.stub.get_parameter("gain").add_(0.3)
+    layer.load_state_dict(other.state_dict())
+
+
+def scaled(layer):
+    with torch.no_grad():
+        layer.stub.get_parameter("gain").sub_(0.2)
+
+
+def calibrated(layer):
+    layer.stub.set_qparams(choose_qparams(-torch.ones(8), torch.ones(8), SPEC))
+
+
+def frozen(layer):
+    scaled(layer)
+    layer.stub.learning = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [written_in_place, replaced, one_element_written, loaded, scaled, calibrated, frozen],
+)
+def test_it_is_rounded_again_after_a_change(change) -> None:
+    layer = Layer()
+    before = layer().detach().clone()
+    change(layer)
+    assert torch.equal(layer(), fresh(layer))
+    assert not torch.equal(layer(), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_rounds_its_own_weight(copied) -> None:
+    layer = Layer()
+    layer()
+    other = copied(layer)
+    with torch.no_grad():
+        other.weight.neg_()
+    assert torch.equal(other(), fresh(other))
+    assert torch.equal(layer(), fresh(layer))
+
+
+def test_what_is_handed_out_can_be_used_in_two_graphs() -> None:
+    layer = Layer()
+    first, second = layer(), layer()
+    (first.sum() + 2 * second.sum()).backward()
+    assert torch.equal(layer.weight.grad, torch.full((8, 300), 3.0))
+
+
+def test_without_gradients_nothing_is_held() -> None:
+    layer = Layer()
+    layer()
+    with torch.no_grad():
+        layer()
+    assert layer.stub._held is None
+
+
+def test_a_state_dict_restores_scales_bit_for_bit_through_a_file(tmp_path) -> None:
+    layer, other = Layer(), Layer()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer().square().sum().backward()
+        optimizer.step()
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+    assert torch.equal(other.stub.scale, layer.stub.scale)
+    assert torch.equal(other(), layer())
+
+
+def test_in_float_mode_parameters_stay_in_the_graph_with_no_gradient() -> None:
+    layer = Layer()
+    layer.stub.mode = "float"
+    result = layer()
+    assert torch.equal(result, layer.weight)
+    result.sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones(8, 300))
+    assert torch.equal(layer.stub.get_parameter("gain").grad, torch.zeros(8))
