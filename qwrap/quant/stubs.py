@@ -12,7 +12,7 @@ from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
 from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
 from qwrap.model import shards
-from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
+from qwrap.numerics import QParams, fake_quantize, fake_quantize_bias, quantize_bias
 from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
 from qwrap.quant.learners import LEARNERS, Kind, rule
@@ -322,7 +322,7 @@ class BiasStub(Switch):
         """Return the bias that the codes stand for; its gradient passes straight through."""
         if self.mode != "quantize":
             return bias
-        rounded = dequantize(self.codes(bias), self.qparams)
+        rounded = fake_quantize_bias(bias, self.scale)
         return rounded + (bias - bias.detach())  # adds zero, so that the value stays exact
 
     def extra_repr(self) -> str:
