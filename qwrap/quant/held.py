@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,30 +22,34 @@ class Held:
 
     Attributes:
         value: the rounded constant.
+        source: the constant itself; another one may come to lie where it was.
         key: where and which version of the constant, and of what its scale is made of.
         sample: some values of the constant, None where comparing them would have to wait for a
             device: what is written through ``.data`` counts as no version.
     """
 
     value: Tensor
+    source: weakref.ref[Tensor]
     key: Key
     sample: Tensor | None
 
     @staticmethod
     def is_possible(x: Tensor) -> bool:
         """Whether it can be told that ``x`` did not change: not so while torch traces it."""
-        plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
-        return plain and not x.is_inference() and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling() or x.is_inference() or x.device.type == "meta":
+            return False
+        is_made = x.grad_fn is not None  # anew in every forward pass
+        return type(x) in (Tensor, torch.nn.Parameter) and not is_made
 
     @classmethod
     def of(cls, x: Tensor, grid: Grid, parts: Iterable[Tensor]) -> Held:
         """Round ``x`` to ``grid``, which is made of ``parts``."""
         sample = _sample(x).clone() if x.device.type == "cpu" else None
-        return cls(rounded(x, grid)[0], _key(x, parts), sample)
+        return cls(rounded(x, grid)[0], weakref.ref(x), _key(x, parts), sample)
 
     def is_of(self, x: Tensor, parts: Iterable[Tensor]) -> bool:
         """Whether this is what ``x`` would be rounded to now."""
-        if self.key != _key(x, parts):
+        if self.source() is not x or self.key != _key(x, parts):
             return False
         return self.sample is None or torch.equal(self.sample, _sample(x))
 

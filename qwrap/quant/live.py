@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch was built without
 
 RESTORED = ("Conv", "ConvTranspose")
+LIVE = "batch normalization is live in"
 ENDS = (*LAYERS, "MatMul")
 
 
@@ -232,7 +233,7 @@ def live_notes(model: WrappedModel) -> list[str]:
     keys = [key for key, _ in live_layers(model)]
     if not keys:
         return []
-    return [f"batch normalization is live in {len(keys)} layers: {', '.join(keys)}"]
+    return [f"{LIVE} {len(keys)} layers: {', '.join(keys)}"]
 
 
 # --- statistics of what came folded --------------------------------------------------------------
