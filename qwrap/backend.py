@@ -78,7 +78,7 @@ class QwrapBackend(Backend):
             UnsupportedOpError: see ``qwrap.load``; also for what onnxruntime, and with it
                 ``qwrap.load``, computes in another way than ONNX says.
         """
-        loaded = qwrap.load(model)
+        loaded = qwrap.load(model, quantized="nodes")
         _refuse_differences(loaded, {})
         return QwrapBackendRep(loaded, _torch_device(device))
 

@@ -174,8 +174,9 @@ class QConfig:
             fixed.
         bn: "fold" BatchNormalization into the layer before it, or keep it "live" in training: what
             is quantized is the folded weight.
-        first_last_8bit: keep the layers that read a graph input or write a graph output at 8 bits,
-            weight and input, where others have fewer.
+        first_last_8bit: keep layers that no other quantized one is in front of, or none behind, at
+            8 bits where the types above have fewer: their weights, what they read, and all tensors
+            in front of the first ones and behind the last.
         kept_samples: calibration samples kept in memory, of up to 20 MiB, on which "auto" compares
             ranges, then or later; 0 keeps none.
         only_if_faster: leave in float what integer kernels would not speed up, going by the shapes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qwrap.algorithms.bias_correction import correct_biases
@@ -19,10 +19,11 @@ from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import keep
 from qwrap.quant.calibrate import calibrate, calibrating, run_batches
-from qwrap.quant.prepare import observers, plan_of, prepare
+from qwrap.quant.prepare import observers, plan_of, prepare, stubs
 from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable
+from qwrap.train.finetune import finetune as train
 
 KEPT = 32  # batches that stay in memory for what follows calibration
 
@@ -35,13 +36,14 @@ def quantize(
     statistics: Statistics | str | os.PathLike[str] | None = None,
     table: RangeTable | str | os.PathLike[str] | None = None,
     config: QConfig | None = None,
+    finetune: int | None = None,
     progress: bool = True,
 ) -> WrappedModel:
     """Quantize an ONNX file with calibration data and write a QDQ file for onnxruntime.
 
     Loads, prepares and calibrates; then rounds weights so that their errors cancel, or else
     corrects biases, each only if held-back batches come out closer to the float model; exports.
-    The data is read once; up to 32 batches of it stay in memory.
+    The data is read once, but for ``finetune``; up to 32 batches of it stay in memory.
 
     With ``statistics`` in a file, the same call again need not observe again: the first one writes
     the file, another one, of another method or with more nodes excluded, takes ranges from it, and
@@ -60,6 +62,9 @@ def quantize(
             TensorRT, AIMET or QNN. They are taken for what the table has; the other tensors need
             one of the above.
         config: types, ranges and exclusions.
+        finetune: steps of training towards the float model's outputs after all of that, without
+            labels, on the same data (see ``finetune``); some hundreds. Data that can be read once
+            gives the batches that stayed in memory. None: no training.
         progress: show a bar on a terminal.
 
     Returns:
@@ -70,7 +75,7 @@ def quantize(
         ModelError: the source cannot be loaded.
         InputError: there is no batch, or one does not fit.
         ConfigError: there are neither ``calibration`` nor ``statistics`` nor a ``table`` for the
-            ranges.
+            ranges, or no ``calibration`` for ``finetune``.
         NotCalibratedError: the table is all there is, and lacks tensors.
         TableError: the table's file cannot be read, or an entry does not fit its tensor.
         StatisticsError: the file is damaged, or of another model; it is not replaced.
@@ -79,6 +84,8 @@ def quantize(
     if isinstance(source, (str, os.PathLike)) and same_file(source, target):
         raise ExportError(f"{target}: is the float model itself; write to another file")
     check_target(target)
+    if finetune is not None and (finetune < 1 or calibration is None):
+        raise ConfigError(f"finetune={finetune}: takes 1 step or more, and calibration data")
     if isinstance(statistics, (str, os.PathLike)):
         check_target(statistics)
     if isinstance(table, (str, os.PathLike)):
@@ -96,8 +103,23 @@ def quantize(
         plan_of(model).changes.append("weights rounded so that their errors cancel (GPTQ)")
     elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
         plan_of(model).changes.append("biases corrected for the mean error of their channels")
+    if finetune is not None and calibration is not None:
+        _finetune(model, calibration, kept, finetune, progress=progress)
     export(model, target)
     return model
+
+
+def _finetune(
+    model: WrappedModel, calibration: Iterable[Any], kept: list[Any], steps: int, *, progress: bool
+) -> None:
+    """Train ``model``, in place, on all of the data if it can be read again."""
+    changes = plan_of(model).changes
+    if not any(True for _ in stubs(model)):
+        changes.append("not fine-tuned: nothing is quantized")
+        return
+    is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
+    report = train(model, kept if is_once else calibration, steps=steps, progress=progress)
+    changes.extend(report.summary().splitlines())
 
 
 def _calibrate(

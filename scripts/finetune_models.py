@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument("--batch", type=int, default=16, help="samples in a batch")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--scale-lr", type=float, default=1e-4)
     parser.add_argument("--block-weight", type=float, default=1.0)
     parser.add_argument("--loss", default="mse")
@@ -84,7 +84,9 @@ def compare(
 
 
 def batched(samples: Sequence[Inputs], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield samples put together, those of unlike lengths padded where the model has a mask."""
+    """Yield samples put together, those of like lengths, padded, where the model has a mask."""
+    if MASK in samples[0]:
+        samples = sorted(samples, key=lambda inputs: inputs[MASK].shape[1])
     for start in range(0, len(samples), size):
         part = samples[start : start + size]
         yield {key: stacked([inputs[key] for inputs in part], MASK in part[0]) for key in part[0]}

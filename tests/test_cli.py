@@ -106,6 +106,15 @@ def test_quiet_prints_nothing(tmp_path: Path, data: Path) -> None:
     assert (done.exit_code, done.output) == (0, "")
 
 
+def test_finetune_trains_on_the_calibration_data(tmp_path: Path, data: Path) -> None:
+    arguments = ("-o", tmp_path / "q.onnx", "--calibration", data, "--verify", 8, "--limit", 48)
+    done = run("quantize", model_path(), *arguments, "--finetune", 3)
+    assert done.exit_code == 0, done.output
+    assert "fine-tuned for 3 steps" in done.stdout
+    assert "on 3 batches" in done.stdout  # each verified once, however often it was read
+    assert "0 of" in done.stdout
+
+
 def test_weights_alone_are_quantized_without_data(tmp_path: Path) -> None:
     path = tmp_path / "q.onnx"
     arguments = ("--activation", "none", "--weight", "int4", "--block-size", 16)

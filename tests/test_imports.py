@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "algorithms": {*BASE, "graph", "ops", "model", "quant"},
     "train": {*BASE, "graph", "ops", "model", "quant", "algorithms", "export"},
     "export": {*BASE, "graph", "ops", "model", "quant"},
+    "importing": {*BASE, "graph", "ops", "model", "quant", "export"},
+    "load": {*BASE, "graph", "model", "importing"},
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},

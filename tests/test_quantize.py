@@ -259,3 +259,35 @@ def test_a_table_goes_before_what_data_shows(small, tmp_path: Path) -> None:
     assert model.tap(ValuePoint("x")).scale == 1
     assert model.tap(ValuePoint("x")).zero_point == 51
     assert model.tap(ValuePoint("y")).scale < 1
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator"])
+def test_fine_tuning_brings_the_file_closer_to_the_float_one(small, tmp_path: Path, kind) -> None:
+    onnx.save(small.convs(), tmp_path / "m.onnx")
+    x = small.batches(1, (16, 3, 8, 8), seed=3)[0]
+    (expected,) = small.run(tmp_path / "m.onnx", x)
+    errors = []
+    for steps in (None, 200):
+        batches = small.batches(20, (8, 3, 8, 8))
+        model = qwrap.quantize(
+            tmp_path / "m.onnx",
+            tmp_path / "q.onnx",
+            calibration=batches if kind == "list" else iter(batches),
+            config=qwrap.QConfig(only_if_faster=False, weight="int2"),
+            finetune=steps,
+            progress=False,
+        )
+        errors.append(np.square(small.run(tmp_path / "q.onnx", x)[0] - expected).mean())
+    assert errors[1] < errors[0]
+    assert "fine-tuned for" in model.plan.summary()
+
+
+def test_fine_tuning_needs_data_and_something_quantized(small, tmp_path: Path) -> None:
+    for settings in ({"finetune": 5}, {"finetune": 0, "calibration": small.batches()}):
+        with pytest.raises(ConfigError, match="takes 1 step or more, and calibration data"):
+            qwrap.quantize(small.convs(), tmp_path / "q", **settings)
+    config = qwrap.QConfig()
+    config.exclude("*")
+    data = {"calibration": small.batches(), "config": config, "progress": False}
+    model = qwrap.quantize(small.convs(), tmp_path / "q", finetune=5, **data)
+    assert "not fine-tuned: nothing is quantized" in model.plan.summary()

@@ -149,6 +149,16 @@ Exclude = Annotated[
         help="Leave nodes of this name or operator type float; repeatable.",
     ),
 ]
+Finetune = Annotated[
+    int | None,
+    typer.Option(
+        "--finetune",
+        metavar="STEPS",
+        min=1,
+        help="Train towards the float model's outputs on the calibration data, without labels; "
+        "some hundreds of steps. Kept only where held-out batches come closer.",
+    ),
+]
 
 
 def _weight(name: str | None, block_size: int | None) -> str | QuantSpec | None:
@@ -189,6 +199,7 @@ def quantize(
     percentile: Percentile = None,
     only_if_faster: Everything = None,
     exclude: Exclude = None,
+    finetune: Finetune = None,
     verify: Annotated[
         int,
         typer.Option("--verify", metavar="N", min=0, help="Batches to verify on; 0: none."),
@@ -227,6 +238,7 @@ def quantize(
         statistics=statistics,
         table=table,
         config=config,
+        finetune=finetune,
         progress=not quiet,
     )
     assert isinstance(wrapped.plan, qwrap.QuantPlan)

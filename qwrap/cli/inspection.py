@@ -98,7 +98,7 @@ def _plan(path: Path) -> tuple[qwrap.QuantPlan | None, str | None, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QwrapWarning)
         try:
-            plan, problem = qwrap.prepare(qwrap.load(path)), None
+            plan, problem = qwrap.prepare(qwrap.load(path, quantized="nodes")), None
         except QwrapError as error:
             plan, problem = None, str(error)
     return plan, problem, [str(w.message) for w in caught if issubclass(w.category, QwrapWarning)]

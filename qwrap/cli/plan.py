@@ -11,6 +11,7 @@ from rich.text import Text
 from qwrap import QuantPlan
 
 _MOST_LINES = 8  # with one label, as in "float" or "changed"; the JSON of inspect has all of them
+_LAST_LINES = 2  # of "changed" they say what was done to weights, and what came of it
 
 
 def print_plan(plan: QuantPlan, console: Console) -> None:
@@ -35,9 +36,9 @@ def _rows(summary: str) -> list[tuple[str, str]]:
         grouped[label].append(text.strip())
     rows: list[tuple[str, str]] = []
     for label, texts in grouped.items():
-        shown = texts if len(texts) <= _MOST_LINES else texts[: _MOST_LINES - 1]
-        rows += [(label if i == 0 else "", text) for i, text in enumerate(shown)]
-        if len(shown) < len(texts):
-            more = f"… and {len(texts) - len(shown)} more; qwrap inspect --json lists all"
-            rows.append(("", more))
+        if len(texts) > _MOST_LINES:
+            first, last = texts[: _MOST_LINES - 1 - _LAST_LINES], texts[-_LAST_LINES:]
+            left_out = len(texts) - len(first) - len(last)
+            texts = [*first, f"… and {left_out} more; qwrap inspect --json lists all", *last]
+        rows += [(label if i == 0 else "", text) for i, text in enumerate(texts)]
     return rows

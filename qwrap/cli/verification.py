@@ -39,8 +39,9 @@ class FirstBatches:
         self.kept: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
+        room = 0 if self.kept else self._count  # a second reading has nothing new
         for batch in self._batches:
-            if len(self.kept) < self._count:
+            if len(self.kept) < room:
                 self.kept.append(batch)
             yield batch
 

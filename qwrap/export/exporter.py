@@ -10,10 +10,11 @@ import onnx_ir as ir
 from qwrap.errors import ExportError
 from qwrap.export.qdq import QdqWriter
 from qwrap.export.runtime import Written, check_session
+from qwrap.export.write_back import origin_of, written_back
 from qwrap.graph.index import opset_of
 from qwrap.graph.load import external_tensors
 from qwrap.graph.original import with_values
-from qwrap.graph.save import write_message, write_model
+from qwrap.graph.save import filled, write_message, write_model
 from qwrap.model.materialize import changed_tensors, materialize
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of, stubs
@@ -32,7 +33,9 @@ def export(
 
     A model that was not prepared becomes the file it was read from with its current parameters:
     all else is equal, node for node, and a tensor that did not change is equal byte for byte. It
-    may take the place of the file it was read from, and of its external data.
+    may take the place of the file it was read from, and of its external data. The same holds for
+    one that was loaded from a quantized file, unless it was prepared anew: what training changed
+    goes where the file has its scales, zero points, codes and floats.
 
     Args:
         model: trained or not; if it was prepared, calibrated too.
@@ -44,7 +47,10 @@ def export(
         ExportError: the file cannot be written, onnxruntime refuses it, or a quantized file would
             replace the float one or the weights that the model still reads.
     """
-    if model.plan is None:
+    origin = origin_of(model)
+    if origin is not None:
+        write_message(*written_back(model, origin), path, external_data=external_data)
+    elif model.plan is None:
         write_message(
             *with_values(model.graph, changed_tensors(model)), path, external_data=external_data
         )
@@ -83,6 +89,9 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
 
 def to_quantized_graph(model: WrappedModel) -> ir.Model:
     """Return a copy of the model's graph with its QDQ pairs, codes and current parameters."""
+    origin = origin_of(model)
+    if origin is not None:
+        return ir.from_proto(filled(*written_back(model, origin)))
     return _quantized(model)[0]
 
 

@@ -14,7 +14,7 @@ from qwrap.graph.check import packed_size
 from qwrap.graph.external import BLOCK, DataFile, FileTensor
 from qwrap.graph.index import OnnxGraph, bodies
 from qwrap.graph.load import external_tensors, original_proto
-from qwrap.graph.nodes import label, subgraphs
+from qwrap.graph.nodes import graphs, label, subgraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,19 @@ def entries(tensor: onnx.TensorProto) -> dict[str, str]:
 
 
 def with_values(
-    graph: OnnxGraph, changed: Mapping[str, ir.TensorProtocol]
+    graph: OnnxGraph,
+    changed: Mapping[str, ir.TensorProtocol],
+    rewired: Mapping[tuple[str, int], ir.TensorProtocol] | None = None,
 ) -> tuple[onnx.ModelProto, list[Piece]]:
-    """Return a copy of the message of ``graph`` and its tensors; ``changed`` are by value key.
+    """Return a copy of the message of ``graph`` and its tensors.
 
     The copy still holds the old data; whoever writes it fills in that of the pieces.
+
+    Args:
+        graph: of the message.
+        changed: value key -> its new values.
+        rewired: (node key, input) -> what it is to read instead: an initialiser more, one for all
+            inputs that are given the same tensor.
 
     Raises:
         ExportError: something that changed is not in the main graph or a subgraph.
@@ -98,7 +106,53 @@ def with_values(
             f"tensors {sorted(waiting)} changed, but the file has them in the bodies of functions, "
             "one for all calls; inline its functions first (onnx.inliner.inline_local_functions)"
         )
-    return proto, pieces
+    return proto, pieces + _rewire(graph, proto, rewired or {})
+
+
+def _rewire(
+    graph: OnnxGraph, proto: onnx.ModelProto, rewired: Mapping[tuple[str, int], ir.TensorProtocol]
+) -> list[Piece]:
+    """Let inputs read new initialisers, in place; return these."""
+    taken = {name for g in graphs(proto.graph) for node in g.node for name in node.output}
+    taken |= {v.name for g in graphs(proto.graph) for v in (*g.input, *g.initializer)}
+    names: dict[int, str] = {}
+    pieces = []
+    inputs: dict[str, dict[int, str]] = {}
+    for (node, index), tensor in rewired.items():
+        if id(tensor) not in names:
+            name = names[id(tensor)] = _free_name(tensor.name or "tensor", taken)
+            made = proto.graph.initializer.add(name=name, data_type=int(tensor.dtype))
+            made.dims[:] = tensor.shape.numpy()
+            pieces.append(Piece(made, tensor, None))
+        inputs.setdefault(node, {})[index] = names[id(tensor)]
+    if inputs:
+        for message, made_of in _pairs(graph.model.graph, proto.graph):
+            for index, name in inputs.get(graph.node_key(made_of), {}).items():
+                message.input.extend([""] * (index + 1 - len(message.input)))
+                message.input[index] = name
+    return pieces
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        candidate, count = f"{name}_{count}", count + 1
+    taken.add(candidate)
+    return candidate
+
+
+def _pairs(body: ir.Graph, proto: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, ir.Node]]:
+    """Yield the nodes of ``proto`` that ``body`` has too, with those."""
+    inner = {_first(node.outputs): node for node in body}
+    for message in proto.node:
+        node = inner.get(next((name for name in message.output if name), None))
+        if node is None:
+            continue
+        yield message, node
+        nested = dict(bodies(node))
+        for name, g in _named_graphs(message):
+            if name in nested:
+                yield from _pairs(nested[name], g)
 
 
 def _file_of(tensor: onnx.TensorProto, files: Mapping[str, DataFile]) -> DataFile | None:

@@ -111,6 +111,14 @@ def write_message(
     replace_file(target, write)
 
 
+def filled(proto: onnx.ModelProto, pieces: Sequence[Piece]) -> onnx.ModelProto:
+    """Return a message that has taken in, in place, the data of all its tensors."""
+    for piece in pieces:
+        if piece.new is not None or piece.file is not None:
+            _fill(piece)
+    return proto
+
+
 def replace_file(target: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` make a file and its data elsewhere, and let them take the place of others.
 

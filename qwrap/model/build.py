@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -81,32 +81,61 @@ def load(
 
     Source: ONNX IR and operator specifications; where onnxruntime differs, onnxruntime.
     """
-    settings = LoadSettings(
+    settings = load_settings(expand, dtype, custom_ops, parameters)
+    with collector_paused():
+        model = WrappedModel(read_graph(source, settings, untie=untie), settings)
+    check_loaded(model, parameters, untied=untie)
+    return model
+
+
+def load_settings(
+    expand: Expand,
+    dtype: torch.dtype | None,
+    custom_ops: Sequence[str | os.PathLike[str]],
+    parameters: Collection[str] | None,
+) -> LoadSettings:
+    """Return the arguments of ``load`` that the model keeps."""
+    return LoadSettings(
         expand=expand,
         dtype=dtype,
         libraries=tuple(os.fspath(library) for library in custom_ops),
         parameters=None if parameters is None else tuple(parameters),
     )
-    with _collector_paused():
-        model = WrappedModel(_read(source, settings, untie=untie), settings)
+
+
+def check_loaded(model: WrappedModel, parameters: Collection[str] | None, *, untied: bool) -> None:
+    """Refuse a model that has none of ``parameters``; warn of what may surprise in it."""
     _check_patterns(model, parameters or ())
-    for category, text in _warnings(model, untied=untie):
-        warnings.warn(text, category, stacklevel=2)
-    return model
+    for category, text in _warnings(model, untied=untied):
+        warnings.warn(text, category, stacklevel=3)
 
 
-def _read(source: Source, settings: LoadSettings, *, untie: bool) -> OnnxGraph:
-    """Return the graph that is to run, checked and with functions expanded."""
+def read_graph(
+    source: Source,
+    settings: LoadSettings,
+    *,
+    untie: bool,
+    edit: Callable[[ir.Model], ir.Model] | None = None,
+) -> OnnxGraph:
+    """Return the graph that is to run, checked and with functions expanded.
+
+    Args:
+        source: as for ``load``.
+        settings: from ``load_settings``.
+        untie: as for ``load``.
+        edit: returns another model to be taken for what was read; it must not change that.
+    """
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     also = partial(unfit_nodes, has_libraries=bool(settings.libraries))
     pristine = read_model(source, also, untied=untie)
+    pristine = pristine if edit is None else edit(pristine)
     _check_nodes(pristine, "the model" if path is None else str(path))
     expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))
     return OnnxGraph(expanded, path, pristine)
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the garbage collector from walking a graph again and again while it is built.
 
     Next to nothing of it is garbage, and the walks take half of the time that loading takes.

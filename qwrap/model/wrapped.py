@@ -44,6 +44,7 @@ class WrappedModel(Block):
         kernels: node key -> what ``attach`` was given to compute it, unless a program runs.
         replaced: node key -> where its ``Substitute`` is, if it has one.
         remade: value key of what a ``Substitute`` makes -> which input of which node it is.
+        origin: what knows the quantized file that it came from, None for others.
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
@@ -55,6 +56,7 @@ class WrappedModel(Block):
         self.plan: object = None
         self.config: object = None
         self.samples: object = None
+        self.origin: object = None
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self.kernels: dict[str, Callable[..., Any]] = {}
@@ -117,7 +119,7 @@ class WrappedModel(Block):
         self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs, self._written = {}, None, {}, {}
         self.kernels, self.replaced, self.remade = {}, {}, {}
-        self.plan = self.config = self.samples = self.before_loading = None
+        self.plan = self.config = self.samples = self.origin = self.before_loading = None
         self._build(kept)
 
     def _get(self, slot: Slot) -> Tensor:

@@ -159,7 +159,7 @@ class LiveBatchNorm(Substitute):
             raise InputError(
                 f"node {self.name!r}: its output of shape {list(y.shape)} has one value for each "
                 "channel, which has no variance; give larger batches, or call "
-                "qwrap.freeze_batch_norm(model)"
+                "qwrap.train.freeze_batch_norm(model)"
             )
         if self.moments is not None and not is_again:
             self.moments.add(y.detach())

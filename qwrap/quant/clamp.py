@@ -30,7 +30,7 @@ class Clamp:
 
     def __call__(self, x: Tensor, *_bounds: Any) -> Tensor:
         """Return ``x`` clamped, or as it is where the stub will clamp it."""
-        if self.stub.mode == "quantize" and self._is_redundant():
+        if self.stub.mode == "quantize" and self.is_redundant():
             return x
         if (self.low, self.high) == (0, math.inf):
             return x.relu()
@@ -39,9 +39,9 @@ class Clamp:
 
     def look(self) -> None:
         """Find out whether the stub's clamp is enough, for a compiler that is about to trace."""
-        self._is_redundant()
+        self.is_redundant()
 
-    def _is_redundant(self) -> bool:
+    def is_redundant(self) -> bool:
         """Whether no code lies beyond; only looked up again where the initial scale changed.
 
         Training keeps it so, for it respects the stub's limit and moves no zero point here.

@@ -18,6 +18,7 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
+from qwrap.quant.clamp import Clamp
 from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import NodePlan, QuantPlan
@@ -98,15 +99,25 @@ class _Lowering:
 
     def _fits(self, node: ir.Node) -> bool:
         """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
-        sources = [source_of(self.plan, self.graph, v) for v in node.inputs if v is not None]
+        values = [*node.inputs, written_by(self.plan, self.graph, node)]
+        sources = [source_of(self.plan, self.graph, v) for v in values if v is not None]
         specs = [self.plan.tensors[key].spec for key in sources if key is not None]
         key = self.graph.node_key(node)
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        fits = fits and self._clamps(values[-1])
         # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
+
+    def _clamps(self, output: ir.Value | None) -> bool:
+        """Whether codes stand for the activation function behind a node, if one was absorbed."""
+        producer = None if output is None else output.producer()
+        if producer is None:
+            return True
+        clamp = self.model.kernels.get(self.graph.node_key(producer))
+        return clamp.is_redundant() if isinstance(clamp, Clamp) else True
 
     def _has_float_bias(self, node: ir.Node) -> bool:
         index = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None

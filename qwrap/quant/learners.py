@@ -162,9 +162,8 @@ class Pact(Learner):
     ) -> Tensor:
         """Return the scale that goes with the clip; the initial one where that did not move."""
         reach = _reach(zero_point, spec)
-        moved = (own["alpha"] / reach).clamp(min=MIN_SCALE)
-        scale = torch.where(own["alpha"] == initial * reach, initial, moved)
-        return scale if spec.scale_type == "float32" else _stored(scale, spec)
+        moved = torch.where(own["alpha"] == initial * reach, initial, own["alpha"] / reach)
+        return _stored(moved, initial, spec)
 
     def gradients(
         self, sums: Sums, scale: Tensor, zero_point: Tensor, spec: QuantSpec
@@ -195,7 +194,7 @@ class Tqt(Learner):
     ) -> Tensor:
         """Return the power of two."""
         del zero_point
-        return _stored(initial * own["gain"].ceil().exp2(), spec)
+        return _stored(initial * own["gain"].ceil().exp2(), initial, spec)
 
     def gradients(
         self, sums: Sums, scale: Tensor, zero_point: Tensor, spec: QuantSpec
@@ -235,8 +234,7 @@ def rule(learner: Learner, grid: Grid, limit: Tensor, learns: Sequence[bool]) ->
 
 def _grown(initial: Tensor, gain: Tensor, spec: QuantSpec) -> Tensor:
     """Return ``initial * exp(gain)`` as it can be stored."""
-    scale = initial * gain.exp()
-    return scale.clamp(min=MIN_SCALE) if spec.scale_type == "float32" else _stored(scale, spec)
+    return _stored(initial * gain.exp(), initial, spec)
 
 
 def _by_gain(sums: Sums, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -261,5 +259,9 @@ def _balance(count: int, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     return (count * _reach(zero_point, spec)).rsqrt()
 
 
-def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
-    return round_scale(scale.clamp(min=MIN_SCALE), spec).to(torch.float32)
+def _stored(scale: Tensor, initial: Tensor, spec: QuantSpec) -> Tensor:
+    """Return a scale as it can be stored, no smaller than the initial one or ``MIN_SCALE``."""
+    scale = scale.maximum(initial.clamp(max=MIN_SCALE))
+    if spec.scale_type == "float32" and not spec.power_of_two:
+        return scale
+    return round_scale(scale, spec).to(torch.float32)

@@ -25,6 +25,7 @@ class TensorPlan:
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
         training: how its scale moves in training, see ``QConfig``.
+        shape: of its scale.
     """
 
     spec: QuantSpec
@@ -33,6 +34,7 @@ class TensorPlan:
     table: tuple[str, int] | None = None
     override: RangeOverride | None = None
     training: Training = "fixed"
+    shape: tuple[int, ...] = (1,)
 
     @property
     def is_observed(self) -> bool:
@@ -49,12 +51,15 @@ class ConstantPlan:
         spec: its type and axis.
         override: what the user said of it, None for nothing.
         training: how its scale moves in training, see ``QConfig``.
+        shared: key in ``QuantPlan.constants`` of the reader whose scale this one has too, None
+            for a scale of its own.
     """
 
     value: str
     spec: QuantSpec
     override: RangeOverride | None = None
     training: Training = "fixed"
+    shared: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

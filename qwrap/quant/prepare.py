@@ -86,7 +86,9 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
     for key, tensor in plan.sources().items():
         stubs[ValuePoint(key)] = _activation_stub(model, key, tensor, config)
     for (node, index), constant in plan.constants.items():
-        stubs[UsePoint(node, index)] = _constant_stub(model, UsePoint(node, index), constant)
+        point = UsePoint(node, index)
+        shared = None if constant.shared is None else UsePoint(*constant.shared)
+        stubs[point] = stubs[shared] if shared else _constant_stub(model, point, constant)
     for (node, index), bias in plan.biases.items():
         activation, weight = stubs[ValuePoint(bias.activation)], stubs[UsePoint(*bias.weight)]
         assert isinstance(activation, Stub)
@@ -185,6 +187,7 @@ def _left_out(model: WrappedModel, taps: Iterable[nn.Module]) -> tuple[dict[str,
 def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
     """Place again, in place, with the nodes ``without`` in float."""
     changes = plan_of(model).changes
+    model.origin = None  # the file has other places
     plan = place(model.layout, config_of(model), without=without)
     plan.changes = changes
     install(model, plan, config_of(model))
@@ -233,7 +236,7 @@ def _clamps(
 
 def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: QConfig) -> Stub:
     if not tensor.is_observed:
-        return Stub(key, tensor.spec, training_by=tensor.training)
+        return Stub(key, tensor.spec, tensor.shape, training_by=tensor.training)
     source, earlier = key, model.plan
     if isinstance(earlier, QuantPlan) and key in earlier.tensors:
         source = earlier.tensors[key].source
@@ -244,7 +247,7 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
         return stub
     else:
         observer = copy.deepcopy(stub.observer)
-    return Stub(key, tensor.spec, observer=observer, training_by=tensor.training)
+    return Stub(key, tensor.spec, tensor.shape, observer, training_by=tensor.training)
 
 
 def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan) -> Stub:

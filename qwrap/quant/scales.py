@@ -122,7 +122,7 @@ def set_activations(
     fixed: dict[str, Range] = {}
     for key, qparams in {**_dictated(model), **(given or {})}.items():
         stub = stub_at(model, ValuePoint(key))
-        stub.set_qparams(qparams, _limit(model, key, qparams))
+        stub.set_qparams(qparams, limit_of(model, key, qparams))
         fixed[key] = span_of(qparams, stub.spec)
         exact[fixed[key], stub.spec] = qparams
     wanted = dict(ranges)
@@ -135,7 +135,7 @@ def set_activations(
     for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
         stub = stub_at(model, ValuePoint(key))
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
-        stub.set_qparams(cut_to_bounds(model, key, qparams), _limit(model, key, qparams))
+        stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
     _fit_biases(model)
 
@@ -165,7 +165,7 @@ def cut_to_bounds(model: WrappedModel, key: str, qparams: QParams) -> QParams:
     return shrink_into(qparams, low, high, grid)
 
 
-def _limit(model: WrappedModel, key: str, qparams: QParams) -> float:
+def limit_of(model: WrappedModel, key: str, qparams: QParams) -> float:
     """Return the largest scale with which no code lies beyond ``bounds_at``."""
     if not any(map(math.isfinite, bounds_at(model, key))):
         return math.inf

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from qwrap.train.distill import Distillation
 from qwrap.train.groups import param_groups
 from qwrap.train.loop import Loop
 from qwrap.train.ranks import Ranks
+from qwrap.train.rates import RateSchedule, factor_of, weight_rate
 from qwrap.train.report import FinetuneReport
 from qwrap.train.split import Split, split
 from qwrap.train.targets import Measure
@@ -24,7 +24,6 @@ from qwrap.train.targets import Measure
 STEPS = 1000
 LOOKS = 20  # at what was held out, in a whole training
 
-Schedule = Literal["cosine", "constant"] | Callable[[float], float]
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
@@ -35,12 +34,12 @@ def finetune(
     steps: int | None = None,
     epochs: int | None = None,
     loss: Measure | Mapping[str, Measure] | Distillation = "mse",
-    lr: float = 1e-5,
+    lr: float | None = None,
     scale_lr: float | None = 1e-4,
     zero_point_lr: float | None = None,
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.Adam,
-    schedule: Schedule = "cosine",
+    schedule: RateSchedule = "cosine",
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     held_out: float | Iterable[Any] = 0.2,
@@ -74,8 +73,8 @@ def finetune(
         epochs: how often all batches are trained on, in place of ``steps``.
         loss: how outputs are compared, see ``outputs`` of ``Distillation``; for other inner
             tensors, masks or teachers a ``Distillation`` of ``model``.
-        lr: learning rate of weights. With fewer than 8 bits, where a step of the grid is longer,
-            1e-4 is usual.
+        lr: learning rate of weights; None goes by the distance between their codes, see
+            ``weight_rate``: about 1e-5 with 8 bits and 1e-4 with 4.
         scale_lr: learning rate of scales, relative: a ten-thousandth per step. None for ``lr``.
         zero_point_lr: that of zero points (lsq+), None for ``scale_lr``.
         weight_decay: as in ``param_groups``.
@@ -109,6 +108,7 @@ def finetune(
         steps=steps, epochs=epochs, accumulate=accumulate, evaluate=evaluate, patience=patience
     )
     _check_calibrated(model)
+    lr = weight_rate(model) if lr is None else lr
     groups = param_groups(
         model, lr=lr, weight_decay=weight_decay, scale_lr=scale_lr, zero_point_lr=zero_point_lr
     )
@@ -123,7 +123,7 @@ def finetune(
         data,
         optimizer(groups),
         total=int(least),
-        factor=_factor(schedule),
+        factor=factor_of(schedule),
         accumulate=accumulate,
         autocast=autocast,
         interval=evaluate or max(1, -(-int(least) // LOOKS)),
@@ -178,22 +178,6 @@ def _total_steps(data: Split, steps: int | None, epochs: int | None, accumulate:
     if known is None:
         raise ConfigError("epochs= needs data that tells its length; give steps=")
     return epochs * known
-
-
-def _factor(schedule: Schedule) -> Callable[[float], float]:
-    if callable(schedule):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise ConfigError(
-            f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}, or give a function"
-        )
-    return SCHEDULES[schedule]
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda _: 1.0,
-}
 
 
 @contextmanager

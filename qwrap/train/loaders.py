@@ -33,8 +33,7 @@ def split_loader(loader: Loader, share: float, seed: int) -> tuple[Loader, Loade
     Raises:
         InputError: the data set has fewer than two samples.
     """
-    assert isinstance(loader.dataset, Sized)
-    total = len(loader.dataset)
+    total = _total(loader)
     if total < 2:
         raise InputError(f"a data set of {total} samples cannot be divided; give held_out= data")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -42,12 +41,17 @@ def split_loader(loader: Loader, share: float, seed: int) -> tuple[Loader, Loade
     return _remaining(loader, frozenset(kept)), _of(loader, sorted(kept))
 
 
+def _total(loader: Loader) -> int:
+    assert isinstance(loader.dataset, Sized)
+    return len(loader.dataset)
+
+
 def _remaining(loader: Loader, left_out: Set[int]) -> Loader:
-    sampler = loader.batch_sampler
+    sampler, total = loader.batch_sampler, _total(loader)
     if sampler is None:
-        return _again(loader, batch_size=None, sampler=_Without(loader.sampler, left_out))
+        return _again(loader, batch_size=None, sampler=_Without(loader.sampler, left_out, total))
     if type(sampler) is BatchSampler:
-        indices = _Without(sampler.sampler, left_out)
+        indices = _Without(sampler.sampler, left_out, total)
         sampler = BatchSampler(indices, sampler.batch_size, sampler.drop_last)
         return _again(loader, batch_sampler=sampler)
     return _again(loader, batch_sampler=_BatchesWithout(sampler, left_out))
@@ -68,11 +72,16 @@ def _again(loader: Loader, **changes: Any) -> Loader:
 class _Without(Sampler[int]):
     """Indices of another sampler, save those left out."""
 
-    def __init__(self, sampler: Iterable[int], left_out: Set[int]) -> None:
+    def __init__(self, sampler: Iterable[int], left_out: Set[int], total: int) -> None:
         self._sampler, self._left_out = sampler, left_out
+        self._share = 1 - len(left_out) / total
 
     def __iter__(self) -> Iterator[int]:
         return (i for i in self._sampler if i not in self._left_out)
+
+    def __len__(self) -> int:
+        """Return how many are left of a sampler that draws all samples alike."""
+        return round(len(self._sampler) * self._share)  # type: ignore[arg-type]  # or TypeError
 
     def set_epoch(self, epoch: int) -> None:
         """Pass on which epoch it is, to a sampler that shuffles by it."""
@@ -90,6 +99,10 @@ class _BatchesWithout(Sampler[list[int]]):
         for indices in self._sampler:
             if rest := [i for i in indices if i not in self._left_out]:
                 yield rest
+
+    def __len__(self) -> int:
+        """Return how many batches there are if none loses all of its samples."""
+        return len(self._sampler)  # type: ignore[arg-type]  # or TypeError
 
     def set_epoch(self, epoch: int) -> None:
         """Pass on which epoch it is, to a sampler that shuffles by it."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from qwrap.errors import ConfigError, NotCalibratedError
 from qwrap.quant.stubs import Stub, Switch
+from qwrap.train.batch_norm import freeze_batch_norm
 
 SHOWN = 5  # names in a message
 
@@ -182,6 +183,7 @@ class Schedule:
         learn_scales: When = 0.0,
         freeze_observers: When = 0.5,
         freeze_zero_points: When = 0.8,
+        freeze_batch_norm: When = 2 / 3,
     ) -> None:
         """Say when what happens; None is never.
 
@@ -192,6 +194,7 @@ class Schedule:
             learn_scales: when scales and zero points start to be learned.
             freeze_observers: when scales that follow the data stop to.
             freeze_zero_points: when zero points that are learned stop to be.
+            freeze_batch_norm: when statistics of live batch normalizations stop to move.
 
         Raises:
             ConfigError: a time lies outside of the steps, or there is no prepared model.
@@ -204,6 +207,7 @@ class Schedule:
             "learn_scales": learn_scales,
             "freeze_observers": freeze_observers,
             "freeze_zero_points": freeze_zero_points,
+            "freeze_batch_norm": freeze_batch_norm,
         }
         self._at = {verb: _step_of(verb, when, steps) for verb, when in times.items()}
         self._apply(self._at)
@@ -245,6 +249,7 @@ _VERBS: Mapping[str, Callable[[nn.Module, bool], int]] = {
     "learn_scales": learn_scales,
     "freeze_observers": freeze_observers,
     "freeze_zero_points": _freeze_zero_points,
+    "freeze_batch_norm": freeze_batch_norm,
 }
 
 

@@ -12,7 +12,7 @@ from networks.bert import Bert
 from networks.efficientnet import EfficientNet
 from networks.llama import Llama
 from networks.mobilenet import MobileNetV2
-from networks.resnet import ResNet
+from networks.resnet import BasicBlock, ResNet
 from networks.vit import VisionTransformer
 
 Inputs = dict[str, Tensor]
@@ -119,6 +119,11 @@ def _convolutional(
 
 
 NETWORKS: dict[str, Network] = {
+    "resnet18": _convolutional(
+        lambda: ResNet((2, 2, 2, 2), block=BasicBlock),
+        lambda: ResNet((2, 1), 8, 10, BasicBlock),
+        (40, 64),
+    ),
     "resnet50": _convolutional(ResNet, lambda: ResNet((2, 1), 8, 10), (40, 64)),
     "mobilenet_v2": _convolutional(
         MobileNetV2,

@@ -37,7 +37,7 @@ def test_codes_have_the_type_of_their_zero_point() -> None:
     text += "y = com.microsoft.DequantizeLinear (c, s, z) }"
     model = parser.parse_model(f"{HEADER} agraph {text}")
     model.graph.initializer.extend([zero, scale])
-    graph = qwrap.load(model).graph
+    graph = qwrap.load(model, quantized="nodes").graph
     assert graph.type_of(graph.values["c"]).dtype == ir.DataType.INT4
     assert graph.type_of(graph.values["c"]).shape == (2, 3)
 

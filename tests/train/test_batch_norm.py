@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import qwrap
 from qwrap.errors import ConfigError, InputError, QwrapWarning
 from qwrap.model.points import UsePoint, ValuePoint
+from qwrap.quant.live import live_layers
 
 LIVE = {"only_if_faster": False, "bn": "live"}
 
@@ -290,7 +291,7 @@ def test_scales_of_weights_learn_behind_a_live_normalization() -> None:
 def test_frozen_statistics_give_the_gradients_of_torch_in_evaluation(case) -> None:
     net, shape = case
     model, (x,) = live(net).train(), batches(1, shape)
-    qwrap.freeze_batch_norm(model)
+    qwrap.train.freeze_batch_norm(model)
     net.eval()
     for module in (model, net):
         module(x).square().mean().backward()
@@ -303,12 +304,12 @@ def test_frozen_training_computes_what_is_deployed_and_keeps_the_statistics() ->
     model = trained(calibrated(seeded(conv_net)))
     (x,) = batches(1, seed=7)
     wanted, before = model(x), copy.deepcopy(model.state_dict())
-    qwrap.freeze_batch_norm(model)
+    qwrap.train.freeze_batch_norm(model)
     assert torch.equal(model.train()(x), wanted)
     for name in before:
         if "running" in name:
             assert torch.equal(model.state_dict()[name], before[name])
-    qwrap.freeze_batch_norm(model, False)
+    qwrap.train.freeze_batch_norm(model, False)
     assert not torch.equal(model(x), wanted)
 
 
@@ -330,7 +331,7 @@ def test_the_exported_file_is_what_was_trained(case, tmp_path: Path) -> None:
         model.train()(x).square().mean().backward()
         optimizer.step()
     path, data = tmp_path / "live.onnx", batches(2, shape, seed=9)
-    qwrap.freeze_batch_norm(model)
+    qwrap.train.freeze_batch_norm(model)
     qwrap.export(model, path)
     # Float sums in another order between equal codes.
     np.testing.assert_allclose(run_literally(path, data[0]), model(data[0]).detach(), atol=1e-5)
@@ -345,7 +346,7 @@ def test_exporting_folds_in_the_file_alone(tmp_path: Path) -> None:
     qwrap.export(model, tmp_path / "live.onnx")
     after = model.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items() if isinstance(v, Tensor))
-    qwrap.fold_batch_norm(model)
+    qwrap.train.fold_batch_norm(model)
     assert not model.replaced
     assert not [name for name, _ in model.named_parameters() if "gamma" in name]
     qwrap.export(model, tmp_path / "folded.onnx")
@@ -356,10 +357,10 @@ def test_folding_for_good_changes_no_bit_of_the_output() -> None:
     model = trained(calibrated(seeded(conv_net)))
     (x,) = batches(1, seed=7)
     wanted = model(x)
-    qwrap.fold_batch_norm(model, "/c[12]")
+    qwrap.train.fold_batch_norm(model, nodes="/c[12]")
     assert sorted(model.replaced) == ["/c0", "/c3", "/c4"]
     assert torch.equal(model(x), wanted)
-    qwrap.fold_batch_norm(nn.Sequential(model))
+    qwrap.train.fold_batch_norm(nn.Sequential(model))
     assert torch.equal(model(x), wanted)
     assert "live" not in model.plan.summary()
 
@@ -443,13 +444,13 @@ def same_output(a: nn.Module, b: nn.Module) -> bool:
 def test_a_state_dict_restores_everything(tmp_path: Path) -> None:
     net = seeded(conv_net)
     model, fresh = trained(calibrated(net)), live(net)
-    qwrap.freeze_batch_norm(model)
+    qwrap.train.freeze_batch_norm(model)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert fresh.substitute("/c0").frozen
     assert same_output(model, fresh)
-    qwrap.freeze_batch_norm(fresh, False)
-    qwrap.freeze_batch_norm(model, False)
+    qwrap.train.freeze_batch_norm(fresh, False)
+    qwrap.train.freeze_batch_norm(model, False)
     assert same_output(model, fresh)
 
 
@@ -457,7 +458,7 @@ def test_a_state_dict_from_after_folding_folds_and_one_from_before_unfolds() -> 
     net = seeded(conv_net)
     model = trained(calibrated(net))
     before = copy.deepcopy(model.state_dict())
-    qwrap.fold_batch_norm(model, "/c[01]")
+    qwrap.train.fold_batch_norm(model, nodes="/c[01]")
     fresh = live(net)
     fresh.load_state_dict(model.state_dict())
     assert sorted(fresh.replaced) == ["/c2", "/c3", "/c4"]
@@ -493,7 +494,7 @@ def test_preparing_again_keeps_normalizations_or_folds_them() -> None:
 def test_other_algorithms_write_through_the_folding() -> None:
     model = trained(calibrated(seeded(conv_net), weight="int4"))
     folded = copy.deepcopy(model)
-    qwrap.fold_batch_norm(folded)
+    qwrap.train.fold_batch_norm(folded)
     for change in (qwrap.round_weights, qwrap.correct_biases):
         assert change(model, batches(8, seed=6)) == change(folded, batches(8, seed=6))
         for value in folded.layout.slots:
@@ -512,7 +513,7 @@ def test_reestimation_gives_mean_and_variance_of_all_batches_together() -> None:
     factor = layer.factor().float().reshape(-1, 1, 1, 1)
     weight = model.tap(UsePoint("/c0", 1))(model.stored("layers.0.weight") * factor) / factor
     y = nn.functional.conv2d(model.tap(ValuePoint("x"))(x), weight, None, 1, 1).double()
-    qwrap.reestimate_batch_norm(model, data, progress=False)
+    qwrap.train.reestimate_batch_norm(model, data, progress=False)
     # Means of float32 values.
     torch.testing.assert_close(layer.running_mean.double(), y.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.running_var.double(), y.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -523,15 +524,15 @@ def test_reestimation_gives_mean_and_variance_of_all_batches_together() -> None:
 def test_reestimating_in_a_loop_of_ones_own_works_inside_of_another_module() -> None:
     model = trained(calibrated(seeded(conv_net)))
     other, data = nn.Sequential(copy.deepcopy(model)), batches(3, seed=4)
-    qwrap.reestimate_batch_norm(model, data, progress=False)
-    with qwrap.reestimating_batch_norm(other):
+    qwrap.train.reestimate_batch_norm(model, data, progress=False)
+    with qwrap.train.reestimating_batch_norm(other):
         for x in data:
             other(x)
     assert same_output(model, other[0])
 
 
 def enter_and_leave(model: nn.Module) -> None:
-    with qwrap.reestimating_batch_norm(model):
+    with qwrap.train.reestimating_batch_norm(model):
         pass
 
 
@@ -539,25 +540,46 @@ def test_a_failed_reestimation_leaves_the_statistics() -> None:
     model = trained(calibrated(seeded(conv_net)))
     before = model.substitute("/c3").running_var.clone()
     with pytest.raises(InputError, match="no batch"):
-        qwrap.reestimate_batch_norm(model, [], progress=False)
+        qwrap.train.reestimate_batch_norm(model, [], progress=False)
     with pytest.raises(InputError, match=r"'/c0'.* saw no data"):
         enter_and_leave(model)
     with pytest.raises(InputError, match="'x'"):
-        qwrap.reestimate_batch_norm(model, [*batches(1), torch.zeros(3)], progress=False)
+        qwrap.train.reestimate_batch_norm(model, [*batches(1), torch.zeros(3)], progress=False)
     assert torch.equal(model.substitute("/c3").running_var, before)
     assert not model.substitute("/c3").renewing
 
 
 def test_the_verbs_say_where_nothing_is_live() -> None:
     model = live(seeded(conv_net), bn="fold")
-    for verb in (qwrap.freeze_batch_norm, qwrap.sync_batch_norm):
-        with pytest.raises(ConfigError, match="bn='live'"):
-            verb(model)
+    verbs = (
+        qwrap.train.freeze_batch_norm,
+        qwrap.train.sync_batch_norm,
+        qwrap.train.fold_batch_norm,
+    )
+    for verb in verbs:
+        assert verb(model) == 0
+        with pytest.raises(ConfigError, match="no prepared model"):
+            verb(nn.Linear(1, 1))
+        with pytest.raises(ConfigError, match="'/c9'"):
+            verb(model, nodes="/c9")
     with pytest.raises(ConfigError, match="bn='live'"):
-        qwrap.reestimate_batch_norm(model, batches(1))
-    qwrap.fold_batch_norm(model)
-    with pytest.raises(ConfigError, match="'/c9'"):
-        qwrap.fold_batch_norm(model, "/c9")
+        qwrap.train.reestimate_batch_norm(model, batches(1))
+
+
+def test_some_layers_can_be_frozen() -> None:
+    model = live(seeded(conv_net))
+    assert qwrap.train.freeze_batch_norm(nn.Sequential(model), nodes="/c[13]") == 2
+    assert [layer.frozen for _, layer in live_layers(model)] == [False, True, False, True, False]
+
+
+def test_a_schedule_freezes_statistics_for_the_last_third() -> None:
+    model = live(seeded(conv_net))
+    schedule = qwrap.train.Schedule(model, 9, fake_quant=None)
+    frozen = []
+    for _ in range(9):
+        frozen.append(model.substitute("/c0").frozen)
+        schedule.step()
+    assert frozen == [False] * 6 + [True] * 3
 
 
 # --- models that came folded ---------------------------------------------------------------------
@@ -642,7 +664,7 @@ def test_layers_without_statistics_are_named_and_get_them_later(small, tmp_path:
     assert torch.equal(model.train()(x), before)
     model(x).sum().backward()
     assert not model.substitute("/a").gamma.grad.any()
-    qwrap.reestimate_batch_norm(model, batches(3), progress=False)
+    qwrap.train.reestimate_batch_norm(model, batches(3), progress=False)
     assert model.substitute("/a").known
     # A bias may move to the next of its codes, which are steps of a hundred thousandth.
     torch.testing.assert_close(model.eval()(x), before, rtol=0, atol=1e-2)
@@ -661,14 +683,20 @@ def run_rank(rank: int, folder: str, source: bytes) -> None:
     model = qwrap.load(onnx.load_from_string(source))
     qwrap.prepare(model, qwrap.QConfig(**LIVE))
     qwrap.calibrate(model, shares(batches())[rank], progress=False)
-    qwrap.sync_batch_norm(model)
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    steps(parallel, lambda x: shares([x])[rank][0])
+    qwrap.train.sync_batch_norm(model)
+    train_in_parallel(model, rank)
     state = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    qwrap.reestimate_batch_norm(model, shares(batches())[rank], progress=False)
+    qwrap.train.reestimate_batch_norm(model, shares(batches())[rank], progress=False)
     state |= {f"renewed {k}": v for k, v in model.state_dict().items() if "running" in k}
     torch.save(state, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def train_in_parallel(model: nn.Module, rank: int) -> None:
+    """In a function, for a wrapper that outlives the process group may wait for ever."""
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    steps(parallel, lambda x: shares([x])[rank][0])
 
 
 def shares(data: list[Tensor]) -> list[list[Tensor]]:
@@ -702,7 +730,7 @@ def test_two_ranks_with_common_statistics_train_as_one_process(tmp_path: Path) -
         if not name.startswith("taps"):  # gains learn from samples, each rank from its own
             # Sums over samples in another order, through rounding that may fall the other way.
             torch.testing.assert_close(first[name], value, rtol=2e-2, atol=2e-3)
-    qwrap.reestimate_batch_norm(model, batches(), progress=False)
+    qwrap.train.reestimate_batch_norm(model, batches(), progress=False)
     for name, value in model.state_dict().items():
         if "c0.running" in name:
             torch.testing.assert_close(first[f"renewed {name}"], value, rtol=2e-2, atol=2e-3)

@@ -27,6 +27,7 @@ from qwrap.quant.placement.forms import (
     lowest_opset_of_all,
     scaled_as,
 )
+from qwrap.quant.placement.outer import at_8_bits
 
 LOWEST_RAISED = 13  # what ``raise_opset`` raises to at least
 Need = tuple[Format, str]
@@ -117,10 +118,11 @@ def _needs(config: QConfig, reals: set[ir.DataType]) -> Iterator[Need]:
     """Yield each format that may be written, with the operator it is written for."""
     for real in sorted(reals):
         activation = config.activation_spec
-        if activation is not None and activation.dtype.is_standard:
-            form = Format.of(scaled_as(activation, real), real)
-            yield from ((form, op_type) for op_type in (QUANTIZE, DEQUANTIZE))
-        for spec in _weight_specs(config):
+        for spec in _with_wide([] if activation is None else [activation], config):
+            if spec.dtype.is_standard:
+                form = Format.of(scaled_as(spec, real), real)
+                yield from ((form, op_type) for op_type in (QUANTIZE, DEQUANTIZE))
+        for spec in _with_wide([*_weight_specs(config)], config):
             spec = scaled_as(spec, real)
             if not (spec.dtype.is_standard or spec.dtype.is_integer):
                 continue  # its operators are primitive ones
@@ -136,6 +138,11 @@ def _weight_specs(config: QConfig) -> Iterator[QuantSpec]:
     yield spec
     if spec.block_size is not None:  # where it is too large for a weight
         yield replace(spec, block_size=None)
+
+
+def _with_wide(specs: list[QuantSpec], config: QConfig) -> list[QuantSpec]:
+    """Add what first and last layers have instead."""
+    return specs + [at_8_bits(spec) for spec in specs] if config.first_last_8bit else specs
 
 
 def _reals(draft: ir.Model) -> set[ir.DataType]:

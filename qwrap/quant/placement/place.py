@@ -14,6 +14,7 @@ from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.placement.cut import worth_it
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.placement.opsets import carried_reals
+from qwrap.quant.placement.outer import outer_of
 from qwrap.quant.placement.overrides import apply_overrides
 from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.target import ORT_CPU, Target
@@ -91,6 +92,7 @@ class _Placement:
         self.graph, self.config, self.target = facts.graph, specs.config, facts.target
         self.facts, self.specs = facts, specs
         self.slow = specs.slow()
+        self.odd: str | None = None
         self.reasons: dict[ir.Node, str] = {}
         self.integer: dict[ir.Node, None] = {}
 
@@ -106,7 +108,8 @@ class _Placement:
                 self.reasons[node] = reason
         self.integer = dict.fromkeys(candidates)
         self._drop_alone()
-        self.slow = self._odd_type() or self.slow
+        self.odd = self._odd_type()
+        self.slow = self.odd or self.slow
         if self.config.only_if_faster and self.slow is None:
             most = list(self.integer)
             self.integer = dict.fromkeys(worth_it(self.facts, candidates, most))
@@ -168,6 +171,8 @@ class _Placement:
 
     def plan(self) -> QuantPlan:
         plan = QuantPlan(fused=self.slow is None)
+        if self.config.first_last_8bit:
+            self._widen()
         if self.slow is not None and self.integer:
             plan.notes.append(f"{self.slow}: it computes in float between the pairs")
         for node in self.integer:
@@ -183,6 +188,34 @@ class _Placement:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         return plan
 
+    def _widen(self) -> None:
+        """Keep what lies at the ends of the graph at 8 bits.
+
+        That is what first and last layers read, what lies in front of the first and what behind
+        the last, with all tensors of the same scales.
+        """
+        layers = [node for node in self.integer if node.op_type in self.target.matrix]
+        outer = outer_of(self.facts, layers)
+        self.specs.wide_layers |= outer.layers
+        values = [v for node in outer.ends for v in node.outputs]
+        values += [v for node in outer.layers for v in self.facts.data_inputs(node)]
+        wide = self.specs.wide_values
+        wide |= {self.graph.key(self._source(value)) for value in values if value.name}
+        for node in self.facts.nodes:  # tensors of one scale
+            moved = self.facts.moved_input(node)
+            if moved is not None and self.graph.key(self._source(node.outputs[0])) in wide:
+                wide |= {self.graph.key(v) for v in node.outputs if v.name}
+        lookups = [node for node in self.facts.nodes if self.facts.is_lookup(node)]
+        for node in lookups:
+            if self.graph.key(node.outputs[0]) in wide and node.inputs[0] is not None:
+                wide.add(self.graph.key(node.inputs[0]))
+
+    def _source(self, value: ir.Value) -> ir.Value:
+        """Return the tensor whose scale ``value`` has."""
+        node = value.producer()
+        moved = None if node is None else self.facts.moved_input(node)
+        return self._source(moved) if moved is not None and self._from_integer(moved) else value
+
     def _add_tensor(self, plan: QuantPlan, value: ir.Value) -> str:
         """Quantize ``value``; return the key of the tensor whose scale it has."""
         key = self.graph.key(value)
@@ -190,7 +223,7 @@ class _Placement:
             return plan.tensors[key].source
         node = value.producer()
         moved = None if node is None else self.facts.moved_input(node)
-        if moved is not None and self._from_integer(moved):
+        if moved is not None and self._source(value) is not value:
             source, fixed = self._add_tensor(plan, moved), None
         else:
             source, fixed = key, self.specs.fixed(node)
@@ -238,7 +271,9 @@ class _Placement:
         and that one fuses only with an int32 bias.
         """
         add = self.facts.bias_add(node)
-        if add is None or self.slow is not None or add in self.integer:
+        if add is None or self.odd is not None or not self.specs.has_kernel(node):
+            return
+        if add in self.integer:
             return
         if self.graph.key(node.outputs[0]) in plan.tensors:
             return

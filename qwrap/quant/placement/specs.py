@@ -14,8 +14,8 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import operator_qparams
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.forms import scaled_as
+from qwrap.quant.placement.outer import EIGHT_BITS, at_8_bits
 
-EIGHT_BITS = 8
 LARGEST_ACCUMULATOR = 24  # bits of both operands; codes of a bias beyond would overflow int32
 
 
@@ -32,7 +32,12 @@ def is_fusable_weight(spec: QuantSpec) -> bool:
 
 
 class Specs:
-    """The ``QuantSpec`` of every tensor that ``config`` has quantized in one graph."""
+    """The ``QuantSpec`` of every tensor that ``config`` has quantized in one graph.
+
+    Attributes:
+        wide_layers: matrix operators whose weight has 8 bits, whatever ``config`` says.
+        wide_values: keys of the tensors, constants included, of which the same holds.
+    """
 
     def __init__(self, facts: Eligibility, config: QConfig) -> None:
         """Check what can be told without the graph.
@@ -41,6 +46,8 @@ class Specs:
             ConfigError: activations are asked for in blocks, or with a scale per index.
         """
         self.facts, self.graph, self.config = facts, facts.graph, config
+        self.wide_layers: set[ir.Node] = set()
+        self.wide_values: set[str] = set()
         spec = config.activation_spec
         if spec is not None and (spec.axis is not None or spec.block_size is not None):
             raise ConfigError(
@@ -61,16 +68,19 @@ class Specs:
 
     def activation(self, value: ir.Value) -> QuantSpec:
         """Return how a computed tensor, or a constant operand beside one, is quantized."""
+        return self._scaled(self._asked(value), value)
+
+    def _asked(self, value: ir.Value) -> QuantSpec:
         spec = self.config.activation_spec
         assert spec is not None
-        return self._scaled(spec, value)
+        return at_8_bits(spec) if self.graph.key(value) in self.wide_values else spec
 
     def fixed(self, node: ir.Node | None) -> tuple[float, int] | None:
         """Return the scale and zero point that the kernel of ``node`` gives its output."""
-        spec = self.config.activation_spec
-        if node is None or spec is None or node.op_type not in self.facts.target.dictated:
+        if node is None or node.op_type not in self.facts.target.dictated:
             return None
-        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], spec)
+        asked = self._asked(node.outputs[0])
+        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], asked)
         return float(qparams.scale), int(qparams.zero_point)
 
     def weight(self, node: ir.Node) -> QuantSpec:
@@ -81,14 +91,24 @@ class Specs:
         """
         weight = node.inputs[1]
         assert weight is not None
-        kernels = self.config.activation_spec is not None and self.slow() is None
-        axis = self.facts.weight_axis(node, stacked=not kernels)
-        spec = self.config.weight_spec(axis, self.facts.block_axis(node))
+        axis = self.facts.weight_axis(node, stacked=not self.has_kernel(node))
+        spec = self._asked_of_weight(node, axis)
         if spec.block_size is not None and spec.axis is not None:
             size = self.facts.size_of(weight)[spec.axis]
             if size < spec.block_size and axis is not None:
                 spec = replace(spec, axis=axis, block_size=None)
         return self._scaled(spec, weight)
+
+    def has_kernel(self, node: ir.Node) -> bool:
+        """Whether onnxruntime has an integer kernel for input and weight of a matrix operator."""
+        x = node.inputs[0]
+        if self.config.activation_spec is None or x is None:
+            return False
+        return is_fusable(self._asked(x)) and is_fusable_weight(self._asked_of_weight(node, None))
+
+    def _asked_of_weight(self, node: ir.Node, axis: int | None) -> QuantSpec:
+        spec = self.config.weight_spec(axis, self.facts.block_axis(node))
+        return at_8_bits(spec) if node in self.wide_layers else spec
 
     def table(self, node: ir.Node) -> QuantSpec:
         """Return how the constant table is quantized that ``node`` fetches rows of."""

@@ -7,7 +7,8 @@ import onnx_ir as ir
 from qwrap.graph.nodes import STANDARD
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.placement.eligibility import Eligibility
-from qwrap.quant.placement.specs import EIGHT_BITS, Specs
+from qwrap.quant.placement.outer import EIGHT_BITS, outer_of
+from qwrap.quant.placement.specs import Specs
 from qwrap.quant.plan import ConstantPlan, NodePlan, QuantPlan, TensorPlan
 
 NO_WEIGHT = "has no weight to quantize"
@@ -28,6 +29,9 @@ def place_weights(facts: Eligibility, specs: Specs) -> QuantPlan:
     Whether it is faster is not asked: it is done for size.
     """
     plan = QuantPlan(notes=[NOTE])
+    if specs.config.first_last_8bit:
+        layers = [node for node in facts.nodes if _has_weight(facts, node)]
+        specs.wide_layers |= outer_of(facts, layers).layers
     for node in facts.nodes:
         plan.nodes[facts.graph.node_key(node)] = _place(plan, facts, specs, node)
     if any(n.role == "weights" and n.op_type == "MatMul" for n in plan.nodes.values()):
@@ -54,6 +58,15 @@ def _place(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Node) -> 
         return NodePlan(node.op_type, "float", TOO_SMALL)
     plan.constants[key, index] = ConstantPlan(value=facts.graph.key(weight), spec=spec)
     return NodePlan(node.op_type, "weights")
+
+
+def _has_weight(facts: Eligibility, node: ir.Node) -> bool:
+    if node.op_type not in WEIGHTED or node.domain not in STANDARD:
+        return False
+    if facts.graph.node_key(node) in facts.barred:
+        return False
+    weight = node.inputs[WEIGHTED[node.op_type].weight]
+    return weight is not None and facts.is_stored(weight) and facts.is_real(weight)
 
 
 def _place_table(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Node) -> NodePlan:

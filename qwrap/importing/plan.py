@@ -1,0 +1,221 @@
+"""The plan that a quantized file stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import onnx_ir as ir
+import torch
+
+from qwrap.config import QuantSpec
+from qwrap.dtypes import INT8
+from qwrap.importing.strip import Stored, Stripped, Tap
+from qwrap.model.layout import Layout
+from qwrap.numerics import QParams
+from qwrap.ops.traits import OUTPUT_RANGES, WEIGHTED
+from qwrap.quant.bounds import bounds_of, operator_qparams
+from qwrap.quant.placement.eligibility import NO_KERNEL, Eligibility
+from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
+from qwrap.quant.placement.target import ORT_CPU
+from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
+
+UNQUANTIZED = "the file does not quantize all of its inputs and outputs"
+FLOAT_BIAS = "its bias is float"
+UNMOVED = "stands among float nodes"
+KEPT = "its clamp is not that of the codes behind it"
+HALF_RANGE = 64  # largest code of int8 weights with a bit to spare
+
+
+class FilePlan:
+    """Derives the plan of one graph from what was stripped from it.
+
+    Attributes:
+        plan: the result.
+    """
+
+    def __init__(self, layout: Layout, stripped: Stripped, notes: Iterable[str]) -> None:
+        self.layout, self.graph, self.stripped = layout, layout.graph, stripped
+        self.facts = Eligibility(layout, ORT_CPU, {})
+        self.plan = QuantPlan(notes=list(notes))
+        self.power_of_two = _all_powers_of_two(stripped)
+        self._add_constants()
+        self._add_tensors()
+        self._add_biases()
+        self._add_nodes()
+        specs = [tensor.spec for tensor in self.plan.tensors.values()]
+        weights = [constant.spec for constant in self.plan.constants.values()]
+        self.plan.fused = all(map(is_fusable, specs)) and all(map(is_fusable_weight, weights))
+
+    # --- tensors ---------------------------------------------------------------------------------
+
+    def _add_constants(self) -> None:
+        first: dict[Stored, tuple[str, int]] = {}
+        for (node, index), stored in self.stripped.constants.items():
+            point = self.graph.node_key(node), index
+            spec = self._spec(_weight_spec(stored))
+            self.plan.constants[point] = ConstantPlan(
+                value=self.graph.key(stored.value), spec=spec, shared=first.get(stored)
+            )
+            first.setdefault(stored, point)
+
+    def _add_tensors(self) -> None:
+        for value, tap in self.stripped.taps.items():
+            key, producer = self.graph.key(value), value.producer()
+            self.plan.tensors[key] = TensorPlan(
+                spec=self._spec(tap.reading.spec),
+                source=key,
+                shape=tuple(tap.reading.qparams.scale.shape),
+                fixed=_dictated(producer, tap),
+                table=self._table(producer, tap),
+            )
+        for value, source in self.stripped.moved.items():
+            if value not in self.stripped.taps:
+                tensor = self.plan.tensors[self.graph.key(source)]
+                self.plan.tensors[self.graph.key(value)] = replace(tensor, table=None)
+
+    def _spec(self, spec: QuantSpec) -> QuantSpec:
+        return replace(spec, power_of_two=True) if self.power_of_two else spec
+
+    def _table(self, node: ir.Node | None, tap: Tap) -> tuple[str, int] | None:
+        """Return where ``node`` reads the quantized table whose rows it fetches."""
+        stored = None if node is None else self.stripped.constants.get((node, 0))
+        if node is None or stored is None or node.op_type not in ORT_CPU.moving:
+            return None
+        return (self.graph.node_key(node), 0) if stored.reading.equals(tap.reading) else None
+
+    def _add_biases(self) -> None:
+        for (node, index), (stored, source, weight) in self.stripped.biases.items():
+            self.plan.biases[self.graph.node_key(node), index] = BiasPlan(
+                value=self.graph.key(stored.value),
+                activation=self.graph.key(source),
+                weight=(self.graph.node_key(weight[0]), weight[1]),
+            )
+
+    # --- nodes -----------------------------------------------------------------------------------
+
+    def _add_nodes(self) -> None:
+        for node in self.facts.nodes:
+            self.plan.nodes[self.graph.node_key(node)] = self._layer(node)
+        for node in self.facts.nodes:
+            if node.op_type in ORT_CPU.absorbed:
+                self.plan.nodes[self.graph.node_key(node)] = self._clamp(node)
+
+    def _layer(self, node: ir.Node) -> NodePlan:
+        kind = node.op_type
+        reason = self.facts.obstacle(node)
+        if reason is None and kind in ORT_CPU.matrix:
+            return self._matrix(node)
+        if reason is None:
+            values = self.facts.operands(node)
+            if all(map(self._has_codes, values)) and self._written(node):
+                return NodePlan(kind, "integer")
+            return self._weighted(node) or NodePlan(kind, "float", UNQUANTIZED)
+        moved = self.facts.moved_input(node)
+        if moved is not None:
+            follows = self._is_quantized(moved) or (self.graph.node_key(node), 0) in (
+                self.plan.constants
+            )
+            if follows and self._is_quantized(node.outputs[0]):
+                return NodePlan(kind, "moves")
+            reason = UNMOVED if reason == NO_KERNEL else reason
+        return self._weighted(node) or NodePlan(kind, "float", reason)
+
+    def _matrix(self, node: ir.Node) -> NodePlan:
+        key, x = self.graph.node_key(node), node.inputs[0]
+        if (key, 1) not in self.plan.constants or x is None or not self._is_quantized(x):
+            return self._weighted(node) or NodePlan(node.op_type, "float", UNQUANTIZED)
+        bias = len(node.inputs) > 2 and node.inputs[2] is not None
+        if bias and (key, 2) not in self.plan.biases:
+            return NodePlan(node.op_type, "weights", FLOAT_BIAS)
+        if node.op_type in ORT_CPU.float_output or self._written(node):
+            return NodePlan(node.op_type, "integer")
+        return NodePlan(node.op_type, "weights", UNQUANTIZED)
+
+    def _weighted(self, node: ir.Node) -> NodePlan | None:
+        """Return the plan of a node that computes in float from a quantized weight."""
+        known = WEIGHTED.get(node.op_type)
+        if known is None or (self.graph.node_key(node), known.weight) not in self.plan.constants:
+            return None
+        return NodePlan(node.op_type, "weights")
+
+    def _is_quantized(self, value: ir.Value) -> bool:
+        return self.graph.key(value) in self.plan.tensors
+
+    def _has_codes(self, value: ir.Value) -> bool:
+        if self._is_quantized(value):
+            return True
+        keys = [(self.graph.node_key(use.node), use.idx) for use in value.uses()]
+        return any(key in self.plan.constants for key in keys)
+
+    def _written(self, node: ir.Node) -> ir.Value | None:
+        """Return the quantized value that the kernel of a node writes, None if it has none."""
+        value = node.outputs[0]
+        if self._is_quantized(value):
+            return value
+        users = value.consumers()
+        if len(users) != 1 or self.facts.absorbed_by(users[0]) is not node:
+            return None
+        result = users[0].outputs[0]
+        return result if self._is_quantized(result) and self._is_redundant(users[0]) else None
+
+    def _clamp(self, node: ir.Node) -> NodePlan:
+        producer = self.facts.absorbed_by(node)
+        if producer is not None and not self._is_quantized(producer.outputs[0]):
+            planned = self.plan.nodes[self.graph.node_key(producer)]
+            quantized = self._is_quantized(node.outputs[0])
+            if planned.role == "integer" and quantized and self._is_redundant(node):
+                return NodePlan(node.op_type, "absorbed")
+            if quantized:
+                return NodePlan(node.op_type, "float", KEPT)
+        return NodePlan(node.op_type, "float", NO_KERNEL)
+
+    def _is_redundant(self, node: ir.Node) -> bool:
+        """Whether the codes behind a Relu or Clip end where it does, as onnxruntime tells."""
+        bounds = bounds_of(self.layout.values, node)
+        tap = self.stripped.taps.get(node.outputs[0])
+        if bounds is None or tap is None or tap.reading.spec.axis is not None:
+            return False
+        low, high = _ends(tap.reading.qparams, tap.reading.spec)
+        return bounds[0] <= low and high <= bounds[1]
+
+
+def _ends(qparams: QParams, spec: QuantSpec) -> tuple[float, float]:
+    """Return the smallest and largest float32 that codes of one scale stand for."""
+    codes = torch.tensor([spec.dtype.qmin, spec.dtype.qmax]) - qparams.zero_point
+    low, high = (codes.to(torch.float32) * qparams.scale).tolist()
+    return low, high
+
+
+def _dictated(node: ir.Node | None, tap: Tap) -> tuple[float, int] | None:
+    """Return the scale that the operator gives its output, if the file gives it the same."""
+    spec = tap.reading.spec
+    if node is None or node.op_type not in ORT_CPU.dictated or not is_fusable(spec):
+        return None
+    qparams, found = operator_qparams(*OUTPUT_RANGES[node.op_type], spec), tap.reading.qparams
+    mine = float(qparams.scale), int(qparams.zero_point)
+    return mine if mine == (float(found.scale), int(found.zero_point)) else None
+
+
+def _weight_spec(stored: Stored) -> QuantSpec:
+    """Return the spec of a constant, with the ends that its codes keep to.
+
+    Tools leave out the smallest code of a symmetric signed type; for kernels that add in 16 bits
+    they use half of the codes. The values tell that, where nothing else does.
+    """
+    spec = stored.reading.spec
+    symmetric = spec.symmetric and spec.dtype.signed and spec.dtype.is_integer
+    if not symmetric or stored.ends is None:
+        return spec
+    lowest, largest = stored.ends
+    if spec.dtype is INT8 and lowest >= -HALF_RANGE and max(-lowest, largest) == HALF_RANGE:
+        return replace(spec, reduce_range=True)
+    return replace(spec, narrow_range=lowest > spec.dtype.qmin)
+
+
+def _all_powers_of_two(stripped: Stripped) -> bool:
+    """Whether every scale of a file is a power of two, as shifting hardware wants them."""
+    readings = [tap.reading for tap in stripped.taps.values()]
+    readings += [stored.reading for stored in stripped.constants.values()]
+    fractions = [torch.frexp(reading.qparams.scale)[0] for reading in readings]
+    return len(readings) > 1 and all(bool((fraction == 0.5).all()) for fraction in fractions)

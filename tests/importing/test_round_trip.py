@@ -1,0 +1,109 @@
+"""Export, import, export: the file comes back, and so does what it computes."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import qwrap
+
+
+def returned(path: Path, **settings: object) -> tuple[qwrap.WrappedModel, bytes]:
+    """The model that a file becomes, and the file that it becomes."""
+    model = qwrap.load(path, **settings).eval()
+    back = path.with_suffix(".back.onnx")
+    qwrap.export(model, back)
+    return model, back.read_bytes()
+
+
+TYPES = ("uint8", "int8", "uint16", "int16", "uint4", "int4", "uint2", "int2", "float8e4m3fn")
+
+
+@pytest.mark.parametrize("weight", TYPES)
+@pytest.mark.parametrize("activation", ["uint8", "int16", "float8e5m2", "uint4"])
+@pytest.mark.filterwarnings("ignore::qwrap.QwrapWarning")  # types that have no kernels
+def test_a_file_that_was_not_trained_comes_back_byte_for_byte(
+    small, quantized: Callable, activation: str, weight: str
+) -> None:
+    config = qwrap.QConfig(activation=activation, weight=weight, only_if_faster=False)
+    made = quantized(small.convs(), config=config)
+    model, back = returned(made.path)
+    assert back == made.path.read_bytes()
+    x = torch.from_numpy(made.batches[0])
+    with torch.no_grad():
+        assert torch.equal(model(x), made.model(x))
+
+
+def test_the_exact_simulation_is_that_of_the_model_it_came_from(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    model, _ = returned(made.path)
+    x = torch.from_numpy(made.batches[0])
+    with torch.no_grad(), qwrap.exact(model):
+        assert np.array_equal(model(x).numpy(), small.run(made.path, made.batches[0])[0])
+    assert {k: n.role for k, n in model.plan.nodes.items()} == {
+        k: n.role for k, n in made.model.plan.nodes.items()
+    }
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_goes_back_to_the_same_file(small, quantized: Callable, copied: Callable) -> None:
+    made = quantized(small.convs())
+    model = copied(qwrap.load(made.path))
+    back = made.path.with_suffix(".copy.onnx")
+    qwrap.export(model, back)
+    assert back.read_bytes() == made.path.read_bytes()
+
+
+def train(model: qwrap.WrappedModel, x: np.ndarray) -> None:
+    """One step of all that can be trained."""
+    model.train()
+    optimizer = torch.optim.SGD(qwrap.param_groups(model), lr=0.01)
+    model(torch.from_numpy(x)).square().mean().backward()
+    optimizer.step()
+    model.eval()
+
+
+def test_what_was_trained_is_all_that_changes_in_the_file(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    model = qwrap.load(made.path)
+    train(model, made.batches[0])
+    qwrap.export(model, made.path.with_suffix(".trained.onnx"))
+    before, after = made.file(), onnx.load(made.path.with_suffix(".trained.onnx"))
+    old = {tensor.name: tensor for tensor in before.graph.initializer}
+    new = {tensor.name: tensor for tensor in after.graph.initializer}
+    assert list(old) == list(new)
+    assert all(name.endswith(("_scale", "_quantized")) for name in old if old[name] != new[name])
+    del before.graph.initializer[:], after.graph.initializer[:]
+    assert before == after
+    path = made.path.with_suffix(".trained.onnx")
+    report = qwrap.verify(model, path, made.batches, progress=False)
+    assert report.specification.differing == report.deployed.differing == 0
+
+
+def test_prepare_starts_afresh_from_the_float_weights(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    model = qwrap.load(made.path)
+    qwrap.prepare(model, qwrap.QConfig(activation="int8", only_if_faster=False))
+    qwrap.calibrate(model, made.batches, progress=False)
+    path = made.path.with_suffix(".again.onnx")
+    qwrap.export(model, path)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert kinds["x_zero_point"] == onnx.TensorProto.INT8
+
+
+def test_nodes_are_computed_as_they_stand_on_request(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    model = qwrap.load(made.path, quantized="nodes")
+    assert model.plan is None
+    with pytest.raises(qwrap.QwrapError, match="quantized='stubs': choose one of"):
+        qwrap.load(made.path, quantized="stubs")
+
+
+def test_another_type_to_compute_in_is_refused(small, quantized: Callable) -> None:
+    with pytest.raises(qwrap.QwrapError, match="load it without dtype, or with quantized='nodes'"):
+        qwrap.load(quantized(small.convs()).path, dtype=torch.float64)
