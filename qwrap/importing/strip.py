@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -353,6 +354,8 @@ def _add_to(groups: list[list[Chain]], chain: Chain) -> None:
 
 def moves_reals(node: ir.Node, output: ir.Value) -> bool:
     """Whether an output of a node holds values of its first input, and nothing else but 0."""
+    if _keeps_apart(node):
+        return True
     known = PASS_THROUGH.get(node.op_type)
     if known is None or known.data != (0,) or node.domain not in STANDARD:
         return False
@@ -365,6 +368,14 @@ def moves_reals(node: ir.Node, output: ir.Value) -> bool:
     fill = node.inputs[known.adds_input]
     tensor = constant_of(fill)
     return fill is None or (tensor is not None and not tensor.numpy().any())
+
+
+def _keeps_apart(node: ir.Node) -> bool:
+    """Whether a node takes the larger of its input and -inf, as ``export`` has it do in places."""
+    if node.op_type != "Max" or node.domain not in STANDARD or len(node.inputs) != 2:
+        return False
+    tensor = constant_of(node.inputs[1])
+    return tensor is not None and bool(np.isneginf(tensor.numpy().astype(np.float32)).all())
 
 
 def _can_be_output(value: ir.Value, graph: ir.Graph) -> bool:
