@@ -16,7 +16,8 @@ from qwrap.importing.chains import find_chains
 from qwrap.importing.plan import FilePlan
 from qwrap.importing.propagate import propagate
 from qwrap.importing.reading import Reading, Source
-from qwrap.importing.strip import Stripped, Stripper
+from qwrap.importing.strip import Stripper
+from qwrap.importing.stripped import Stripped
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.settings import LoadSettings
@@ -59,7 +60,7 @@ def import_quantized(
             f"dtype={settings.dtype}: the scales of a quantized file are those of the types it "
             "says; load it without dtype, or with quantized='nodes'"
         )
-    stripper = Stripper(draft, found, twins.types)
+    stripper = Stripper(draft, found)
     stripped = stripper.strip()
     propagate(stripped, draft)
     take_biases(stripper)

@@ -10,7 +10,8 @@ import torch
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8
-from qwrap.importing.strip import Stored, Stripped, Tap
+from qwrap.graph.nodes import STANDARD
+from qwrap.importing.stripped import Stored, Stripped, Tap
 from qwrap.model.layout import Layout
 from qwrap.numerics import QParams
 from qwrap.ops.traits import OUTPUT_RANGES, WEIGHTED
@@ -134,8 +135,8 @@ class FilePlan:
 
     def _weighted(self, node: ir.Node) -> NodePlan | None:
         """Return the plan of a node that computes in float from a quantized weight."""
-        known = WEIGHTED.get(node.op_type)
-        if known is None or (self.graph.node_key(node), known.weight) not in self.plan.constants:
+        known = WEIGHTED.get(node.op_type) if node.domain in STANDARD else None
+        if known is None or self.stripped.stored_use(node, known.weight) is None:
             return None
         return NodePlan(node.op_type, "weights")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -15,88 +11,22 @@ from qwrap.export.quantizers import as_array
 from qwrap.graph.constants import Constants, label
 from qwrap.graph.index import bodies
 from qwrap.graph.nodes import STANDARD
-from qwrap.importing.chains import Chain, Chains, Types, moved_outputs
+from qwrap.importing.chains import Chain, Chains, moved_outputs
 from qwrap.importing.reading import Reading, Source, UnreadableError, constant_of, is_quantizer
-from qwrap.model.attributes import attributes_of
+from qwrap.importing.stripped import Stored, Stripped, Tap, Use, moves_reals
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize
-from qwrap.ops.traits import PASS_THROUGH
 from qwrap.quant.placement.forms import DEQUANTIZE
 
 NAMES = ("_quantized", "_DequantizeLinear_Output")
 """What tools put behind the name of a float weight to name its codes, or what comes of them."""
 
 
-@dataclass(slots=True, eq=False)
-class Tap:
-    """A value that pairs of the file quantize.
-
-    Attributes:
-        reading: how.
-        chains: the pairs.
-    """
-
-    reading: Reading
-    chains: list[Chain] = field(default_factory=list)
-
-    @property
-    def readings(self) -> Iterator[Reading]:
-        """What each node of the pairs said."""
-        for chain in self.chains:
-            yield from chain.readings
-
-
-@dataclass(slots=True, eq=False)
-class Stored:
-    """A constant that the file quantizes.
-
-    Attributes:
-        value: the float initialiser that it is now.
-        readings: what each of its nodes said; all the same.
-        codes: where its codes are, none if the file holds floats.
-        ends: smallest and largest code, None if they are no integers.
-    """
-
-    value: ir.Value
-    ends: tuple[float, float] | None = None
-    readings: list[Reading] = field(default_factory=list)
-    codes: list[Source] = field(default_factory=list)
-
-    @property
-    def reading(self) -> Reading:
-        """How it is quantized."""
-        return self.readings[0]
-
-
-Use = tuple[ir.Node, int]
-
-
-@dataclass(slots=True, eq=False)
-class Stripped:
-    """What was taken out of a graph, by what is left.
-
-    Attributes:
-        taps: value -> how it is quantized.
-        moved: value that was moved -> the value with a tap whose scale it has.
-        constants: (node, input) -> the constant that it reads.
-        biases: likewise those of int32, with the inputs of activation and weight that go with it.
-    """
-
-    taps: dict[ir.Value, Tap] = field(default_factory=dict)
-    moved: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    constants: dict[Use, Stored] = field(default_factory=dict)
-    biases: dict[Use, tuple[Stored, ir.Value, Use]] = field(default_factory=dict)
-
-    def source_of(self, value: ir.Value) -> ir.Value | None:
-        """Return the value with a tap whose scale ``value`` has, itself perhaps."""
-        return value if value in self.taps else self.moved.get(value)
-
-
 class Stripper:
     """Edits one draft: a copy of the graph of the file."""
 
-    def __init__(self, draft: ir.Model, found: Chains, types: Types) -> None:
-        self.draft, self.found, self.types = draft, found, types
+    def __init__(self, draft: ir.Model, found: Chains) -> None:
+        self.draft, self.found = draft, found
         self.constants = Constants(draft)
         self.result = Stripped()
         self._freed: list[ir.Value | None] = []
@@ -201,8 +131,16 @@ class Stripper:
             self._remove(node)
 
     def _uses(self, value: ir.Value) -> list[Use]:
-        """Return what reads a value; control flow, which has no points, through an Identity."""
+        """Return what reads a constant; control flow, which has no points, through an Identity.
+
+        Any other Identity goes, as it does in onnxruntime.
+        """
         uses = []
+        while (
+            copied := next(filter(_is_copy, (use.node for use in value.uses())), None)
+        ) is not None:
+            copied.outputs[0].replace_all_uses_with(value)
+            _graph(copied).remove(copied, safe=True)
         for use in tuple(value.uses()):
             node, index = use.node, use.idx
             if any(True for _ in bodies(node)):
@@ -352,30 +290,9 @@ def _add_to(groups: list[list[Chain]], chain: Chain) -> None:
     groups.append([chain])
 
 
-def moves_reals(node: ir.Node, output: ir.Value) -> bool:
-    """Whether an output of a node holds values of its first input, and nothing else but 0."""
-    if _keeps_apart(node):
-        return True
-    known = PASS_THROUGH.get(node.op_type)
-    if known is None or known.data != (0,) or node.domain not in STANDARD:
-        return False
-    if output not in moved_outputs(node):
-        return False
-    if not known.holds(attributes_of(node)):
-        return False
-    if known.adds_input is None or len(node.inputs) <= known.adds_input:
-        return True
-    fill = node.inputs[known.adds_input]
-    tensor = constant_of(fill)
-    return fill is None or (tensor is not None and not tensor.numpy().any())
-
-
-def _keeps_apart(node: ir.Node) -> bool:
-    """Whether a node takes the larger of its input and -inf, as ``export`` has it do in places."""
-    if node.op_type != "Max" or node.domain not in STANDARD or len(node.inputs) != 2:
-        return False
-    tensor = constant_of(node.inputs[1])
-    return tensor is not None and bool(np.isneginf(tensor.numpy().astype(np.float32)).all())
+def _is_copy(node: ir.Node) -> bool:
+    plain = node.op_type == "Identity" and node.domain in STANDARD
+    return plain and not node.outputs[0].is_graph_output()
 
 
 def _can_be_output(value: ir.Value, graph: ir.Graph) -> bool:
