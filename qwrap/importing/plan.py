@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from qwrap.config import QuantSpec
-from qwrap.dtypes import INT8
+from qwrap.dtypes import INT8, integer_type
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.stripped import Stored, Stripped, Tap
 from qwrap.model.layout import Layout
@@ -201,17 +201,24 @@ def _dictated(node: ir.Node | None, tap: Tap) -> tuple[float, int] | None:
 def _weight_spec(stored: Stored) -> QuantSpec:
     """Return the spec of a constant, with the ends that its codes keep to.
 
-    Tools leave out the smallest code of a symmetric signed type; for kernels that add in 16 bits
-    they use half of the codes. The values tell that, where nothing else does.
+    A file does not say that a tool leaves out the smallest code of a symmetric type, that it uses
+    half of the codes, for kernels that add in 16 bits, or that an integer of fewer bits is carried
+    by a wider one. The largest code does, for whatever chooses a scale has it reach the end.
     """
     spec = stored.reading.spec
     symmetric = spec.symmetric and spec.dtype.signed and spec.dtype.is_integer
     if not symmetric or stored.ends is None:
         return spec
-    lowest, largest = stored.ends
-    if spec.dtype is INT8 and lowest >= -HALF_RANGE and max(-lowest, largest) == HALF_RANGE:
+    lowest, largest = stored.ends[0], max(-stored.ends[0], stored.ends[1])
+    if spec.dtype is INT8 and largest == HALF_RANGE:
         return replace(spec, reduce_range=True)
-    return replace(spec, narrow_range=lowest > spec.dtype.qmin)
+    narrow = lowest > spec.dtype.qmin
+    bits = (int(largest) + 1).bit_length()
+    if narrow and int(largest) + 1 == 2 ** (bits - 1) and 2 <= bits < spec.dtype.bits:
+        smaller = integer_type(bits)
+        if smaller.onnx_type == spec.dtype.onnx_type:
+            return replace(spec, dtype=smaller, narrow_range=True)
+    return replace(spec, narrow_range=narrow)
 
 
 def _all_powers_of_two(stripped: Stripped) -> bool:

@@ -11,6 +11,7 @@ from qwrap.export.quantizers import as_array
 from qwrap.graph.constants import Constants, label
 from qwrap.graph.index import bodies
 from qwrap.graph.nodes import STANDARD
+from qwrap.importing.calls import is_call
 from qwrap.importing.chains import Chain, Chains, moved_outputs
 from qwrap.importing.reading import Reading, Source, UnreadableError, constant_of, is_quantizer
 from qwrap.importing.stripped import Stored, Stripped, Tap, Use, moves_reals
@@ -84,7 +85,7 @@ class Stripper:
         tensor = constant_of(codes)
         assert tensor is not None
         numbers: Tensor = to_torch(tensor)
-        values = dequantize(numbers, reading.qparams)
+        values = dequantize(numbers, reading.qparams, reading.spec.dtype)
         array = as_array(values, reading.real or ir.DataType.FLOAT)
         if not bool(torch.isfinite(values).all()):
             raise UnreadableError("it makes no finite numbers")
@@ -119,16 +120,21 @@ class Stripper:
             if use[0] in chain.movers:
                 use[0].replace_input_with(use[1], value)
                 self.result.constants[use] = stored
+        if is_call(chain.quantizer):
+            self._read_floats(quantizer, stored)
         for node in chain.dequantizers:
             if node.inputs[0] is quantizer:
-                for use in self._uses(node.outputs[0]):
-                    use[0].replace_input_with(use[1], value)
-                    self.result.constants[use] = stored
+                self._read_floats(node.outputs[0], stored)
             else:
                 self._redirect(node, node.inputs[0])
         self._finish_movers(chain)
         for node in chain.removed:
             self._remove(node)
+
+    def _read_floats(self, value: ir.Value, stored: Stored) -> None:
+        for use in self._uses(value):
+            use[0].replace_input_with(use[1], stored.value)
+            self.result.constants[use] = stored
 
     def _uses(self, value: ir.Value) -> list[Use]:
         """Return what reads a constant; control flow, which has no points, through an Identity.
@@ -207,6 +213,8 @@ class Stripper:
             for use in tuple(chain.quantizer.outputs[0].uses()):
                 if use.node in chain.movers:
                     use.node.replace_input_with(use.idx, value)
+            if is_call(chain.quantizer):
+                self._redirect(chain.quantizer, value)
             for mover in chain.movers:
                 self.result.moved |= dict.fromkeys(moved_outputs(mover), source)
             for node in chain.dequantizers:
@@ -254,12 +262,15 @@ class Stripper:
         return node.outputs[0]
 
     def _remove(self, node: ir.Node) -> None:
-        """Remove a node of a pair, and the one that makes its scales of two levels, in place."""
+        """Remove a node of a pair, and those that make scales of what is stored, in place."""
         makers = {value.producer() for value in node.inputs[1:] if value is not None}
         self._freed += node.inputs
         _graph(node).remove(node, safe=True)
         for maker in makers:
-            if is_quantizer(maker, DEQUANTIZE) and maker and not maker.outputs[0].uses():
+            made = maker is not None and (
+                is_quantizer(maker, DEQUANTIZE) or maker.op_type == "Gather"
+            )
+            if maker is not None and made and not maker.outputs[0].uses():
                 self._remove(maker)
 
 

@@ -38,6 +38,17 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
     "com.microsoft": {"activation": "int16", "weight": "int4", "contrib": True},
 }
+LOG2 = qwrap.codebook_type("log2", [0, *(s * 2.0**-k for k in range(7) for s in (1, -1))])
+NF4 = qwrap.codebook_type("nf4ish", np.linspace(-1, 1, 15).round(3).tolist())
+FORMATS |= {
+    "int3 and float": {"activation": "int3", "weight": "int8"},
+    "uint6, int5": {"activation": "uint6", "weight": "int5"},
+    "code books": {"activation": LOG2, "weight": LOG2},
+    "code books in blocks": {
+        "activation": None,
+        "weight": QuantSpec(dtype=NF4, axis=0, block_size=2),
+    },
+}
 pytestmark = pytest.mark.filterwarnings("ignore::qwrap.QwrapWarning")  # what has no kernels
 
 
@@ -60,6 +71,16 @@ def test_what_was_trained_is_written_as_simulated(
         nodes = qwrap.load(path, quantized="nodes")(torch.from_numpy(made.batches[0]))
     assert torch.equal(theirs, nodes)
     assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("weight", ["int8", "int7", "int5", "int4", "int3", "int12"])
+def test_integers_of_fewer_bits_than_their_carrier_are_told_by_their_codes(
+    small: Any, quantized: Callable, weight: str
+) -> None:
+    made = quantized(small.convs(), config=QConfig(weight=weight, only_if_faster=False))
+    plan = qwrap.load(made.path).plan
+    assert {str(c.spec.dtype) for c in plan.constants.values()} == {weight}
+    assert all(c.spec.narrow_range for c in plan.constants.values())
 
 
 def test_scales_that_are_powers_of_two_stay_so(
