@@ -34,6 +34,25 @@ class Sums:
     count: int
 
 
+@dataclass(slots=True, eq=False)
+class Known:
+    """A result that was computed before.
+
+    Attributes:
+        value: the rounded tensor.
+        passes: how many backward passes went through it.
+    """
+
+    value: Tensor
+    passes: int = 0
+    _last: int = -1
+
+    def count(self) -> None:
+        """Count the backward pass that runs now, once for all uses of the value."""
+        task = torch._C._current_graph_task_id()
+        self.passes, self._last = self.passes + (task != self._last), task
+
+
 Rule = Callable[[Sums], Sequence[Tensor]]
 """From the sums to a gradient for each trained parameter."""
 
@@ -61,7 +80,7 @@ def learned_fake_quantize(
     grid: Grid,
     parameters: Sequence[Tensor] = (),
     rule: Rule | None = None,
-    value: Tensor | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Return ``x`` rounded to ``grid``, with gradients for ``x`` and for ``parameters``.
 
@@ -74,33 +93,36 @@ def learned_fake_quantize(
         grid: what to round to; its tensors get no gradient themselves.
         parameters: what ``rule`` gives gradients for.
         rule: turns the sums of the backward pass into gradients; None makes them 0.
-        value: the result, if it is known.
+        known: the result, if it is; backward passes are counted there.
 
     Source: Esser et al., arXiv:1902.08153, section 2.1.
     """
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))):
-        return rounded(x, grid, keep=False)[0] if value is None else value.detach()
-    result: Tensor = _Learned.apply(x, grid, rule, value, *parameters)  # type: ignore[no-untyped-call]  # torch has no stub
+        return (rounded(x, grid, keep=False)[0] if known is None else known.value).detach()
+    result: Tensor = _Learned.apply(x, grid, rule, known, *parameters)  # type: ignore[no-untyped-call]  # torch has no stub
     return result
 
 
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, grid: Grid, rule: Rule | None, value: Tensor | None, *own: Tensor
+        ctx: Any, x: Tensor, grid: Grid, rule: Rule | None, known: Known | None, *own: Tensor
     ) -> Tensor:
         ctx.grid, ctx.rule, ctx.zeros = grid, rule, [torch.zeros_like(p) for p in own]
         rows = ctx.rows = _Rows(x, grid.spec)
-        if value is not None:
+        ctx.known = known
+        if known is not None:
             ctx.save_for_backward(x)
-            return value.detach()
+            return known.value.detach()
         result, kept = rounded(x, grid, rows, keep=not grid.is_alive)
         ctx.save_for_backward(x if kept is None else kept)
-        return result
+        return result.detach()  # no view of the rows, so that users may change it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (saved,) = ctx.saved_tensors
+        if ctx.known is not None:
+            ctx.known.count()
         needs = fused.Needs(
             ctx.needs_input_grad[0], ctx.rule is not None and any(ctx.needs_input_grad[4:])
         )

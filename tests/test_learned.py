@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import quant_type
-from qwrap.learned import Grid, Sums, learned_fake_quantize
+from qwrap.learned import Grid, Known, Sums, learned_fake_quantize
 from qwrap.numerics import choose_qparams, fake_quantize, scale_shape, spread
 
 KINDS = ["uint8", "int8", "int4", "uint4", "int16", "float8e4m3fn", "float4e2m1"]
@@ -135,8 +135,18 @@ def test_without_a_rule_parameters_get_zeros_and_a_known_value_is_taken() -> Non
     qparams = choose_qparams(torch.tensor([-1.0]), torch.tensor([1.0]), spec)
     x, parameter = torch.randn(5, requires_grad=True), torch.ones(1, requires_grad=True)
     grid = Grid(qparams.scale, qparams.zero_point, spec, is_alive=True)
-    value = torch.full((5,), 7.0)
-    result = learned_fake_quantize(x, grid, [parameter], None, value)
-    assert torch.equal(result, value)
+    known = Known(torch.full((5,), 7.0))
+    result = learned_fake_quantize(x, grid, [parameter], None, known)
+    assert torch.equal(result, known.value)
     result.sum().backward()
-    assert parameter.grad.tolist() == [0.0]
+    assert (parameter.grad.tolist(), known.passes) == ([0.0], 1)
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_result_can_be_changed_in_place(axis) -> None:
+    """As by an activation function with inplace=True behind the model."""
+    x, spec, qparams, _ = case("uint8", axis, None, False, 0)
+    x.requires_grad_()
+    grid = Grid(qparams.scale, qparams.zero_point, spec)
+    learned_fake_quantize(x, grid).add_(1).sum().backward()
+    assert set(x.grad.flatten().tolist()) == {0.0, 1.0}

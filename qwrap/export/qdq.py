@@ -69,7 +69,7 @@ class QdqWriter:
         return stub
 
     def _stored(self, key: str) -> Tensor:
-        value = self.model.stored(key)
+        value = self.model.deployed(key)
         assert value is not None
         return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwrap.graph.constants import Constants, fold_constant_weights, integers, label
-from qwrap.graph.fold import fold_batch_norm, fold_scale_and_shift
+from qwrap.graph.fold import FoldedNorms, fold_batch_norm, fold_scale_and_shift
 from qwrap.graph.index import ValueType, infer_types, opset_of, walk_nodes
 
 ROI_OPTIONAL = 13
@@ -13,7 +13,7 @@ MAXIMUM_BROADCASTS = 8
 POOLED_RANKS = (4, 5)  # in three dimensions a mean over the last may as well be a LayerNorm's
 
 
-def canonicalize(model: ir.Model) -> list[str]:
+def canonicalize(model: ir.Model, folded: FoldedNorms | None = None) -> list[str]:
     """Rewrite ``model`` in place into the form that quantizes best; it computes the same.
 
     Constants on their way to a weight are evaluated; BatchNormalization and scales and shifts
@@ -21,12 +21,16 @@ def canonicalize(model: ir.Model) -> list[str]:
     GlobalAveragePool. Nodes and values that remain keep their names, in subgraphs too; functions
     of the model are left alone. What is not named in the result is unchanged.
 
+    Args:
+        model: what to edit.
+        folded: takes what layers were before they absorbed a BatchNormalization.
+
     Returns:
         A line for each node that was folded or replaced.
     """
     lines = fold_constant_weights(model)
-    while folded := fold_batch_norm(model) + fold_scale_and_shift(model):
-        lines += folded
+    while found := fold_batch_norm(model, folded) + fold_scale_and_shift(model, folded):
+        lines += found
     return lines + mean_to_global_pool(model) + drop_empty_roi(model) + prelu_to_maximum(model)
 
 

@@ -42,14 +42,18 @@ class Constants:
                 self._names.update(node.graph.initializers)
                 self._names.update(v.name for v in node.graph.inputs)
 
+    def tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
+        """Return the tensor that ``value`` holds, None if it is not constant."""
+        return None if value is None else _tensor(value)
+
     def array(self, value: ir.Value | None) -> Array | None:
         """Return what ``value`` holds, None if it is not constant."""
-        tensor = None if value is None else _tensor(value)
+        tensor = self.tensor(value)
         return None if tensor is None else tensor.numpy()
 
     def is_float(self, value: ir.Value | None) -> bool:
         """Whether ``value`` is a floating-point constant."""
-        tensor = None if value is None else _tensor(value)
+        tensor = self.tensor(value)
         return tensor is not None and tensor.dtype in FLOATS
 
     def floats(self, value: ir.Value | None) -> Array | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -24,6 +24,55 @@ class Affine(NamedTuple):
     shift: Array
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Normalization:
+    """What a BatchNormalization does: ``(x - mean) * gamma / sqrt(variance + epsilon) + beta``.
+
+    Attributes:
+        gamma: float64[C], as the others.
+        beta: shift.
+        mean: of its input.
+        variance: of its input.
+        epsilon: added to the variance.
+        momentum: weight of the old statistics in an update.
+    """
+
+    gamma: Array
+    beta: Array
+    mean: Array
+    variance: Array
+    epsilon: float
+    momentum: float
+
+    @property
+    def affine(self) -> Affine:
+        """The same as scale and shift."""
+        scale = self.gamma / np.sqrt(self.variance + self.epsilon)
+        return Affine(scale, self.beta - self.mean * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A layer as it was before it absorbed a BatchNormalization.
+
+    Attributes:
+        weight: of the layer.
+        norm: what came after it, with the bias of the layer taken off its mean, and with what was
+            folded in later.
+    """
+
+    weight: ir.TensorProtocol
+    norm: Normalization
+
+    def then(self, affine: Affine) -> Folded:
+        """Return the same with a scale and shift behind it."""
+        gamma, beta = self.norm.gamma * affine.scale, self.norm.beta * affine.scale + affine.shift
+        return replace(self, norm=replace(self.norm, gamma=gamma, beta=beta))
+
+
+FoldedNorms = dict[ir.Node, Folded]
+
+
 @dataclass(frozen=True, slots=True)
 class Channels:
     """How the output channels of a layer lie in its weight.
@@ -40,39 +89,47 @@ class Channels:
         return prod(self.vector_view)
 
 
-def fold_batch_norm(model: ir.Model) -> list[str]:
+def fold_batch_norm(model: ir.Model, folded: FoldedNorms | None = None) -> list[str]:
     """Fold each constant BatchNormalization behind a layer into that layer, in place.
 
     The layer (Conv, ConvTranspose, Gemm, or MatMul of two matrices) keeps its name; its output
     takes the name of the BatchNormalization's. Behind a MatMul an Add of the shift remains, under
     the BatchNormalization's name.
 
+    Args:
+        model: what to edit.
+        folded: takes what each Conv, ConvTranspose and Gemm was before.
+
     Returns:
         A line for each BatchNormalization that is gone.
 
     Source: Jacob et al., arXiv:1712.05877, section 3.2.
     """
-    lines = _fold_followers(model, _batch_norm)
+    lines = _fold_followers(model, _batch_norm, folded)
     return lines + _fold_batch_norm_into_matmul(model)
 
 
-def fold_scale_and_shift(model: ir.Model) -> list[str]:
+def fold_scale_and_shift(model: ir.Model, folded: FoldedNorms | None = None) -> list[str]:
     """Fold Mul, Add and Sub by a constant per channel into the layer before, in place.
 
     Layers are Conv, ConvTranspose and Gemm. A MatMul stays as it is: its Add becomes a Gemm in
     onnxruntime only where that is faster.
 
+    Args:
+        model: what to edit.
+        folded: BatchNormalizations that layers absorbed before, to be kept up to date.
+
     Returns:
         A line for each node that is gone.
     """
-    return _fold_followers(model, _scale_or_shift)
+    return _fold_followers(model, _scale_or_shift, folded)
 
 
-Reader = Callable[[Constants, ir.Node, ir.Value, int, int], Affine | None]
+Reader = Callable[[Constants, ir.Node, ir.Value, int, int], Affine | Normalization | None]
 
 
-def _fold_followers(model: ir.Model, read: Reader) -> list[str]:
-    """Let layers absorb, in place, followers that ``read`` knows as an Affine."""
+def _fold_followers(model: ir.Model, read: Reader, folded: FoldedNorms | None) -> list[str]:
+    """Let layers absorb, in place, followers that ``read`` knows."""
     lines: list[str] = []
     if opset_of(model, "") < BROADCASTING:
         return lines
@@ -82,20 +139,34 @@ def _fold_followers(model: ir.Model, read: Reader) -> list[str]:
             continue
         while (follower := _sole_reader(node)) is not None:
             line = f"{label(follower)}: folded into {label(node)}"
-            if not _absorb_follower(constants, node, follower, read):
+            if not _absorb_follower(constants, node, follower, read, folded):
                 break
             lines.append(line)
     return lines
 
 
-def _absorb_follower(constants: Constants, node: ir.Node, follower: ir.Node, read: Reader) -> bool:
-    weight = constants.array(node.inputs[1]) if constants.is_float(node.inputs[1]) else None
+def _absorb_follower(
+    constants: Constants,
+    node: ir.Node,
+    follower: ir.Node,
+    read: Reader,
+    folded: FoldedNorms | None,
+) -> bool:
+    weight = constants.tensor(node.inputs[1]) if constants.is_float(node.inputs[1]) else None
     if weight is None or follower.domain:
         return False
-    channels = _channels(node, weight.shape)
-    affine = read(constants, follower, node.outputs[0], weight.ndim, channels.count)
+    shape = tuple(weight.shape.numpy())
+    channels = _channels(node, shape)
+    found = read(constants, follower, node.outputs[0], len(shape), channels.count)
+    affine = found.affine if isinstance(found, Normalization) else found
+    bias = constants.floats(node.inputs[2]) if len(node.inputs) > 2 else None
     if affine is None or not _absorb(constants, node, channels, affine):
         return False
+    if folded is not None and isinstance(found, Normalization):
+        mean = found.mean if bias is None else found.mean - bias.reshape(-1)
+        folded[node] = Folded(weight, replace(found, mean=mean))
+    elif folded is not None and node in folded:
+        folded[node] = folded[node].then(affine)
     _splice_out(constants, follower, node.outputs[0])
     return True
 
@@ -160,7 +231,7 @@ def _absorb(constants: Constants, node: ir.Node, channels: Channels, affine: Aff
     if values[1] is not None:
         constants.replace(node, 2, vector)
     elif vector.any():
-        _add_bias(constants, node, vector)
+        add_bias(constants, node, vector)
     return True
 
 
@@ -183,7 +254,8 @@ def _narrowed(constants: Constants, like: ir.Value | None, array: Array) -> Arra
     return narrow if np.isfinite(narrow.astype(np.float64)).all() else None
 
 
-def _add_bias(constants: Constants, node: ir.Node, bias: Array) -> None:
+def add_bias(constants: Constants, node: ir.Node, bias: Array) -> None:
+    """Give a layer without a bias one, in place."""
     assert isinstance(node.graph, ir.Graph)
     assert node.inputs[1] is not None
     weight = node.inputs[1].name or ""
@@ -195,7 +267,7 @@ def _add_bias(constants: Constants, node: ir.Node, bias: Array) -> None:
 
 def _batch_norm(
     constants: Constants, node: ir.Node, value: ir.Value, rank: int, count: int
-) -> Affine | None:
+) -> Normalization | None:
     del rank
     further = any(v.name or v.uses() for v in node.outputs[1:])  # until opset 13: training
     if node.op_type != "BatchNormalization" or node.inputs[0] is not value or further:
@@ -206,11 +278,17 @@ def _batch_norm(
     gamma, beta, mean, variance = (None if p is None else p.reshape(-1) for p in parameters)
     if gamma is None or beta is None or mean is None or variance is None:
         return None
-    deviation_squared = variance + _float(node, "epsilon", 1e-5)
-    if gamma.size != count or not (deviation_squared > 0).all():
+    epsilon = _float(node, "epsilon", 1e-5)
+    if gamma.size != count or not (variance + epsilon > 0).all():
         return None
-    scale = gamma / np.sqrt(deviation_squared)
-    return Affine(scale, beta - mean * scale)
+    return Normalization(
+        gamma=gamma,
+        beta=beta,
+        mean=mean,
+        variance=variance,
+        epsilon=epsilon,
+        momentum=_float(node, "momentum", 0.9),
+    )
 
 
 def _scale_or_shift(
@@ -261,9 +339,10 @@ def _absorb_scale(constants: Constants, node: ir.Node, norm: ir.Node) -> bool:
     weight = constants.floats(node.inputs[1])
     if weight is None or weight.ndim != 2 or norm.domain:
         return False
-    affine = _batch_norm(constants, norm, node.outputs[0], 2, weight.shape[1])
-    if affine is None:
+    found = _batch_norm(constants, norm, node.outputs[0], 2, weight.shape[1])
+    if found is None:
         return False
+    affine = found.affine
     scaled = _scaled(constants, node.inputs[1], _channels(node, weight.shape), affine.scale)
     shift = _narrowed(constants, node.inputs[1], affine.shift)
     if scaled is None or shift is None:

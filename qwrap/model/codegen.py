@@ -19,6 +19,7 @@ from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
+from qwrap.model.substitute import Substitute
 from qwrap.model.tensors import converted
 from qwrap.model.values import is_flow
 from qwrap.model.writer import Writer
@@ -48,6 +49,7 @@ def generate(
     layout: Layout,
     program: Program,
     attached: Mapping[Point, str],
+    replaced: Mapping[str, tuple[str, Substitute]],
     known: Mapping[Path, Code] | None = None,
 ) -> list[Code]:
     """Return the code of all Blocks for ``program``, the root last.
@@ -57,10 +59,11 @@ def generate(
         program: what sits on its points. A tap that is in ``attached`` is called as the submodule
             of that name under ``taps`` of the Block it belongs to.
         attached: point -> name of the attached module there.
+        replaced: node key -> its substitute, and the name of that under ``substitutes``.
         known: code for another program of the same layout; returned as it is where nothing in the
             Block differs.
     """
-    parts = _Parts(layout, program, attached, known or {})
+    parts = _Parts(layout, program, attached, replaced, known or {})
     parts.write(layout.region)
     return parts.done
 
@@ -81,11 +84,13 @@ class _Parts:
         layout: Layout,
         program: Program,
         attached: Mapping[Point, str],
+        replaced: Mapping[str, tuple[str, Substitute]],
         known: Mapping[Path, Code],
     ) -> None:
         self._layout, self._program, self._attached = layout, program, attached
+        self._replaced = replaced
         self._borders, self._known = Borders(layout), known
-        self._sitting = _sitting(layout, program, attached)
+        self._sitting = _sitting(layout, program, attached, replaced)
         self.done: list[Code] = []
 
     def write(self, region: Region) -> Code:
@@ -97,7 +102,13 @@ class _Parts:
         code = self._known.get(region.path)
         if code is None or not _are_same(code.depends, depends):
             code = _BlockWriter(
-                self._layout, self._borders, self._program, self._attached, region, devices
+                self._layout,
+                self._program,
+                self._attached,
+                region,
+                self._replaced,
+                self._borders,
+                devices,
             ).write(depends)
         self.done.append(code)
         return code
@@ -110,7 +121,10 @@ def _are_same(some: Sequence[Dependency], others: Sequence[Dependency]) -> bool:
 
 
 def _sitting(
-    layout: Layout, program: Program, attached: Mapping[Point, str]
+    layout: Layout,
+    program: Program,
+    attached: Mapping[Point, str],
+    replaced: Mapping[str, tuple[str, Substitute]],
 ) -> dict[Path, list[Dependency]]:
     """Return path -> what sits in the Block there."""
     found: dict[Path, list[Dependency]] = {}
@@ -120,10 +134,14 @@ def _sitting(
             path = layout.points.get(point)  # None: nothing ever passes there
             if path is not None:
                 found.setdefault(path, []).append(((kind, point, attached.get(point)), thing))
-    for key, kernel in program.kernels.items():
+    on_nodes: list[tuple[str, Dependency]] = [
+        *((key, (("kernel", key), kernel)) for key, kernel in program.kernels.items()),
+        *((key, (("substitute", key, name), module)) for key, (name, module) in replaced.items()),
+    ]
+    for key, dependency in on_nodes:
         node = layout.graph.nodes.get(key)
         if node is not None and node in layout.homes:
-            found.setdefault(layout.homes[node], []).append((("kernel", key), kernel))
+            found.setdefault(layout.homes[node], []).append(dependency)
     return found
 
 
@@ -142,13 +160,14 @@ class _BlockWriter(Writer):
     def __init__(
         self,
         layout: Layout,
-        borders: Borders,
         program: Program,
         attached: Mapping[Point, str],
         region: Region,
+        replaced: Mapping[str, tuple[str, Substitute]],
+        borders: Borders,
         devices: Mapping[Path, bool],
     ) -> None:
-        super().__init__(layout, program, attached, region)
+        super().__init__(layout, program, attached, region, replaced)
         self.borders, self.devices = borders, devices
 
     # --- regions and bodies ----------------------------------------------------------------------
@@ -261,13 +280,19 @@ class _BlockWriter(Writer):
         graph, values = self.layout.graph, self.layout.values
         key = graph.node_key(node)
         operator = values.operators[key]
-        arguments = [self._argument(node, i) for i in range(len(node.inputs))]
+        replaced = key in self.program.kernels
+        name, substitute = ("", None) if replaced else self.replaced.get(key, ("", None))
+        raw = () if substitute is None else substitute.indices
+        arguments = [self._argument(node, i, is_raw=i in raw) for i in range(len(node.inputs))]
         while arguments and arguments[-1] == "None":
             arguments.pop()
-        replaced = key in self.program.kernels
         if replaced:
-            name = f"kernel_{len(self.namespace)}"
-            self.namespace[name] = self.program.kernels[key]
+            name = self.bind("kernel", self.program.kernels[key])
+        elif substitute is not None:
+            taps = ", ".join(self._use_tap(key, i) or "None" for i in raw)
+            function = self.function(operator.function)
+            arguments = [function, f"[{taps}]", *arguments, *self._keywords(node, operator)]
+            name = self.substitute(key)
         else:
             name = self.function(operator.function)
             arguments += self._keywords(node, operator)
@@ -318,7 +343,8 @@ class _BlockWriter(Writer):
         is_float = isinstance(value, torch.Tensor) and value.dtype == torch.float32
         return converted(value, dtype) if is_float else value
 
-    def _argument(self, node: ir.Node, index: int) -> str:
+    def _argument(self, node: ir.Node, index: int, *, is_raw: bool = False) -> str:
+        """Return the text of an input; if ``is_raw``, of what is stored for it."""
         value = node.inputs[index]
         if value is None:
             return "None"
@@ -327,7 +353,16 @@ class _BlockWriter(Writer):
             return literal(number)
         if self.layout.is_host_use(node, index):
             return self.number(value)
-        text = self.tensor(value)
-        point = UsePoint(self.layout.graph.node_key(node), index)
+        text, key = self.tensor(value), self.layout.graph.node_key(node)
+        if is_raw:
+            return text
+        if key in self.replaced and index in self.replaced[key][1].indices:
+            text = f"{self.substitute(key)}.made({index}, {text})"
+        tap = self._use_tap(key, index)
+        return text if tap is None else f"{tap}({text})"
+
+    def _use_tap(self, node: str, index: int) -> str | None:
+        """Return the text of what sits on an input of a node."""
+        point = UsePoint(node, index)
         tap = self.program.taps.get(point)
-        return text if tap is None else f"{self.tap(point, tap)}({text})"
+        return None if tap is None else self.tap(point, tap)

@@ -51,7 +51,7 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
     """
     changed: dict[str, ir.TensorProtocol] = {}
     for key in model.layout.slots:
-        tensor, original = model.stored(key), model.layout.values.stored[key]
+        tensor, original = model.deployed(key), model.layout.values.stored[key]
         assert tensor is not None
         if is_untouched(tensor, original):
             continue

@@ -168,9 +168,11 @@ def _attribute(part: str) -> str:
 DEEPEST = 32  # modules in modules; torch walks them recursively
 RESERVED = frozenset((
     *dir(nn.Module()),
-    *("_compile", "_file", "_run", "namespace", "set_code", "source", "taps"),  # of Block
+    *("_compile", "_file", "_run", "namespace", "set_code", "source"),  # of Block
+    *("taps", "substitutes"),
     *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
-    *("loaded_opset", "origin", "output_names", "plan", "quantization", "samples"),
+    *("assign", "deployed", "kernels", "origin", "put_substitutes", "remade"),
+    *("loaded_opset", "output_names", "plan", "replaced", "substitute", "quantization", "samples"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
     *(
         "_add_blocks",

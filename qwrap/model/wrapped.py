@@ -20,6 +20,7 @@ from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.settings import LoadSettings
+from qwrap.model.substitute import Substitute
 from qwrap.model.tensors import WeightReader, converted
 from qwrap.ops.element_types import TORCH_DTYPES
 
@@ -41,6 +42,8 @@ class WrappedModel(Block):
         config: what it was asked for, None before.
         samples: what calibration kept of its data, None before; not part of a copy or pickle.
         kernels: node key -> what ``attach`` was given to compute it, unless a program runs.
+        replaced: node key -> where its ``Substitute`` is, if it has one.
+        remade: value key of what a ``Substitute`` makes -> which input of which node it is.
         origin: what knows the quantized file that it came from, None for others.
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
@@ -57,6 +60,8 @@ class WrappedModel(Block):
         self.before_loading: Callable[[WrappedModel, Mapping[str, Any]], None] | None = None
         self.attached: dict[Point, tuple[Path, str]] = {}
         self.kernels: dict[str, Callable[..., Any]] = {}
+        self.replaced: dict[str, tuple[Path, str]] = {}
+        self.remade: dict[str, tuple[str, int]] = {}
         self._program: Program | None = None
         self._written: dict[Path, Code] = {}  # what the Blocks run now
         self.layout = Layout(graph, settings or LoadSettings())
@@ -84,6 +89,23 @@ class WrappedModel(Block):
         slot = self.layout.slots.get(value)
         return None if slot is None else self._get(slot)
 
+    @torch.no_grad()
+    def deployed(self, value: str) -> Tensor | None:
+        """Return initialiser ``value`` as the graph would have it now, None if none is stored.
+
+        It is what is ``stored``, or what a ``Substitute`` makes of that.
+        """
+        tensor, (key, index) = self.stored(value), self.remade.get(value, ("", 0))
+        return self.substitute(key).made(index, tensor) if key and tensor is not None else tensor
+
+    @torch.no_grad()
+    def assign(self, value: str, tensor: Tensor) -> None:
+        """Let ``deployed(value)`` be ``tensor``, in place, to rounding where a substitute is."""
+        stored, (key, index) = self.stored(value), self.remade.get(value, ("", 0))
+        if stored is None:
+            raise ModelError(f"{value!r}: the model stores no such initialiser")
+        stored.copy_(self.substitute(key).unmade(index, tensor) if key else tensor)
+
     def rewrite(self, graph: OnnxGraph, keep: Collection[str]) -> None:
         """Become the module of another graph, in place.
 
@@ -96,7 +118,7 @@ class WrappedModel(Block):
             delattr(self, name)
         self.graph, self.layout = graph, layout
         self.attached, self._program, self.programs, self._written = {}, None, {}, {}
-        self.kernels = {}
+        self.kernels, self.replaced, self.remade = {}, {}, {}
         self.plan = self.config = self.samples = self.origin = self.before_loading = None
         self._build(kept)
 
@@ -168,13 +190,8 @@ class WrappedModel(Block):
         self._detach()
         for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
             block = self._module_at(homes[point])
-            if "taps" not in block._modules:
-                block.add_module("taps", nn.ModuleDict())
-            holder = block.taps
-            assert isinstance(holder, nn.ModuleDict)
-            name = _tap_name(point, holder)
-            holder[name] = module
-            self.attached[point] = (homes[point], name)
+            text = point.value if isinstance(point, ValuePoint) else f"{point.node}:{point.index}"
+            self.attached[point] = (homes[point], _hold(block, "taps", text, module))
         self.kernels = dict(kernels or {})
         self._generate()
 
@@ -187,6 +204,32 @@ class WrappedModel(Block):
         """Return the module attached to ``point``."""
         path, name = self.attached[point]
         return self.get_submodule(".".join((*path, "taps", name)))
+
+    def put_substitutes(self, substitutes: Mapping[str, Substitute]) -> None:
+        """Let ``substitutes`` compute the nodes with these keys, in place, and none any others.
+
+        What is stored for the inputs they make is not changed. Each becomes a submodule under
+        ``substitutes`` of the Block that runs it.
+        """
+        for path in {path for path, _ in self.replaced.values()}:
+            del self._module_at(path)._modules["substitutes"]
+        self.replaced, self.remade = {}, {}
+        for key, module in sorted(substitutes.items()):
+            node = self.graph.nodes[key]
+            path = self.layout.homes[node]
+            self.replaced[key] = path, _hold(self._module_at(path), "substitutes", key, module)
+            for index in module.indices:
+                value = node.inputs[index] if len(node.inputs) > index else None
+                if value is not None:
+                    self.remade[self.graph.key(value)] = key, index
+        self._generate()
+
+    def substitute(self, node: str) -> Substitute:
+        """Return the substitute for a node that has one."""
+        path, name = self.replaced[node]
+        found = self.get_submodule(".".join((*path, "substitutes", name)))
+        assert isinstance(found, Substitute)
+        return found
 
     @contextmanager
     def running(self, program: str | Program) -> Iterator[None]:
@@ -228,7 +271,8 @@ class WrappedModel(Block):
 
     def _generate(self) -> None:
         names = {point: name for point, (_, name) in self.attached.items()}
-        for code in generate(self.layout, self.program, names, self._written):
+        replaced = {key: (name, self.substitute(key)) for key, (_, name) in self.replaced.items()}
+        for code in generate(self.layout, self.program, names, replaced, self._written):
             if self._written.get(code.path) is code:
                 continue
             block = self._module_at(code.path)
@@ -335,9 +379,14 @@ def _check_other(name: str, value: object, expected: ValueType) -> None:
         raise InputError(f"input {name!r}: expected {what}, got {type(value).__name__}")
 
 
-def _tap_name(point: Point, holder: nn.ModuleDict) -> str:
-    text = point.value if isinstance(point, ValuePoint) else f"{point.node}:{point.index}"
+def _hold(block: nn.Module, kind: str, text: str, module: nn.Module) -> str:
+    """Put ``module`` into the ModuleDict ``kind`` of ``block``; return its name there."""
+    if kind not in block._modules:
+        block.add_module(kind, nn.ModuleDict())
+    holder = getattr(block, kind)
+    assert isinstance(holder, nn.ModuleDict)
     name = text.replace(".", "_").replace('"', "_").replace("\\", "_").replace("\n", "_")
     while not name or name in holder or hasattr(holder, name):
         name += "_"
+    holder[name] = module
     return name

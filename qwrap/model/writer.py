@@ -17,6 +17,7 @@ from qwrap.model.expressions import access, comment, literal
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, Program, ValuePoint
 from qwrap.model.scopes import Region
+from qwrap.model.substitute import Substitute
 from qwrap.model.tensors import to_torch
 from qwrap.ops.element_types import TORCH_DTYPES
 
@@ -47,6 +48,7 @@ class Writer:
         program: what sits on its points.
         attached: point -> name of the module attached there.
         region: the nodes of the Block.
+        replaced: node key -> its substitute, and the name of that in the Block.
         lines: what is written so far.
         namespace: the names it uses.
         buffers: attribute name -> constant tensor, not part of the ``state_dict``.
@@ -59,6 +61,7 @@ class Writer:
     program: Program
     attached: Mapping[Point, str]
     region: Region
+    replaced: Mapping[str, tuple[str, Substitute]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     namespace: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -127,6 +130,10 @@ class Writer:
         if point in self.attached and isinstance(tap, torch.nn.Module):
             return f"self.taps[{self.attached[point]!r}]"
         return self.bind("tap", tap)
+
+    def substitute(self, node: str) -> str:
+        """Return the text of the substitute for a node."""
+        return f"self.substitutes[{self.replaced[node][0]!r}]"
 
     def bind(self, what: str, thing: object) -> str:
         """Return a new name for an object."""

@@ -16,6 +16,7 @@ from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import keeping
 from qwrap.quant.early_stop import WIDENING, EarlyStop
+from qwrap.quant.live import end_watching, merge_live, watch_unknown
 from qwrap.quant.observe.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
 from qwrap.quant.prepare import (
     config_of,
@@ -183,6 +184,7 @@ def calibrating(
         if given is not None:
             restore(model, given, is_fresh=not is_first(group))
         set_mode(model, "observe")
+        watch_unknown(model)
         with session.watching(), keeping(model, config_of(model).kept_samples):
             yield
         _merge_ranks(model, group)
@@ -222,6 +224,7 @@ def _start_afresh(model: WrappedModel) -> None:
         observer = new_observer(stub.name, config_of(model), stub.spec.axis)
         stub.forget(None if stub.observer is None else observer)
     model.samples = None
+    end_watching(model, use=False)
     set_mode(model, "float")
 
 
@@ -232,12 +235,15 @@ def _merge_ranks(model: WrappedModel, group: ProcessGroup | None) -> None:
         home, decisions = watched[0][0].scale.device, decisions_of(model)
         merge_ranks([observer for _, observer in watched], home, group)
         decisions.batches = sum_over_ranks(decisions.batches, home, group)
+    if is_distributed(group):
+        merge_live(model, group)
 
 
 def _finish(model: WrappedModel, group: ProcessGroup | None) -> None:
     watching = observers(model).values()
     if watching and not any(observer.seen for observer in watching):
         raise NotCalibratedError("no data ran through the model; give at least one batch")
+    end_watching(model, use=True)
     leave_out_problems(model)
     fix_scales(model, group=group)
     set_mode(model, "quantize")

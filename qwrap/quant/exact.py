@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
+from qwrap.model.operators import function_of_node
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
@@ -71,6 +72,10 @@ class _Lowering:
             in_kernel = isinstance(point, UsePoint) and self._is_weight(point, kernels)
             if not on_output and not in_kernel:
                 taps[point] = self.model.tap(point)
+        for key in self.model.replaced.keys() - kernels.keys():  # as deployed, in training mode too
+            function = function_of_node(self.model, key)
+            assert function is not None
+            kernels[key] = function
         return Program(taps=taps, kernels=kernels)
 
     def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
@@ -146,7 +151,7 @@ class _Lowering:
         """Return the weight's codes minus zero point, and its scale."""
         key = self.graph.node_key(node)
         stub = self._stub(UsePoint(key, 1))
-        value = self.model.stored(self.plan.constants[key, 1].value)
+        value = self.model.deployed(self.plan.constants[key, 1].value)
         assert value is not None
         qparams = stub.qparams
         codes = quantize(value, qparams, stub.grid)
@@ -158,7 +163,7 @@ class _Lowering:
             return None
         stub, value = (
             self.model.tap(UsePoint(*point)),
-            self.model.stored(self.plan.biases[point].value),
+            self.model.deployed(self.plan.biases[point].value),
         )
         assert isinstance(stub, BiasStub)
         assert value is not None

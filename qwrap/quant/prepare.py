@@ -14,6 +14,7 @@ from torch import nn
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.canonical import canonicalize
+from qwrap.graph.fold import FoldedNorms
 from qwrap.graph.index import OnnxGraph, opset_of
 from qwrap.graph.pads import fold_pads
 from qwrap.model.materialize import materialize
@@ -24,6 +25,7 @@ from qwrap.quant.bounds import bounds_of
 from qwrap.quant.clamp import Clamp
 from qwrap.quant.exact import exact_program
 from qwrap.quant.functions import check_functions
+from qwrap.quant.live import LivePlan, keep, live_notes, plan_live, put_live
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement.opsets import let_carry
 from qwrap.quant.placement.place import place
@@ -56,16 +58,19 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
         )
     config = copy.deepcopy(config) if config else QConfig()
     draft = materialize(model, lasting=True)  # it stays what the float model is held against
-    before = {name: id(v.const_value) for name, v in draft.graph.initializers.items()}
+    before = {name: v.const_value for name, v in draft.graph.initializers.items()}
     changes = let_carry(draft, config)
     check_functions(config, opset_of(draft, ""))
-    changes += canonicalize(draft) + fold_pads(draft, model.layout.values.constants)
-    kept = {
-        name
-        for name, v in draft.graph.initializers.items()
-        if before.get(name) == id(v.const_value)
-    }
+    folded: FoldedNorms = {}
+    changes += canonicalize(draft, folded) + fold_pads(draft, model.layout.values.constants)
+    live = LivePlan()
+    if config.bn == "live":
+        live = plan_live(model, draft, folded, before)
+    kept = {n for n, v in draft.graph.initializers.items() if before.get(n) is v.const_value}
+    kept = (kept - model.remade.keys()) | live.weights
     model.rewrite(OnnxGraph(draft, model.graph.source), kept)
+    put_live(model, live)
+    changes += live.changes
     plan = place(model.layout, config)
     plan.changes = changes
     install(model, plan, config)
@@ -89,7 +94,8 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         assert isinstance(activation, Stub)
         assert isinstance(weight, Stub)
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
-    decisions = Decisions(plan.without, *_left_out(model, stubs.values()))
+    decisions = Decisions(plan.without, *_left_out(model, stubs.values()), model.replaced)
+    plan.notes += live_notes(model)
     device = next((p.device for p in model.parameters()), None)
     model.attach(
         {point: stub.to(device) for point, stub in stubs.items()},
@@ -108,6 +114,7 @@ class Decisions(nn.Module):
         without: node key -> why the node was returned to float.
         batches: how many the observers saw.
         left_out: tensor -> observer, of those that nothing quantizes since then.
+        live: keys of the nodes that have a batch normalization.
     """
 
     def __init__(
@@ -115,20 +122,27 @@ class Decisions(nn.Module):
         without: Mapping[str, str],
         left_out: Mapping[str, Observer] | None = None,
         batches: int = 0,
+        live: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        self.without, self.batches = dict(without), batches
+        self.without, self.batches, self.live = dict(without), batches, sorted(live)
         self.left_out = dict(left_out or {})
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the decisions, and the statistics of what was left out."""
         left_out = {name: found.get_extra_state() for name, found in self.left_out.items()}
-        return {"without": dict(self.without), "batches": self.batches, "left_out": left_out}
+        return {
+            "without": dict(self.without),
+            "batches": self.batches,
+            "left_out": left_out,
+            "live": list(self.live),
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over saved decisions, which ``follow_saved_decisions`` has carried out by now."""
         self.without, self.batches = dict(state["without"]), state["batches"]
         self.left_out = {name: _restored(name, saved) for name, saved in state["left_out"].items()}
+        self.live = list(state.get("live", ()))
 
 
 def _restored(name: str, state: dict[str, Any]) -> Observer:
@@ -192,9 +206,19 @@ def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
 
 def follow_saved_decisions(model: WrappedModel, state: Mapping[str, Any]) -> None:
     """Put stubs where the model had them whose ``state_dict`` is about to be loaded, in place."""
-    without = state.get("quantization._extra_state", {}).get("without", {})
+    saved = state.get("quantization._extra_state", {})
+    live = saved.get("live", decisions_of(model).live)
+    if live != decisions_of(model).live:
+        keep_live(model, live)
+    without = saved.get("without", {})
     if without != plan_of(model).without:
         place_without(model, without)
+
+
+def keep_live(model: WrappedModel, nodes: Iterable[str]) -> None:
+    """Let exactly ``nodes`` have a batch normalization, in place; new ones change nothing."""
+    keep(model, nodes)
+    decisions_of(model).live = sorted(model.replaced)
 
 
 def _clamps(

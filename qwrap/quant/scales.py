@@ -34,7 +34,7 @@ Way = tuple[str, float]
 
 def stored(model: WrappedModel, value: str) -> Tensor:
     """Return a constant of the model as it is now."""
-    tensor = model.stored(value)
+    tensor = model.deployed(value)
     assert tensor is not None
     return tensor
 

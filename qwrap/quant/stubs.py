@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
-from qwrap.learned import Grid, keep_in_graph, learned_fake_quantize
+from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
 from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
-from qwrap.quant.follow import range_now
+from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
 from qwrap.quant.learners import LEARNERS, Kind, rule
 from qwrap.quant.observe.observers import Observer
@@ -220,7 +220,7 @@ class Stub(Switch):
     def forward(self, x: Tensor) -> Tensor:
         """Observe, quantize or pass on ``x``."""
         if self.mode == "quantize":
-            if self.following and self.training:
+            if self.following and self.training and not is_repeated():
                 self._follow(x)
             return self._quantized(x)
         if self.mode == "observe" and self.observer is not None:
@@ -240,10 +240,10 @@ class Stub(Switch):
         learns = [*self._learns().values()]
         if any(learns):
             by = rule(LEARNERS[self.training_by], grid, self.scale_limit, learns)
-        value = self._hold(x, grid) if self.stored else None
-        return learned_fake_quantize(x, grid, parameters, by, value)
+        known = self._hold(x, grid) if self.stored else None
+        return learned_fake_quantize(x, grid, parameters, by, known)
 
-    def _hold(self, x: Tensor, grid: Grid) -> Tensor | None:
+    def _hold(self, x: Tensor, grid: Grid) -> Known | None:
         """Return a constant rounded once for all forward passes until it or its scale changes."""
         parts = [self.initial_scale, self.initial_zero_point, *self.trained().values()]
         if not all(map(Held.is_possible, (x, *parts))):
@@ -251,7 +251,7 @@ class Stub(Switch):
         if self._held is None or not self._held.is_of(x, parts):
             with torch.no_grad():
                 self._held = Held.of(x, grid, parts)
-        return self._held.value
+        return self._held.known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}

@@ -20,9 +20,9 @@ def roundings(monkeypatch):
     """Counts how often a constant is rounded."""
     calls = []
 
-    def counted(*args):
+    def counted(*args, **settings):
         calls.append(None)
-        return rounded(*args)
+        return rounded(*args, **settings)
 
     rounded = held.rounded
     monkeypatch.setattr(held, "rounded", counted)

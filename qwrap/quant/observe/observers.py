@@ -199,6 +199,13 @@ class Observer(nn.Module):
     def _take(self, x: Tensor, exponent: Tensor | int, usable: Tensor | None) -> None:
         """Take in the usable values, None for all, below ``2^exponent`` in each channel."""
 
+    def take_ends(self, batch: Observer) -> None:
+        """Take in the ends of one batch and how many values it had, and no more, in place."""
+        ends = batch.ends.tensors()
+        if ends is not None:
+            self.ends.take(ends[0])
+        self._count(batch)
+
     def merge(self, other: Observer) -> None:
         """Take what ``other`` has seen into the statistic, in place.
 
@@ -209,6 +216,9 @@ class Observer(nn.Module):
         """
         self._check_mergeable(other)
         self.ends.merge(other.ends)
+        self._count(other)
+
+    def _count(self, other: Observer) -> None:
         self.seen += other.seen
         if other.left_out is not None:
             found = other.left_out

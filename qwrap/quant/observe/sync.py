@@ -72,6 +72,21 @@ def merge_ranks(
         _merge_counts(reached, ranks)
 
 
+def merge_extremes(observer: Observer, channels: int, home: torch.device) -> None:
+    """Give an observer the extremes that its counterparts on all ranks saw, in place.
+
+    That is one reduction of two numbers for each channel, without any check that ranks agree.
+
+    Args:
+        observer: what may have seen nothing here.
+        channels: how many it has.
+        home: the device of the model.
+    """
+    if is_distributed():
+        observer.reserve(channels, home)
+        _merge_extremes([observer], _Ranks(home, None))
+
+
 class _Ranks:
     """Packs many tensors into few reductions."""
 

@@ -292,7 +292,7 @@ def _weights(model: WrappedModel) -> dict[str, str]:
 
 
 def _weight_text(model: WrappedModel, key: str, original: ir.TensorProtocol) -> str:
-    tensor = model.stored(key)
+    tensor = model.deployed(key)
     if tensor is None or is_untouched(tensor, original):
         return _tensor_text(original)
     shape = ValueType(original.dtype, tuple(tensor.shape))
