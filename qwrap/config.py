@@ -171,7 +171,8 @@ class QConfig:
             clip of an activation is learned, from what it cuts off. "tqt": powers of two, learned
             in the log domain; what "lsq" means for a spec with such scales. Scales that a kernel or
             the user dictates, of tables that are looked up in and of types that are functions stay
-            fixed.
+            fixed; so do, where nothing else is said for the tensor, those learned of graph inputs
+            with 8 bits or more, whose gradient would cost a product in the first layer.
         bn: "fold" BatchNormalization into the layer before it, or keep it "live" in training: what
             is quantized is the folded weight.
         first_last_8bit: keep layers that no other quantized one is in front of, or none behind, at
