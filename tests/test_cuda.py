@@ -92,3 +92,12 @@ def test_algorithms_and_a_training_step_run(data) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_fine_tuning_runs_where_the_model_is(data) -> None:
+    model = calibrated("cuda", data)
+    report = qwrap.finetune(
+        model, data, steps=4, evaluate=1, autocast=torch.bfloat16, progress=False
+    )
+    assert len(report.history) == 5
+    assert all(parameter.is_cuda for parameter in model.parameters())

@@ -36,7 +36,7 @@ def finetune(
     epochs: int | None = None,
     loss: Measure | Mapping[str, Measure] | Distillation = "mse",
     lr: float | None = None,
-    scale_lr: float | None = 1e-3,
+    scale_lr: float | None = 3e-3,
     zero_point_lr: float | None = None,
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.Adam,
@@ -78,8 +78,8 @@ def finetune(
             tensors, masks or teachers a ``Distillation`` of ``model``.
         lr: learning rate of weights; None goes by the distance between their codes, see
             ``weight_rate``: about 1e-5 with 8 bits and 1e-4 with 4.
-        scale_lr: learning rate of scales, which is relative: a thousandth of a scale in each step
-            of Adam. None for ``lr``.
+        scale_lr: learning rate of scales, which is relative: three thousandths of a scale in each
+            step of Adam. None for ``lr``.
         zero_point_lr: that of zero points (lsq+), None for ``scale_lr``.
         weight_decay: as in ``param_groups``.
         optimizer: makes an optimizer from parameter groups, as in
