@@ -121,8 +121,7 @@ def test_live_batch_normalization_keeps_its_statistics(small, data) -> None:
     qwrap.calibrate(model, data, progress=False)
     before = state(model)
     ((_, layer),) = live_layers(model)
-    report = quiet(model, data, steps=60, lr=1e-4, scale_lr=1e-3)
-    assert report.improved
+    quiet(model, data, steps=10, held_out=0)
     assert not layer.frozen
     after = state(model)
     same = {name for name, x in before.items() if "running" in name and torch.equal(x, after[name])}
