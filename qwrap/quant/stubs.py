@@ -194,6 +194,9 @@ class Stub(Switch):
         if scale.isnan().any():
             raise NotCalibratedError(
                 f"tensor {self.name!r} has no scale yet; run qwrap.calibrate() first"
+                if self.initial_scale.isnan().any()
+                else f"tensor {self.name!r}: its scale has become NaN in training; look for NaN in "
+                "the loss, or give scales a lower learning rate"
             )
         return QParams(scale, zero_point, self.spec.axis, self.spec.block_size)
 
