@@ -12,8 +12,10 @@ import torch
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.load import Source
+from qwrap.importing.calls import is_call
 from qwrap.importing.importer import import_quantized
 from qwrap.importing.lift import lift as lift_operators
+from qwrap.importing.reading import UnreadableError
 from qwrap.model.build import check_loaded, collector_paused, load_settings, read_graph
 from qwrap.model.settings import Expand
 from qwrap.model.wrapped import WrappedModel
@@ -95,8 +97,16 @@ def load(
     with collector_paused():
         notes: list[str] = []
         edit = partial(lift_operators, notes=notes) if lift else None
-        graph = read_graph(source, settings, untie=untie, edit=edit)
-        model = import_quantized(graph, settings, config, notes) if quantized == "taps" else None
+        read = partial(read_graph, source, settings, untie=untie, edit=edit)
+        graph = read(kept=is_call if quantized == "taps" else None)
+        model = None
+        if quantized == "taps":
+            try:
+                model = import_quantized(graph, settings, config, notes)
+            except UnreadableError as error:
+                notes[:] = [f"functions are computed as they stand: {error}"]
+                graph = read()
+                model = import_quantized(graph, settings, config, notes)
         if model is None:
             model = WrappedModel(graph, settings)
     check_loaded(model, parameters, untied=untie)

@@ -25,13 +25,18 @@ Wanted = Callable[[ir.Node], bool]
 Types = Mapping[ir.Value, ValueType]
 
 
-def expand_functions(model: ir.Model, wanted: Wanted) -> ir.Model:
+def _none(_: ir.Node) -> bool:
+    return False
+
+
+def expand_functions(model: ir.Model, wanted: Wanted, kept: Wanted = _none) -> ir.Model:
     """Return ``model``, or where it calls functions a copy in which they are expanded.
 
     Args:
         model: not modified.
         wanted: whether the body that the schema of a node's operator has shall replace it. Calls of
             the model's own functions are always replaced.
+        kept: but for these calls.
 
     Raises:
         ModelError: functions call each other in a circle, or mean other revisions of operators
@@ -39,11 +44,11 @@ def expand_functions(model: ir.Model, wanted: Wanted) -> ir.Model:
 
     Source: ONNX IR specification, "Functions".
     """
-    if not any(_has_body(node, model, wanted) for node in walk_nodes(model.graph)):
+    if not any(_has_body(node, model, wanted, kept) for node in walk_nodes(model.graph)):
         return model
     copy = model.clone()
     for _ in range(DEEPEST):
-        calls = [node for node in walk_nodes(copy.graph) if _has_body(node, copy, wanted)]
+        calls = [node for node in walk_nodes(copy.graph) if _has_body(node, copy, wanted, kept)]
         if not calls:
             break
         types: Types = infer_types(copy) if any(map(_needs_types, calls)) else {}
@@ -55,21 +60,20 @@ def expand_functions(model: ir.Model, wanted: Wanted) -> ir.Model:
             if function is not None:
                 _inline(node, function, copy, names)
     else:
-        raise ModelError(f"functions call each other without end: {sorted(_called(copy, wanted))}")
-    copy.functions.clear()
+        called = {n.op_type for n in walk_nodes(copy.graph) if _has_body(n, copy, wanted, kept)}
+        raise ModelError(f"functions call each other without end: {sorted(called)}")
+    used = {node.op_identifier() for node in walk_nodes(copy.graph)}
+    for identifier in copy.functions.keys() - used:
+        del copy.functions[identifier]
     return copy
-
-
-def _called(model: ir.Model, wanted: Wanted) -> set[str]:
-    return {n.op_type for n in walk_nodes(model.graph) if _has_body(n, model, wanted)}
 
 
 # --- finding functions ---------------------------------------------------------------------------
 
 
-def _has_body(node: ir.Node, model: ir.Model, wanted: Wanted) -> bool:
+def _has_body(node: ir.Node, model: ir.Model, wanted: Wanted, kept: Wanted) -> bool:
     if node.op_identifier() in model.functions:
-        return True
+        return not kept(node)
     schema = _schema(node, model)
     if schema is None or not (schema.has_function or schema.has_context_dependent_function):
         return False

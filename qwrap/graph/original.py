@@ -127,9 +127,15 @@ def _rewire(
         inputs.setdefault(node, {})[index] = names[id(tensor)]
     if inputs:
         for message, made_of in _pairs(graph.model.graph, proto.graph):
-            for index, name in inputs.get(graph.node_key(made_of), {}).items():
+            for index, name in inputs.pop(graph.node_key(made_of), {}).items():
                 message.input.extend([""] * (index + 1 - len(message.input)))
                 message.input[index] = name
+    if inputs:
+        raise ExportError(
+            f"nodes {sorted(inputs)} need tensors of their own, but the file has them in the "
+            "bodies of functions, one for all calls; inline its functions first "
+            "(onnx.inliner.inline_local_functions)"
+        )
     return pieces
 
 

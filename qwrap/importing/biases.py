@@ -9,7 +9,8 @@ from qwrap.dtypes import INT32
 from qwrap.graph.constants import label
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.reading import Reading, UnreadableError, constant_of
-from qwrap.importing.strip import Stripped, Stripper, Use, moves_reals
+from qwrap.importing.strip import Stripper
+from qwrap.importing.stripped import Stripped, Use, moves_reals
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize, quantize_bias
 from qwrap.ops.traits import WEIGHTED
@@ -58,7 +59,7 @@ def _partners(result: Stripped, node: ir.Node) -> tuple[Use, ir.Value, Use]:
             layer = layer if layer is not None and layer.op_type in PRODUCTS else None
     if layer is None:
         raise UnreadableError("its int32 codes are no bias of a layer")
-    source, weight = _source(result, layer.inputs[0]), _weight_use(result, layer)
+    source, weight = _source(result, layer.inputs[0]), result.stored_use(layer, 1)
     if source is None or weight is None:
         raise UnreadableError("activation and weight of its layer are not both quantized")
     return (user, index), source, weight
@@ -70,18 +71,6 @@ def _source(result: Stripped, value: ir.Value | None) -> ir.Value | None:
         maker = value.producer()
         value = maker.inputs[0] if maker is not None and moves_reals(maker, value) else None
     return None if value is None else result.source_of(value)
-
-
-def _weight_use(result: Stripped, layer: ir.Node) -> Use | None:
-    """Return where the stored weight of a layer is read, perhaps by what moves it first."""
-    use: Use = layer, 1
-    while use not in result.constants:
-        value = use[0].inputs[use[1]]
-        maker = None if value is None else value.producer()
-        if maker is None or value is None or not moves_reals(maker, value):
-            return None
-        use = maker, 0
-    return use
 
 
 def _check_scale(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qwrap.graph.constants import label
 from qwrap.graph.index import ValueType, walk_nodes
 from qwrap.graph.nodes import STANDARD
+from qwrap.importing.calls import FAKE_QUANTIZE, is_call, read_call
 from qwrap.importing.reading import Reading, UnreadableError, constant_of, is_quantizer, read
 from qwrap.model.attributes import attributes_of
 from qwrap.ops.traits import PASS_THROUGH
@@ -25,7 +26,7 @@ class Chain:
     """A QuantizeLinear, and all that becomes of its codes.
 
     Attributes:
-        quantizer: the node.
+        quantizer: the node, or the call of a function that dequantizes too.
         reading: how it makes codes.
         movers: nodes that move the codes.
         dequantizers: nodes that make reals of them.
@@ -58,12 +59,14 @@ class Chains:
         floats: those of constants that are stored as floats.
         stored: DequantizeLinear of constants that are stored as codes.
         notes: what stays as it is, and why.
+        calls: the same of calls of functions, which nothing computes as they stand.
     """
 
     computed: list[Chain] = field(default_factory=list)
     floats: list[Chain] = field(default_factory=list)
     stored: dict[ir.Node, Reading] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
 
 
 def find_chains(model: ir.Model, types: Types) -> Chains:
@@ -75,6 +78,9 @@ def find_chains(model: ir.Model, types: Types) -> Chains:
     """
     found, taken = Chains(), set[ir.Node]()
     for node in walk_nodes(model.graph):
+        if is_call(node):
+            _add_call(found, node, model, types)
+            continue
         reason = _add(found, node, types)
         if reason:
             found.notes.append(f"{label(node)} stays as it is: {reason}")
@@ -97,6 +103,25 @@ def _add(found: Chains, node: ir.Node, types: Types) -> str:
     except UnreadableError as error:
         return str(error)
     return ""
+
+
+def _add_call(found: Chains, node: ir.Node, model: ir.Model, types: Types) -> None:
+    """Add the call of one of qwrap's functions to ``found``, in place."""
+    value, result = node.inputs[0], node.outputs[0]
+    is_constant = constant_of(value) is not None
+    try:
+        reading = read_call(node, model, _kind(value, types))
+        if is_constant and result.is_graph_output():
+            raise UnreadableError("it makes a graph output of a constant")
+    except UnreadableError as error:
+        found.calls.append(f"{label(node)}: {error}")
+        return
+    if not is_call(node, FAKE_QUANTIZE):
+        found.stored[node] = reading
+    elif is_constant:
+        found.floats.append(Chain(node, reading))
+    else:
+        found.computed.append(Chain(node, reading))
 
 
 def _is_computed(node: ir.Node) -> bool:

@@ -9,18 +9,22 @@ import onnx_ir as ir
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
+from qwrap.export.functions import DOMAIN
 from qwrap.export.write_back import Origin, Part
-from qwrap.graph.index import OnnxGraph, ValueType, bodies
+from qwrap.graph.index import OnnxGraph, ValueType, bodies, walk_nodes
 from qwrap.importing.biases import take_biases
+from qwrap.importing.calls import is_call
 from qwrap.importing.chains import find_chains
 from qwrap.importing.plan import FilePlan
 from qwrap.importing.propagate import propagate
-from qwrap.importing.reading import Reading, Source
-from qwrap.importing.strip import Stripped, Stripper
+from qwrap.importing.reading import Reading, Source, UnreadableError, is_quantizer
+from qwrap.importing.strip import Stripper
+from qwrap.importing.stripped import Stripped
 from qwrap.model.layout import Layout
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.settings import LoadSettings
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.placement.forms import DEQUANTIZE, QUANTIZE
 from qwrap.quant.placement.overrides import apply_overrides, has_range, qparams_of
 from qwrap.quant.placement.trainable import choose_training
 from qwrap.quant.plan import QuantPlan
@@ -46,12 +50,17 @@ def import_quantized(
         notes: for the plan, beside those on what was found here.
 
     Raises:
+        UnreadableError: a call of a function that is left in the graph cannot become a stub.
         ConfigError: it is to compute in another type than float32, or a selector of ``config``
             fits nothing.
     """
+    if not any(map(_is_of_interest, walk_nodes(graph.model.graph))):
+        return None
     draft = graph.model.clone()
     twins = Twins(graph, draft)
     found = find_chains(draft, twins.types)
+    if found.calls:
+        raise UnreadableError("; ".join(found.calls))
     if not (found.computed or found.floats or found.stored):
         return None
     if settings.dtype is not None:
@@ -59,11 +68,14 @@ def import_quantized(
             f"dtype={settings.dtype}: the scales of a quantized file are those of the types it "
             "says; load it without dtype, or with quantized='nodes'"
         )
-    stripper = Stripper(draft, found, twins.types)
+    stripper = Stripper(draft, found)
     stripped = stripper.strip()
     propagate(stripped, draft)
     take_biases(stripper)
     stripper.clean_up()
+    if draft.functions:
+        draft.functions.clear()
+        draft.graph.opset_imports.pop(DOMAIN, None)
     floats = OnnxGraph(draft, graph.source)
     model = WrappedModel(floats, settings)
     _leave_out_unseen(stripped, model.layout)
@@ -80,6 +92,10 @@ def import_quantized(
         kept=dict(_kept(floats, twins)),
     )
     return model
+
+
+def _is_of_interest(node: ir.Node) -> bool:
+    return any(is_quantizer(node, kind) for kind in (QUANTIZE, DEQUANTIZE)) or is_call(node)
 
 
 class Twins:

@@ -70,8 +70,8 @@ def lift(model: ir.Model, notes: list[str]) -> ir.Model:
     QLinearConv and its kind become the operator on reals, with a DequantizeLinear on each operand
     and a QuantizeLinear on the result, whose output has the name that the codes had. onnxruntime
     fuses them as it does the pairs of its own tool. As written, products and sums are rounded once
-    to float32 where the kernels rescale integers: codes next to a tie may move by one, and those of
-    Softmax, whose kernel rounds one over the scale down, and of GlobalAveragePool, too.
+    to float32 where the kernels rescale integers: codes next to a tie may move by one, and those
+    of Softmax, whose kernel rounds one over the scale down, and of GlobalAveragePool, too.
 
     Args:
         model: not modified.

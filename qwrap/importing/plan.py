@@ -9,8 +9,9 @@ import onnx_ir as ir
 import torch
 
 from qwrap.config import QuantSpec
-from qwrap.dtypes import INT8
-from qwrap.importing.strip import Stored, Stripped, Tap
+from qwrap.dtypes import INT8, integer_type
+from qwrap.graph.nodes import STANDARD
+from qwrap.importing.stripped import Stored, Stripped, Tap
 from qwrap.model.layout import Layout
 from qwrap.numerics import QParams
 from qwrap.ops.traits import OUTPUT_RANGES, WEIGHTED
@@ -134,8 +135,8 @@ class FilePlan:
 
     def _weighted(self, node: ir.Node) -> NodePlan | None:
         """Return the plan of a node that computes in float from a quantized weight."""
-        known = WEIGHTED.get(node.op_type)
-        if known is None or (self.graph.node_key(node), known.weight) not in self.plan.constants:
+        known = WEIGHTED.get(node.op_type) if node.domain in STANDARD else None
+        if known is None or self.stripped.stored_use(node, known.weight) is None:
             return None
         return NodePlan(node.op_type, "weights")
 
@@ -200,17 +201,24 @@ def _dictated(node: ir.Node | None, tap: Tap) -> tuple[float, int] | None:
 def _weight_spec(stored: Stored) -> QuantSpec:
     """Return the spec of a constant, with the ends that its codes keep to.
 
-    Tools leave out the smallest code of a symmetric signed type; for kernels that add in 16 bits
-    they use half of the codes. The values tell that, where nothing else does.
+    A file does not say that a tool leaves out the smallest code of a symmetric type, that it uses
+    half of the codes, for kernels that add in 16 bits, or that an integer of fewer bits is carried
+    by a wider one. The largest code does, for whatever chooses a scale has it reach the end.
     """
     spec = stored.reading.spec
     symmetric = spec.symmetric and spec.dtype.signed and spec.dtype.is_integer
     if not symmetric or stored.ends is None:
         return spec
-    lowest, largest = stored.ends
-    if spec.dtype is INT8 and lowest >= -HALF_RANGE and max(-lowest, largest) == HALF_RANGE:
+    lowest, largest = stored.ends[0], max(-stored.ends[0], stored.ends[1])
+    if spec.dtype is INT8 and largest == HALF_RANGE:
         return replace(spec, reduce_range=True)
-    return replace(spec, narrow_range=lowest > spec.dtype.qmin)
+    narrow = lowest > spec.dtype.qmin
+    bits = (int(largest) + 1).bit_length()
+    if narrow and int(largest) + 1 == 2 ** (bits - 1) and 2 <= bits < spec.dtype.bits:
+        smaller = integer_type(bits)
+        if smaller.onnx_type == spec.dtype.onnx_type:
+            return replace(spec, dtype=smaller, narrow_range=True)
+    return replace(spec, narrow_range=narrow)
 
 
 def _all_powers_of_two(stripped: Stripped) -> bool:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qwrap.graph.index import opset_of, walk_nodes
 from qwrap.graph.nodes import STANDARD
-from qwrap.importing.strip import Stripped
+from qwrap.importing.stripped import Stripped
 from qwrap.quant.placement.target import ORT_CPU
 
 MOVERS = {

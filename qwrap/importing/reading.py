@@ -150,7 +150,7 @@ def _zero_points(
         raise UnreadableError("it does not say of what type its codes are")
     if kind not in DTYPES:
         raise UnreadableError(f"its codes are {kind.name.lower()}")
-    zeros = None if tensor is None else _floats(tensor).to(torch.int32)
+    zeros = None if tensor is None else as_floats(tensor).to(torch.int32)
     return DTYPES[kind], zeros, (Source(node, 2, value, "zero_point"),)
 
 
@@ -170,7 +170,7 @@ def _scales(node: ir.Node) -> tuple[Tensor, ScaleType, tuple[Source, ...]]:
     if tensor is not None:
         if tensor.dtype not in SCALE_TYPES:
             raise UnreadableError(f"its scale is {tensor.dtype.name.lower()}")
-        return _floats(tensor), SCALE_TYPES[tensor.dtype], (Source(node, 1, value, "scale"),)
+        return as_floats(tensor), SCALE_TYPES[tensor.dtype], (Source(node, 1, value, "scale"),)
     return _scales_of_two_levels(value)
 
 
@@ -196,7 +196,7 @@ def _scales_of_two_levels(
         Source(maker, 0, maker.inputs[0], "inner_scale"),
         Source(maker, 1, maker.inputs[1], "outer_scale"),
     )
-    return _floats(inner) * _floats(outer).reshape(1), "float8e4m3fn", sources
+    return as_floats(inner) * as_floats(outer).reshape(1), "float8e4m3fn", sources
 
 
 def _check(
@@ -252,7 +252,8 @@ def _real(node: ir.Node, kind: ValueType, scale_type: ScaleType) -> ir.DataType 
 # --- tensors and attributes ----------------------------------------------------------------------
 
 
-def _floats(tensor: ir.TensorProtocol) -> Tensor:
+def as_floats(tensor: ir.TensorProtocol) -> Tensor:
+    """Return the numbers of a tensor as float32."""
     made: Any = to_torch(tensor)
     result: Tensor = made.to(torch.float32)
     return result

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -14,88 +11,23 @@ from qwrap.export.quantizers import as_array
 from qwrap.graph.constants import Constants, label
 from qwrap.graph.index import bodies
 from qwrap.graph.nodes import STANDARD
-from qwrap.importing.chains import Chain, Chains, Types, moved_outputs
+from qwrap.importing.calls import is_call
+from qwrap.importing.chains import Chain, Chains, moved_outputs
 from qwrap.importing.reading import Reading, Source, UnreadableError, constant_of, is_quantizer
-from qwrap.model.attributes import attributes_of
+from qwrap.importing.stripped import Stored, Stripped, Tap, Use, moves_reals
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize
-from qwrap.ops.traits import PASS_THROUGH
 from qwrap.quant.placement.forms import DEQUANTIZE
 
 NAMES = ("_quantized", "_DequantizeLinear_Output")
 """What tools put behind the name of a float weight to name its codes, or what comes of them."""
 
 
-@dataclass(slots=True, eq=False)
-class Tap:
-    """A value that pairs of the file quantize.
-
-    Attributes:
-        reading: how.
-        chains: the pairs.
-    """
-
-    reading: Reading
-    chains: list[Chain] = field(default_factory=list)
-
-    @property
-    def readings(self) -> Iterator[Reading]:
-        """What each node of the pairs said."""
-        for chain in self.chains:
-            yield from chain.readings
-
-
-@dataclass(slots=True, eq=False)
-class Stored:
-    """A constant that the file quantizes.
-
-    Attributes:
-        value: the float initialiser that it is now.
-        readings: what each of its nodes said; all the same.
-        codes: where its codes are, none if the file holds floats.
-        ends: smallest and largest code, None if they are no integers.
-    """
-
-    value: ir.Value
-    ends: tuple[float, float] | None = None
-    readings: list[Reading] = field(default_factory=list)
-    codes: list[Source] = field(default_factory=list)
-
-    @property
-    def reading(self) -> Reading:
-        """How it is quantized."""
-        return self.readings[0]
-
-
-Use = tuple[ir.Node, int]
-
-
-@dataclass(slots=True, eq=False)
-class Stripped:
-    """What was taken out of a graph, by what is left.
-
-    Attributes:
-        taps: value -> how it is quantized.
-        moved: value that was moved -> the value with a tap whose scale it has.
-        constants: (node, input) -> the constant that it reads.
-        biases: likewise those of int32, with the inputs of activation and weight that go with it.
-    """
-
-    taps: dict[ir.Value, Tap] = field(default_factory=dict)
-    moved: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    constants: dict[Use, Stored] = field(default_factory=dict)
-    biases: dict[Use, tuple[Stored, ir.Value, Use]] = field(default_factory=dict)
-
-    def source_of(self, value: ir.Value) -> ir.Value | None:
-        """Return the value with a tap whose scale ``value`` has, itself perhaps."""
-        return value if value in self.taps else self.moved.get(value)
-
-
 class Stripper:
     """Edits one draft: a copy of the graph of the file."""
 
-    def __init__(self, draft: ir.Model, found: Chains, types: Types) -> None:
-        self.draft, self.found, self.types = draft, found, types
+    def __init__(self, draft: ir.Model, found: Chains) -> None:
+        self.draft, self.found = draft, found
         self.constants = Constants(draft)
         self.result = Stripped()
         self._freed: list[ir.Value | None] = []
@@ -153,7 +85,7 @@ class Stripper:
         tensor = constant_of(codes)
         assert tensor is not None
         numbers: Tensor = to_torch(tensor)
-        values = dequantize(numbers, reading.qparams)
+        values = dequantize(numbers, reading.qparams, reading.spec.dtype)
         array = as_array(values, reading.real or ir.DataType.FLOAT)
         if not bool(torch.isfinite(values).all()):
             raise UnreadableError("it makes no finite numbers")
@@ -188,20 +120,33 @@ class Stripper:
             if use[0] in chain.movers:
                 use[0].replace_input_with(use[1], value)
                 self.result.constants[use] = stored
+        if is_call(chain.quantizer):
+            self._read_floats(quantizer, stored)
         for node in chain.dequantizers:
             if node.inputs[0] is quantizer:
-                for use in self._uses(node.outputs[0]):
-                    use[0].replace_input_with(use[1], value)
-                    self.result.constants[use] = stored
+                self._read_floats(node.outputs[0], stored)
             else:
                 self._redirect(node, node.inputs[0])
         self._finish_movers(chain)
         for node in chain.removed:
             self._remove(node)
 
+    def _read_floats(self, value: ir.Value, stored: Stored) -> None:
+        for use in self._uses(value):
+            use[0].replace_input_with(use[1], stored.value)
+            self.result.constants[use] = stored
+
     def _uses(self, value: ir.Value) -> list[Use]:
-        """Return what reads a value; control flow, which has no points, through an Identity."""
+        """Return what reads a constant; control flow, which has no points, through an Identity.
+
+        Any other Identity goes, as it does in onnxruntime.
+        """
         uses = []
+        while (
+            copied := next(filter(_is_copy, (use.node for use in value.uses())), None)
+        ) is not None:
+            copied.outputs[0].replace_all_uses_with(value)
+            _graph(copied).remove(copied, safe=True)
         for use in tuple(value.uses()):
             node, index = use.node, use.idx
             if any(True for _ in bodies(node)):
@@ -268,6 +213,8 @@ class Stripper:
             for use in tuple(chain.quantizer.outputs[0].uses()):
                 if use.node in chain.movers:
                     use.node.replace_input_with(use.idx, value)
+            if is_call(chain.quantizer):
+                self._redirect(chain.quantizer, value)
             for mover in chain.movers:
                 self.result.moved |= dict.fromkeys(moved_outputs(mover), source)
             for node in chain.dequantizers:
@@ -315,12 +262,15 @@ class Stripper:
         return node.outputs[0]
 
     def _remove(self, node: ir.Node) -> None:
-        """Remove a node of a pair, and the one that makes its scales of two levels, in place."""
+        """Remove a node of a pair, and those that make scales of what is stored, in place."""
         makers = {value.producer() for value in node.inputs[1:] if value is not None}
         self._freed += node.inputs
         _graph(node).remove(node, safe=True)
         for maker in makers:
-            if is_quantizer(maker, DEQUANTIZE) and maker and not maker.outputs[0].uses():
+            made = maker is not None and (
+                is_quantizer(maker, DEQUANTIZE) or maker.op_type == "Gather"
+            )
+            if maker is not None and made and not maker.outputs[0].uses():
                 self._remove(maker)
 
 
@@ -351,20 +301,9 @@ def _add_to(groups: list[list[Chain]], chain: Chain) -> None:
     groups.append([chain])
 
 
-def moves_reals(node: ir.Node, output: ir.Value) -> bool:
-    """Whether an output of a node holds values of its first input, and nothing else but 0."""
-    known = PASS_THROUGH.get(node.op_type)
-    if known is None or known.data != (0,) or node.domain not in STANDARD:
-        return False
-    if output not in moved_outputs(node):
-        return False
-    if not known.holds(attributes_of(node)):
-        return False
-    if known.adds_input is None or len(node.inputs) <= known.adds_input:
-        return True
-    fill = node.inputs[known.adds_input]
-    tensor = constant_of(fill)
-    return fill is None or (tensor is not None and not tensor.numpy().any())
+def _is_copy(node: ir.Node) -> bool:
+    plain = node.op_type == "Identity" and node.domain in STANDARD
+    return plain and not node.outputs[0].is_graph_output()
 
 
 def _can_be_output(value: ir.Value, graph: ir.Graph) -> bool:

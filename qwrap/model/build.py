@@ -116,6 +116,7 @@ def read_graph(
     *,
     untie: bool,
     edit: Callable[[ir.Model], ir.Model] | None = None,
+    kept: Callable[[ir.Node], bool] | None = None,
 ) -> OnnxGraph:
     """Return the graph that is to run, checked and with functions expanded.
 
@@ -124,14 +125,17 @@ def read_graph(
         settings: from ``load_settings``.
         untie: as for ``load``.
         edit: returns another model to be taken for what was read; it must not change that.
+        kept: which calls of the model's functions stay.
     """
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
     also = partial(unfit_nodes, has_libraries=bool(settings.libraries))
     pristine = read_model(source, also, untied=untie)
     pristine = pristine if edit is None else edit(pristine)
     _check_nodes(pristine, "the model" if path is None else str(path))
-    expanded = expand_functions(pristine, partial(_is_expanded, pristine, settings.expand))
-    return OnnxGraph(expanded, path, pristine)
+    wanted = partial(_is_expanded, pristine, settings.expand)
+    if kept is None:
+        return OnnxGraph(expand_functions(pristine, wanted), path, pristine)
+    return OnnxGraph(expand_functions(pristine, wanted, kept), path, pristine)
 
 
 @contextmanager

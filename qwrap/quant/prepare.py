@@ -185,9 +185,20 @@ def _left_out(model: WrappedModel, taps: Iterable[nn.Module]) -> tuple[dict[str,
 
 
 def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
-    """Place again, in place, with the nodes ``without`` in float."""
+    """Place again, in place, with the nodes ``without`` in float.
+
+    Raises:
+        ConfigError: it is a quantized file that says where quantization is.
+    """
+    if model.origin is not None:
+        if without:
+            listed = "; ".join(f"node {key!r}: {reason}" for key, reason in without.items())
+            raise ConfigError(
+                f"{listed}. The file that the model came from quantizes them all the same; call "
+                "qwrap.prepare(model) to place quantization anew"
+            )
+        return
     changes = plan_of(model).changes
-    model.origin = None  # the file has other places
     plan = place(model.layout, config_of(model), without=without)
     plan.changes = changes
     install(model, plan, config_of(model))

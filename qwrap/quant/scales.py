@@ -13,6 +13,7 @@ from torch import Tensor
 from qwrap.config import WEIGHT_METHODS, QuantSpec, RangeOverride
 from qwrap.errors import QwrapWarning
 from qwrap.model.points import Point, UsePoint, ValuePoint
+from qwrap.model.shards import whole
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
 from qwrap.ops.traits import OUTPUT_RANGES
@@ -33,10 +34,10 @@ Way = tuple[str, float]
 
 
 def deployed(model: WrappedModel, value: str) -> Tensor:
-    """Return a constant of the model as it would be deployed now."""
+    """Return a constant of the model as it would be deployed now, all of it if it is sharded."""
     tensor = model.deployed(value)
     assert tensor is not None
-    return tensor
+    return whole(tensor)
 
 
 # --- activations ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
 from qwrap.train.joints import joints
 from qwrap.train.losses import cosine_distance, divergence, normalized_error
+from qwrap.train.oscillation import OscillationFreezer, dampening
 from qwrap.train.report import FinetuneReport, Record
 from qwrap.train.schedule import (
     Schedule,
@@ -21,15 +22,19 @@ from qwrap.train.schedule import (
     learn_zero_points,
 )
 from qwrap.train.split import Split, split
+from qwrap.train.statistics import Monitor, statistics, statistics_table
 
 __all__ = [
     "Distillation",
     "FinetuneReport",
     "Losses",
+    "Monitor",
+    "OscillationFreezer",
     "Record",
     "Schedule",
     "Split",
     "cosine_distance",
+    "dampening",
     "divergence",
     "fake_quant",
     "finetune",
@@ -44,6 +49,8 @@ __all__ = [
     "reestimate_batch_norm",
     "reestimating_batch_norm",
     "split",
+    "statistics",
+    "statistics_table",
     "sync_batch_norm",
     "teacher_of",
 ]

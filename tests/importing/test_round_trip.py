@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
+from onnx import numpy_helper
 
 import qwrap
 
@@ -107,3 +109,65 @@ def test_nodes_are_computed_as_they_stand_on_request(small, quantized: Callable)
 def test_another_type_to_compute_in_is_refused(small, quantized: Callable) -> None:
     with pytest.raises(qwrap.QwrapError, match="load it without dtype, or with quantized='nodes'"):
         qwrap.load(quantized(small.convs()).path, dtype=torch.float64)
+
+
+def test_external_data_comes_back_too(small, quantized: Callable, tmp_path: Path) -> None:
+    made = quantized(small.convs())
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+    source, target = (tmp_path / folder / "m.onnx" for folder in ("before", "after"))
+    onnx.save(
+        onnx.load(made.path),
+        source,
+        save_as_external_data=True,
+        location="m.onnx.data",
+        size_threshold=0,
+    )
+    model = qwrap.load(source)
+    qwrap.export(model, target)
+    assert target.read_bytes() == source.read_bytes()
+    data = [path.with_suffix(".onnx.data").read_bytes() for path in (source, target)]
+    assert data[0] == data[1]
+
+
+@pytest.mark.parametrize("kind", ["message", "onnx_ir"])
+def test_models_in_memory_are_imported(small, quantized: Callable, kind: str) -> None:
+    made = quantized(small.convs())
+    source = onnx.load(made.path) if kind == "message" else onnx_ir.load(made.path)
+    model, back = qwrap.load(source), made.path.with_suffix(".back.onnx")
+    qwrap.export(model, back)
+    assert onnx.load(back).graph == onnx.load(made.path).graph
+
+
+def test_what_was_trained_is_in_the_state(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    model, other = qwrap.load(made.path), qwrap.load(made.path)
+    train(model, made.batches[0])
+    other.load_state_dict(model.state_dict())
+    files = [made.path.with_suffix(f".{name}.onnx") for name in ("one", "two")]
+    for trained, path in zip((model, other), files, strict=True):
+        qwrap.export(trained, path)
+    assert files[0].read_bytes() == files[1].read_bytes() != made.path.read_bytes()
+
+
+def test_a_file_that_quantizes_what_cannot_be_calibrated_says_so(
+    small, quantized: Callable
+) -> None:
+    made = quantized(small.convs())
+    model = qwrap.load(made.path)
+    masks = [np.full_like(batch, np.finfo(np.float32).min) for batch in made.batches]
+    with pytest.raises(qwrap.QwrapError, match="The file that the model came from quantizes them"):
+        qwrap.calibrate(model, masks, progress=False)
+
+
+def test_what_is_known_of_a_tensor_wins_over_the_file(small, quantized: Callable) -> None:
+    made = quantized(small.convs())
+    config = qwrap.QConfig()
+    config.set("x", scale=0.125, zero_point=100)
+    config.set("b", training="fixed")
+    model = qwrap.load(made.path, config=config)
+    assert model.plan.tensors["b"].training == "fixed" != model.plan.tensors["y"].training
+    path = made.path.with_suffix(".known.onnx")
+    qwrap.export(model, path)
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    assert (tensors["x_scale"], tensors["x_zero_point"]) == (np.float32(0.125), 100)

@@ -126,6 +126,12 @@ STRUCTURES: dict[str, tuple[str, dict[str, Any], str, set[str]]] = {
         "float[N,5] y",
         {"f"},
     ),
+    "a weight passes an Identity": (
+        X + W + "t = Identity(wd) y = Conv(xd, t)",
+        {**XS, **WEIGHT},
+        "float[N,4,6,6] y",
+        {"x"},
+    ),
     "a weight and its scale are shared": (
         X + W + "a = Conv<pads=[1,1,1,1]>(xd, wd) b = Conv<pads=[1,1,1,1]>(xd, wd, c) "
         "y = Add(a, b)",
