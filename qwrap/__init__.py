@@ -18,13 +18,6 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
-from qwrap.train.batch_norm import (
-    fold_batch_norm,
-    freeze_batch_norm,
-    reestimate_batch_norm,
-    reestimating_batch_norm,
-    sync_batch_norm,
-)
 from qwrap.train.distill import Distillation, teacher_of
 from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
@@ -50,20 +43,15 @@ __all__ = [
     "exact",
     "export",
     "finetune",
-    "fold_batch_norm",
-    "freeze_batch_norm",
     "function_type",
     "integer_type",
     "load",
     "param_groups",
     "prepare",
     "quantize",
-    "reestimate_batch_norm",
-    "reestimating_batch_norm",
     "register_op",
     "rescale",
     "round_weights",
-    "sync_batch_norm",
     "teacher_of",
     "verify",
 ]

@@ -192,7 +192,9 @@ class _Rows:
 
     def __init__(self, x: Tensor, spec: QuantSpec) -> None:
         self.spec, self.shape, self.dtype = spec, x.shape, x.dtype
-        self.strides = x.stride() if spec.axis is None and _is_dense(x) else None
+        # A compiler may lay out a tensor otherwise than it was when it was traced.
+        as_it_lies = spec.axis is None and not torch.compiler.is_compiling() and _is_dense(x)
+        self.strides = x.stride() if as_it_lies else None
         self.scale_shape: tuple[int, ...] = (1,)
         if spec.axis is not None:
             axis, step = spec.axis % x.dim(), spec.block_size

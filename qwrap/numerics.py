@@ -312,8 +312,17 @@ def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """
     if bias.isnan().any():
         raise InputError("a bias holds NaN and cannot be quantized")
-    codes = bias.detach().to(torch.float64) / scale.to(torch.float64)
-    return codes.round_().clamp_(INT32.qmin, INT32.qmax).to(torch.int32)
+    return _bias_steps(bias, scale).to(torch.int32)
+
+
+def fake_quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 values of these codes; NaN stays NaN, and no device is waited for."""
+    return _bias_steps(bias, scale).to(torch.float32) * scale
+
+
+def _bias_steps(bias: Tensor, scale: Tensor) -> Tensor:
+    steps = bias.detach().to(torch.float64) / scale.to(torch.float64)
+    return steps.round_().clamp_(INT32.qmin, INT32.qmax)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qwrap
+from qwrap import fused
 from qwrap.demo import batches as demo_batches
 from qwrap.demo import model_path
 from qwrap.quant.observe.observers import HistogramObserver
@@ -92,3 +93,35 @@ def test_algorithms_and_a_training_step_run(data) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("like", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 100_003), (1, 64, 576), (768, 96, 1)])
+def test_learned_passes_give_the_bits_of_the_cpu(
+    shape: tuple[int, int, int], like: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * 2).to(like)
+    gradient = torch.randn(shape, generator=generator).to(like)
+    scale = torch.rand(shape[1], generator=generator) * 0.1 + 0.01
+    zero_point = torch.arange(shape[1], dtype=torch.int32) % 7
+    with fused.use("eager"):
+        values, kept = fused.forward(x, scale, zero_point, -128, 127, keep=True)
+        assert kept is not None
+        expected = fused.backward_kept(gradient, kept, needs=fused.Needs())
+    x, gradient, scale, zero_point = (t.cuda() for t in (x, gradient, scale, zero_point))
+    for how in ("eager", "auto"):
+        with fused.use(how):
+            mine, saved = fused.forward(x, scale, zero_point, -128, 127, keep=True)
+            assert saved is not None
+            got = fused.backward_kept(gradient, saved, needs=fused.Needs())
+            exact = fused.backward_recomputed(
+                gradient, x, scale, zero_point, -128, 127, needs=fused.Needs()
+            )
+        assert torch.equal(mine.cpu(), values)
+        assert torch.equal(saved.cpu(), kept)
+        for result in (got, exact):
+            assert torch.equal(result.x.cpu(), expected.x)
+        for mine_sum, sum_ in zip(got[1:], expected[1:], strict=True):
+            # Sums of up to 1e5 float32 numbers near 1, each in an order of its own.
+            assert torch.allclose(mine_sum.cpu(), sum_, rtol=1e-4, atol=1e-2)

@@ -43,6 +43,11 @@ def made(
     return ((codes - zero_point[:, None]) * scale[:, None]).to(like), scale, zero_point
 
 
+def random_gradient(shape: tuple[int, ...], like: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+
 def in_float64(
     gradient: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, dtype: QuantType
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +89,7 @@ def test_the_gradients_are_those_of_a_loop_in_float64(
 ) -> None:
     dtype = quant_type("int8")
     x, scale, zero_point = made(shape, dtype, like=like)
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
+    gradient = random_gradient(shape, like)
     through, inside, below, above, size = in_float64(gradient, x, scale, zero_point, dtype)
     if kept:
         _, saved = forward(x, scale, zero_point, dtype.qmin, dtype.qmax, keep=True)
@@ -147,7 +152,8 @@ def test_only_what_is_needed_is_given() -> None:
         ((1, 1, 5000), torch.float32),
         ((1, 1, 5000), torch.bfloat16),
         ((1, 7, 300), torch.float16),
-        ((300, 7, 1), torch.float64),
+        ((301, 7, 1), torch.float64),
+        ((320, 7, 1), torch.float32),
         ((5, 7, 60), torch.float32),
     ],
 )
@@ -155,7 +161,7 @@ def test_compiled_is_eager_bit_for_bit(shape: tuple[int, ...], like: torch.dtype
     dtype = quant_type("int8")
     x, scale, zero_point = made(shape, dtype, like=like)
     x[0, 0, :1], x[-1, -1, -1:] = math.nan, math.inf
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
+    gradient = random_gradient(shape, like)
     _, inside, below, above, size = in_float64(gradient, x, scale, zero_point, dtype)
     bound = size * (math.log2(x.numel()) * 2**-24)  # as for eager
     results = {}

@@ -25,6 +25,7 @@ from qwrap.numerics import (
     choose_qparams,
     dequantize,
     fake_quantize,
+    fake_quantize_bias,
     quantize,
     quantize_bias,
     sqnr,
@@ -371,6 +372,23 @@ def test_bias_dequantizes_as_onnxruntime_does() -> None:
     codes = quantize_bias(bias, scale)
     theirs = run("DequantizeLinear", codes.numpy(), qparams, INT32)
     np.testing.assert_array_equal(dequantize(codes, qparams).numpy(), theirs)
+
+
+@given(
+    bias=arrays(np.float32, 5, elements=st.floats(-1e6, 1e6, width=32)),
+    scale=st.floats(2**-20, 1e3, width=32),
+)
+def test_a_fake_quantized_bias_is_what_its_codes_stand_for(bias: np.ndarray, scale: float) -> None:
+    values, step = torch.from_numpy(bias), torch.tensor([scale])
+    qparams = QParams(step, torch.zeros(1, dtype=torch.int32))
+    expected = dequantize(quantize_bias(values, step), qparams)
+    assert torch.equal(fake_quantize_bias(values, step), expected)
+
+
+def test_a_fake_quantized_bias_passes_nan_on() -> None:
+    found = fake_quantize_bias(torch.tensor([math.nan, 2.4]), torch.ones(1))
+    assert found.isnan().tolist() == [True, False]
+    assert found[1] == 2
 
 
 def test_sqnr_of_a_tenth_of_noise_is_twenty_decibel() -> None:

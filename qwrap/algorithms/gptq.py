@@ -22,6 +22,7 @@ from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.auto.held_out import HeldOut
 from qwrap.quant.prepare import plan_of
+from qwrap.quant.scales import deployed
 from qwrap.quant.stubs import Stub
 
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product
@@ -122,16 +123,23 @@ class _Layer:
     """One quantized weight, with its bias if that is its own."""
 
     def __init__(
-        self, moments: _Moments, weight: Tensor, bias: Tensor | None, stub: Stub, node: ir.Node
+        self,
+        moments: _Moments,
+        model: WrappedModel,
+        weight: str,
+        bias: Tensor | None,
+        stub: Stub,
+        node: ir.Node,
     ) -> None:
-        self.moments, self.weight, self.bias, self.stub = moments, weight, bias, stub
+        self.moments, self.bias, self.stub = moments, bias, stub
         self.outputs_first = _output_axis(node) == 0
-        self._original = weight.clone()
+        self._model, self._weight = model, weight
+        self._original = _stored(model, weight).clone()
         self._original_bias = None if bias is None else bias.clone()
 
     def restore(self) -> None:
         """Put back what was there, in place."""
-        self.weight.copy_(self._original)
+        _stored(self._model, self._weight).copy_(self._original)
         if self.bias is not None and self._original_bias is not None:
             self.bias.copy_(self._original_bias)
 
@@ -142,13 +150,14 @@ class _Layer:
         mean, second = self.moments.mean, self.moments.covariance
         if self.bias is None:
             second += mean[:, :, None] * mean[:, None]
-        original = self._matrix(self.weight)
+        weight = deployed(self._model, self._weight)
+        original = self._matrix(weight)
         rounded = compensate(original, second, self._grid(), damping)
         if self.bias is not None:
             self.bias += ((original - rounded).mT @ mean[:, :, None]).flatten().to(self.bias.dtype)
         columns = rounded.mT.flatten(0, 1)  # [outputs, K]
         first = columns if self.outputs_first else columns.t()
-        self.weight.copy_(first.reshape(self.weight.shape))
+        self._model.assign(self._weight, first.reshape(weight.shape))
 
     def _matrix(self, values: Tensor) -> Tensor:
         """Return the weight, or one value for each of its elements, as float64 ``[G, K, R]``."""
@@ -158,7 +167,7 @@ class _Layer:
         return matrix.mT.contiguous()
 
     def _grid(self) -> Callable[[Tensor, Tensor], Tensor]:
-        qparams, shape = self.stub.qparams, self.weight.shape
+        qparams, shape = self.stub.qparams, self._original.shape
         spec = replace(self.stub.grid, axis=0, block_size=None)
         scale, zero_point = (
             self._matrix(spread(values, shape, qparams).expand(shape))
@@ -238,8 +247,14 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
         shared = moments[graph.key(node.inputs[0])].setdefault(unfold, _Moments(unfold))
         bias = plan.biases.get((key, 2))
         own_bias = None if bias is None else _own(model, bias.value)
-        layers.append(_Layer(shared, weight, own_bias, stub, node))
+        layers.append(_Layer(shared, model, constant.value, own_bias, stub, node))
     return layers, moments
+
+
+def _stored(model: WrappedModel, value: str) -> Tensor:
+    tensor = model.stored(value)
+    assert tensor is not None
+    return tensor
 
 
 def _own(model: WrappedModel, value: str) -> Tensor | None:

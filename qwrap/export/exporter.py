@@ -16,6 +16,7 @@ from qwrap.graph.load import external_tensors
 from qwrap.graph.original import with_values
 from qwrap.graph.save import filled, write_message, write_model
 from qwrap.model.materialize import changed_tensors, materialize
+from qwrap.model.shards import check_unsharded
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of, stubs
 
@@ -44,6 +45,7 @@ def export(
 
     Raises:
         NotCalibratedError: a tensor has no scale yet.
+        ModelError: the parameters are sharded.
         ExportError: the file cannot be written, onnxruntime refuses it, or a quantized file would
             replace the float one or the weights that the model still reads.
     """
@@ -97,6 +99,7 @@ def to_quantized_graph(model: WrappedModel) -> ir.Model:
 
 def _quantized(model: WrappedModel) -> tuple[ir.Model, list[Written]]:
     plan_of(model)
+    check_unsharded(model)
     for _, stub in stubs(model):
         stub.qparams  # noqa: B018 -- raises where a scale is missing, before any work is done
     draft = materialize(model)

@@ -50,9 +50,10 @@ def forward(
 def backward_kept(gradient: Tensor, kept: Tensor, *, needs: Needs) -> Gradients:
     """Return what ``passes.backward_kept`` says."""
     through = torch.empty_like(gradient) if needs.x else None
-    sums = _Sums(gradient) if needs.sums else None
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    sums = _Sums(gradient, wide) if needs.sums else None
     for row, piece in _pieces(gradient):
-        g, codes = gradient[piece].to(torch.float32), kept[piece].to(torch.float32)
+        g, codes = gradient[piece].to(wide), kept[piece].to(wide)
         product = codes.abs().le_(LARGEST).mul_(g)
         if through is not None:
             through[piece] = product
@@ -78,15 +79,16 @@ def backward_recomputed(
 ) -> Gradients:
     """Return what ``passes.backward_recomputed`` says."""
     through = torch.empty_like(gradient) if needs.x else None
-    sums = _Sums(gradient) if needs.sums else None
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    sums = _Sums(gradient, wide) if needs.sums else None
     spread_scale, spread_zero_point = _spread(scale), _spread(zero_point.to(torch.float32))
     for row, piece in _pieces(gradient):
-        g = gradient[piece].to(torch.float32)
+        g = gradient[piece].to(wide)
         steps = x[piece].to(torch.float32) / spread_scale[:, piece[1]]
         codes = steps.round()
         residual = torch.sub(codes, steps, out=steps).nan_to_num_(nan=0.0)  # infinity has none
         codes.add_(spread_zero_point[:, piece[1]])
-        beyond = codes.sub_(codes.clamp(qmin, qmax))  # below 0, above 0 or NaN
+        beyond = codes.sub_(codes.clamp(qmin, qmax)).to(wide)  # below 0, above 0 or NaN
         product = torch.eq(beyond, 0.0, out=torch.empty_like(beyond)).mul_(g)
         if through is not None:
             through[piece] = product
@@ -104,9 +106,9 @@ def _spread(values: Tensor) -> Tensor:
 class _Sums:
     """Three sums for each channel, gathered piece by piece and added up pairwise at the end."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         rows = 1 + max((row for row, _ in _pieces(like)), default=0)
-        self._parts = torch.zeros(3, rows, like.shape[1])
+        self._parts = like.new_zeros((3, rows, like.shape[1]), dtype=dtype)
 
     def inside(self, row: int, piece: Piece, values: Tensor) -> None:
         """Take in what one piece says."""
@@ -122,7 +124,7 @@ class _Sums:
 
     def total(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of all pieces, each ``[C]``."""
-        inside, below, above = self._parts.sum(1)
+        inside, below, above = self._parts.sum(1).to(torch.float32)
         return inside, below, above
 
 

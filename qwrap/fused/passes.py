@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from qwrap.fused import chunked, plain
 from qwrap.fused.compiling import is_traced, is_worthwhile, run
 from qwrap.fused.plain import Gradients, Needs
+
+BAND = 64
+"""Rows of a matrix that are summed up at a time."""
 
 
 def forward(
@@ -61,7 +65,7 @@ def backward_kept(gradient: Tensor, kept: Tensor, *, needs: Needs) -> Gradients:
         return plain.backward_kept(gradient, kept, needs=needs)
     shape, gradient = gradient.shape, gradient.detach()
     if is_worthwhile(gradient):
-        gradient, kept = _canonical(gradient), _canonical(kept)
+        gradient, kept = _in_bands(_canonical(gradient)), _in_bands(_canonical(kept))
         result = run(plain.backward_kept, _kind(gradient), gradient, kept, needs=needs)
         if result is not None:
             return _shaped(result, shape)
@@ -97,11 +101,14 @@ def backward_recomputed(
         return plain.backward_recomputed(gradient, x, scale, zero_point, ends, needs=needs)
     shape, gradient, x, scale = x.shape, gradient.detach(), x.detach(), scale.detach()
     if is_worthwhile(x):
-        gradient, x = _canonical(gradient), _canonical(x)
+        gradient, x = _in_bands(_canonical(gradient)), _in_bands(_canonical(x))
         inputs = (gradient, x, scale, zero_point, _cached_ends(qmin, qmax, x.device))
-        result = run(plain.backward_recomputed, (x.dtype, _kind(gradient)), *inputs, needs=needs)
-        if result is not None:
-            return _shaped(result, shape)
+        results = [
+            run(plain.backward_recomputed, (x.dtype, _kind(gradient)), *inputs, needs=part)
+            for part in (_split(needs) if shape[1] > 1 and shape[2] == 1 else [needs])
+        ]
+        if None not in results:
+            return _shaped(_joined(results), shape)
         gradient, x = gradient.view(shape), x.view(shape)
     if x.device.type == "cpu":
         return chunked.backward_recomputed(gradient, x, scale, zero_point, qmin, qmax, needs=needs)
@@ -125,11 +132,37 @@ def _canonical(x: Tensor) -> Tensor:
     return x.reshape(1, 1, -1) if x.shape[1] == 1 else x.contiguous()
 
 
+def _in_bands(x: Tensor) -> Tensor:
+    """Return a matrix with a scale for each column as bands of rows, ``[bands, rows, C, 1]``.
+
+    A compiled sum walks down one group of columns after the other, and a matrix has too many rows
+    for that: each is on another page. In bands the pages of one are at hand, and the sums of bands
+    can be added pairwise.
+    """
+    outer, channels, inner = x.shape
+    rows = math.gcd(outer, BAND)
+    if inner > 1 or rows < BAND // 8 or rows == outer:
+        return x
+    return x.view(outer // rows, rows, channels, 1)
+
+
+def _split(needs: Needs) -> list[Needs]:
+    """Return needs one by one: as sums of columns do not fuse with what goes row by row."""
+    return [Needs(x=True, sums=False), Needs(x=False, sums=True)] if all(needs) else [needs]
+
+
+def _joined(results: list[Gradients]) -> Gradients:
+    """Return the gradients that were found one by one."""
+    return Gradients(results[0].x, *results[-1][1:])
+
+
 def _kind(x: Tensor) -> tuple[object, ...]:
     """Return what a compiled pass is specialised to."""
-    outer, channels, inner = x.shape
-    return x.dtype, x.device.type, outer == 1, channels == 1, inner == 1
+    return x.dtype, x.device.type, *(size == 1 for size in x.shape)
 
 
 def _shaped(result: Gradients, shape: torch.Size) -> Gradients:
-    return result if result.x is None else result._replace(x=result.x.view(shape))
+    """Return gradients of a tensor of ``shape``, sums over all its bands."""
+    x = None if result.x is None else result.x.view(shape)
+    sums = [s if s is None or s.dim() == 1 else s.sum(0) for s in result[1:]]
+    return Gradients(x, *sums)

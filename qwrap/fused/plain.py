@@ -88,13 +88,14 @@ def backward_kept(gradient: Tensor, kept: Tensor, *, needs: Needs) -> Gradients:
         kept: int8 of that shape.
         needs: which gradients are wanted.
     """
-    codes, g = kept.to(torch.float32), gradient.to(torch.float32)  # int8 has no fast comparisons
-    through = g * (codes.abs() <= LARGEST)
+    codes = kept.to(torch.float32)  # int8 has no fast comparisons
+    through = gradient * (codes.abs() <= LARGEST)
     if not needs.sums:
-        return Gradients(through.to(gradient.dtype), None, None, None)
-    inside = _sum(through * codes) / torch.full_like(codes[0, :, 0], RESIDUAL_STEPS)
-    below, above = (_sum(g * (codes == end)) for end in (BELOW, ABOVE))
-    return Gradients(through.to(gradient.dtype) if needs.x else None, inside, below, above)
+        return Gradients(through, None, None, None)
+    inside = _sum(through * codes)
+    inside = inside / torch.full_like(inside, RESIDUAL_STEPS)
+    below, above = (_sum(gradient * (codes == end)) for end in (BELOW, ABOVE))
+    return Gradients(through if needs.x else None, inside, below, above)
 
 
 def backward_recomputed(
@@ -110,24 +111,23 @@ def backward_recomputed(
         ends: float32 ``[2]``, smallest and largest code.
         needs: which gradients are wanted.
     """
-    g = gradient.to(torch.float32)
     steps = x.to(torch.float32) / _spread(scale)
     rounded = steps.round()
     codes = rounded + _spread(zero_point.to(torch.float32))
     within = (codes >= ends[0]) & (codes <= ends[1])
-    through = g * within
+    through = gradient * within
     if not needs.sums:
-        return Gradients(through.to(gradient.dtype), None, None, None)
-    inside = _sum(through * torch.where(within, rounded - steps, 0.0))  # infinity has no residual
-    below, above = _sum(g * (codes < ends[0])), _sum(g * (codes > ends[1]))
-    return Gradients(through.to(gradient.dtype) if needs.x else None, inside, below, above)
+        return Gradients(through, None, None, None)
+    residual = torch.where(within, rounded - steps, 0.0)  # infinity has none
+    below, above = _sum(gradient * (codes < ends[0])), _sum(gradient * (codes > ends[1]))
+    return Gradients(through if needs.x else None, _sum(gradient * residual), below, above)
 
 
 def _spread(values: Tensor) -> Tensor:
     """Return ``[C]`` values as they broadcast against ``[outer, C, inner]``."""
-    return values.reshape(1, -1, 1)
+    return values.reshape(-1, 1)
 
 
 def _sum(values: Tensor) -> Tensor:
     """Return the sums ``[C]``; torch and inductor add pairwise, the error grows as log N."""
-    return values.sum((0, 2))
+    return values.to(torch.float32).sum((-3, -1))

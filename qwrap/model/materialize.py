@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwrap.graph.external import FileTensor, written_to
 from qwrap.graph.index import OnnxGraph, ValueType
+from qwrap.model.shards import check_unsharded
 from qwrap.model.tensors import WIDENED, converted, to_array, to_torch
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.element_types import TORCH_DTYPES
@@ -28,6 +29,9 @@ def materialize(model: WrappedModel, *, lasting: bool = False) -> ir.Model:
         model: what is written back.
         lasting: whether changed tensors are copies, which training does not change any more;
             else they share the memory of the module where they can.
+
+    Raises:
+        ModelError: the parameters are sharded.
     """
     copy = model.graph.model.clone()
     changed = changed_tensors(model)
@@ -48,7 +52,11 @@ def changed_tensors(model: WrappedModel) -> dict[str, ir.TensorProtocol]:
     They share the memory of the module where they can; those of another float type than the graph
     declares (``load(dtype=…)``, ``model.half()``) are converted if they were changed. What was
     mapped from a file and never written to is not read.
+
+    Raises:
+        ModelError: the parameters are sharded.
     """
+    check_unsharded(model)
     changed: dict[str, ir.TensorProtocol] = {}
     for key in model.layout.slots:
         tensor, original = model.deployed(key), model.layout.values.stored[key]

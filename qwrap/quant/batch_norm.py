@@ -159,24 +159,24 @@ class LiveBatchNorm(Substitute):
             raise InputError(
                 f"node {self.name!r}: its output of shape {list(y.shape)} has one value for each "
                 "channel, which has no variance; give larger batches, or call "
-                "qwrap.freeze_batch_norm(model)"
+                "qwrap.train.freeze_batch_norm(model)"
             )
         if self.moments is not None and not is_again:
             self.moments.add(y.detach())
-        mean, variance = (self.running_mean, self.running_var)
-        keeps = is_again or self.renewing
+        mean, variance = self.running_mean, self.running_var
+        if is_again or self.renewing:
+            mean, variance = mean.clone(), variance.clone()  # the ones of the layer stay
         if self._is_over_ranks:
             y, batch_mean, batch_variance = normalized_over_ranks(y, self.eps, self.group)
-            if not keeps:
-                with torch.no_grad():
-                    mean.lerp_(batch_mean.to(mean.dtype), self.momentum)
-                    variance.lerp_(batch_variance.to(variance.dtype), self.momentum)
+            with torch.no_grad():
+                mean.lerp_(batch_mean.to(mean.dtype), self.momentum)
+                variance.lerp_(batch_variance.to(variance.dtype), self.momentum)
             shape = (1, -1, *[1] * (y.dim() - 2))
             return y * self.gamma.reshape(shape).to(y.dtype) + beta.reshape(shape).to(y.dtype)
         return F.batch_norm(
             y,
-            None if keeps else mean,
-            None if keeps else variance,
+            mean,
+            variance,
             self.gamma,
             beta.to(self.gamma.dtype),
             training=True,
@@ -197,7 +197,8 @@ class LiveBatchNorm(Substitute):
             return weight if tap is None else tap(weight)
         factor = self._last if is_again else None
         if factor is None:
-            factor = self._last = self.factor().detach().to(weight.dtype)
+            with torch.no_grad():
+                factor = self._last = self.factor().to(weight.dtype)
         parts = self.channels.along(factor, weight)
         dead = parts == 0
         parts = torch.where(dead, 1, parts)
@@ -228,7 +229,9 @@ class LiveBatchNorm(Substitute):
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
         if not self.known:
-            self.gamma.copy_((self.running_var.double() + self.eps).sqrt())
+            self.gamma.copy_((variance + self.eps).sqrt())
+            # The variance that goes with the rounded gamma, so that folding changes no weight.
+            self.running_var.copy_((self.gamma.double().square() - self.eps).clamp(min=0))
             beta.copy_(beta.double() + self.running_mean.double())
         self.known = True
 

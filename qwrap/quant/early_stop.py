@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qwrap.errors import ConfigError
+from qwrap.model.shards import is_sharded
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import stubs
 
@@ -26,7 +27,7 @@ class EarlyStop:
     def __init__(self, model: WrappedModel, patience: int) -> None:
         if patience < 1:
             raise ConfigError(f"early_stop={patience}: expected a number of batches, 1 or more")
-        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # a DTensor
+        if is_sharded(model):
             raise ConfigError(
                 "early_stop: the parameters are sharded, so that all ranks have to run as many "
                 "batches, but each would stop by itself; leave early_stop out"

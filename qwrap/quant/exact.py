@@ -14,6 +14,7 @@ from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
 from qwrap.model.operators import function_of_node
 from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.shards import check_unsharded
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
@@ -35,6 +36,7 @@ def exact(model: WrappedModel) -> Iterator[None]:
     Raises:
         ConfigError: the model is not prepared.
         NotCalibratedError: it is not calibrated.
+        ModelError: its parameters are sharded.
     """
     if "exact" not in model.programs:
         raise ConfigError("the model is not prepared; call prepare() and calibrate() first")
@@ -43,7 +45,12 @@ def exact(model: WrappedModel) -> Iterator[None]:
 
 
 def exact_program(model: WrappedModel) -> Program:
-    """Return the program in which fused kernels stand in for the nodes they replace."""
+    """Return the program in which fused kernels stand in for the nodes they replace.
+
+    Raises:
+        ModelError: the parameters are sharded.
+    """
+    check_unsharded(model)
     return _Lowering(model).program()
 
 

@@ -44,8 +44,10 @@ class Held:
     @staticmethod
     def is_possible(x: Tensor) -> bool:
         """Whether it can be told that ``x`` did not change: not so while torch traces it."""
+        if torch.compiler.is_compiling():  # first, as the rest cannot be traced
+            return False
         plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
-        return plain and x.is_leaf and not x.is_inference() and not torch.compiler.is_compiling()
+        return plain and x.is_leaf and not x.is_inference()
 
     @classmethod
     def of(cls, x: Tensor, grid: Grid, parts: Sequence[Tensor]) -> Held:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch was built without
 
 RESTORED = ("Conv", "ConvTranspose")
+LIVE = "batch normalization is live in"
 ENDS = (*LAYERS, "MatMul")
 
 
@@ -212,13 +213,15 @@ def stored_at(model: WrappedModel, key: str, index: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(model: WrappedModel, keys: Collection[str]) -> None:
-    """Fold the normalizations of these nodes into weight and bias for good, in place."""
+    """Write what the normalizations of these nodes fold to over weight and bias, in place.
+
+    The normalizations have to go then, see ``keep``.
+    """
     for key in keys:
         layer = model.substitute(key)
         for index in layer.indices:
             tensor = stored_at(model, key, index)
             tensor.copy_(layer.made(index, tensor))
-    keep(model, [key for key in model.replaced if key not in keys])
 
 
 def keep(model: WrappedModel, keys: Iterable[str]) -> None:
@@ -232,7 +235,7 @@ def live_notes(model: WrappedModel) -> list[str]:
     keys = [key for key, _ in live_layers(model)]
     if not keys:
         return []
-    return [f"batch normalization is live in {len(keys)} layers: {', '.join(keys)}"]
+    return [f"{LIVE} {len(keys)} layers: {', '.join(keys)}"]
 
 
 # --- statistics of what came folded --------------------------------------------------------------
@@ -263,7 +266,8 @@ def end_watching(model: WrappedModel, *, use: bool) -> None:
     if without and use:
         warnings.warn(
             f"{len(without)} layers have no statistics for their batch normalization, and stay "
-            f"folded until qwrap.reestimate_batch_norm() has run: {', '.join(map(repr, without))}",
+            "folded until qwrap.train.reestimate_batch_norm() has run: "
+            f"{', '.join(map(repr, without))}",
             QwrapWarning,
             stacklevel=2,
         )

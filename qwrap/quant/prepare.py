@@ -25,7 +25,7 @@ from qwrap.quant.bounds import bounds_of
 from qwrap.quant.clamp import Clamp
 from qwrap.quant.exact import exact_program
 from qwrap.quant.functions import check_functions
-from qwrap.quant.live import LivePlan, keep, live_notes, plan_live, put_live
+from qwrap.quant.live import LIVE, LivePlan, keep, live_notes, plan_live, put_live
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement.opsets import let_carry
 from qwrap.quant.placement.place import place
@@ -95,7 +95,7 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         assert isinstance(weight, Stub)
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
     decisions = Decisions(plan.without, *_left_out(model, stubs.values()), model.replaced)
-    plan.notes += live_notes(model)
+    plan.notes = _with_live(plan.notes, model)
     device = next((p.device for p in model.parameters()), None)
     model.attach(
         {point: stub.to(device) for point, stub in stubs.items()},
@@ -219,6 +219,11 @@ def keep_live(model: WrappedModel, nodes: Iterable[str]) -> None:
     """Let exactly ``nodes`` have a batch normalization, in place; new ones change nothing."""
     keep(model, nodes)
     decisions_of(model).live = sorted(model.replaced)
+    plan_of(model).notes = _with_live(plan_of(model).notes, model)
+
+
+def _with_live(notes: Iterable[str], model: WrappedModel) -> list[str]:
+    return [*(line for line in notes if not line.startswith(LIVE)), *live_notes(model)]
 
 
 def _clamps(

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.observe.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.prepare import place_without, plan_of, stubs
-from qwrap.quant.scales import stored
+from qwrap.quant.scales import deployed
 from qwrap.quant.sources import integer_users
 
 
@@ -40,7 +40,7 @@ def _problems(model: WrappedModel, known: Collection[str]) -> dict[str, str]:
             )  # the first is the cause
     for (node, _), constant in plan.constants.items():
         observer = MinMaxObserver(constant.value)
-        observer.observe(stored(model, constant.value))
+        observer.observe(deployed(model, constant.value))
         problem = _trouble(observer)
         if problem:
             found[node] = f"{problem} (constant {constant.value!r})"

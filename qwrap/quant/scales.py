@@ -13,6 +13,7 @@ from torch import Tensor
 from qwrap.config import WEIGHT_METHODS, QuantSpec, RangeOverride
 from qwrap.errors import QwrapWarning
 from qwrap.model.points import Point, UsePoint, ValuePoint
+from qwrap.model.shards import whole
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
 from qwrap.ops.traits import OUTPUT_RANGES
@@ -32,11 +33,11 @@ Way = tuple[str, float]
 """How a range is chosen: method and percentile."""
 
 
-def stored(model: WrappedModel, value: str) -> Tensor:
-    """Return a constant of the model as it is now."""
+def deployed(model: WrappedModel, value: str) -> Tensor:
+    """Return a constant of the model as it would be deployed now, all of it if it is sharded."""
     tensor = model.deployed(value)
     assert tensor is not None
-    return tensor
+    return whole(tensor)
 
 
 # --- activations ---------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def _constant_qparams(model: WrappedModel, constant: ConstantPlan, spec: QuantSp
         return qparams_of(constant.value, override, spec)  # one scale, for all channels
     config = config_of(model)
     method = override.method if override.method in WEIGHT_METHODS else config.weight_method
-    low, high = choose_weight_range(stored(model, constant.value), spec, method)
+    low, high = choose_weight_range(deployed(model, constant.value), spec, method)
     return choose_qparams(low, high, spec)
 
 
@@ -257,7 +258,7 @@ def _fit_biases(model: WrappedModel) -> None:
     for bias in plan.biases.values():
         weight = stub_at(model, UsePoint(*bias.weight))
         activation = stub_at(model, ValuePoint(bias.activation))
-        least = stored(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
+        least = deployed(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
         if (least > weight.scale).any():

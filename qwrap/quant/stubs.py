@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
 from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
-from qwrap.numerics import QParams, dequantize, fake_quantize, quantize_bias
+from qwrap.model import shards
+from qwrap.numerics import QParams, fake_quantize, fake_quantize_bias, quantize_bias
 from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
 from qwrap.quant.learners import LEARNERS, Kind, rule
@@ -100,7 +101,8 @@ class Stub(Switch):
 
     def trained(self) -> dict[Kind, nn.Parameter]:
         """Return the parameters that training moves: of the scale, the zero point or the clip."""
-        return {kind: self.get_parameter(name) for name, kind in self._kinds.items()}
+        # Not ``get_parameter``: ``torch.func.functional_call`` puts other tensors in their places.
+        return {kind: getattr(self, name) for name, kind in self._kinds.items()}
 
     @property
     def learning(self) -> bool:
@@ -151,14 +153,14 @@ class Stub(Switch):
         """Let these parameters stand for no change, in place."""
         for name, value in self._start().items():
             if name in names:
-                _write(self.get_parameter(name), value)
+                shards.write(self.get_parameter(name), value)
 
     @torch.no_grad()
     def _own(self) -> dict[str, Tensor]:
         learns = self._learns()
         start = {} if all(learns.values()) else self._start()
         return {
-            name: _whole(self.get_parameter(name)) if on else start[name]
+            name: shards.whole(getattr(self, name)) if on else start[name]
             for name, on in learns.items()
         }
 
@@ -192,6 +194,9 @@ class Stub(Switch):
         if scale.isnan().any():
             raise NotCalibratedError(
                 f"tensor {self.name!r} has no scale yet; run qwrap.calibrate() first"
+                if self.initial_scale.isnan().any()
+                else f"tensor {self.name!r}: its scale has become NaN in training; look for NaN in "
+                "the loss, or give scales a lower learning rate"
             )
         return QParams(scale, zero_point, self.spec.axis, self.spec.block_size)
 
@@ -320,25 +325,9 @@ class BiasStub(Switch):
         """Return the bias that the codes stand for; its gradient passes straight through."""
         if self.mode != "quantize":
             return bias
-        rounded = dequantize(self.codes(bias), self.qparams)
+        rounded = fake_quantize_bias(bias, self.scale)
         return rounded + (bias - bias.detach())  # adds zero, so that the value stays exact
 
     def extra_repr(self) -> str:
         """Describe the stub in ``print(model)``."""
         return f"int32, {self.mode}"
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Return all of a parameter of which FSDP keeps a part here."""
-    full = getattr(parameter, "full_tensor", None)
-    return parameter if full is None else full()
-
-
-def _write(parameter: Tensor, value: Tensor) -> None:
-    """Copy into a parameter, in place, the part of ``value`` that FSDP keeps here."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None:
-        from torch.distributed.tensor import distribute_tensor  # slow to import
-
-        value = distribute_tensor(value, mesh, parameter.placements)  # type: ignore[attr-defined]  # a DTensor
-    parameter.copy_(value)

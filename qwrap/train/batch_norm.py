@@ -24,44 +24,58 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch was built without
 
 
-def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
+def freeze_batch_norm(model: nn.Module, frozen: bool = True, *, nodes: str = "*") -> int:
     """Let training go by the running statistics of live batch normalizations, in place.
 
     They then stay as they are, and training computes what will be deployed, rounded biases
     included; gamma and beta go on learning. Usual for the last third of training.
 
     Args:
-        model: a model prepared with ``QConfig(bn="live")``, or a module with such models in it.
+        model: a prepared model, or a module with such models in it.
         frozen: False lets batches be normalized by their own statistics again.
+        nodes: shell pattern over the names of the layers meant.
+
+    Returns:
+        How many layers are meant; ``QConfig(bn="live")`` says which are live.
 
     Raises:
-        ConfigError: no layer has a live batch normalization.
+        ConfigError: there is no prepared model, or no node of such a name.
     """
-    for layer in _layers(model):
+    layers = _layers(model, nodes)
+    for layer in layers:
         layer.frozen = frozen
+    return len(layers)
 
 
 def sync_batch_norm(
-    model: nn.Module, synced: bool = True, *, group: ProcessGroup | None = None
-) -> None:
+    model: nn.Module,
+    synced: bool = True,
+    *,
+    nodes: str = "*",
+    group: ProcessGroup | None = None,
+) -> int:
     """Normalize batches by their statistics over all ranks of torch.distributed, in place.
 
-    As ``torch.nn.SyncBatchNorm``, on any device. All ranks then have to run the model in training
-    mode equally often. It is not saved with the ``state_dict``, nor with a copy where ``group`` is
-    given. In a single process it changes nothing.
+    As ``torch.nn.SyncBatchNorm`` does, on any device. All ranks then have to run the model in
+    training mode equally often. It is not saved with the ``state_dict``, nor ``group`` with a copy.
+    In a single process it changes nothing.
 
     Args:
-        model: a model prepared with ``QConfig(bn="live")``, or a module with such models in it.
+        model: a prepared model, or a module with such models in it.
         synced: False gives each rank its own statistics again.
+        nodes: shell pattern over the names of the layers meant.
         group: the ranks, all if None.
 
-    Raises:
-        ConfigError: no layer has a live batch normalization.
+    Returns:
+        How many layers are meant.
 
-    Source: Ioffe and Szegedy, arXiv:1502.03167, over all ranks.
+    Raises:
+        ConfigError: there is no prepared model, or no node of such a name.
     """
-    for layer in _layers(model):
+    layers = _layers(model, nodes)
+    for layer in layers:
         layer.synced, layer.group = synced, group
+    return len(layers)
 
 
 def reestimate_batch_norm(
@@ -118,6 +132,10 @@ def reestimating_batch_norm(
         InputError: nothing was run.
     """
     layers, training = _layers(model), [(m, m.training) for m in model.modules()]
+    if not layers:
+        raise ConfigError(
+            "no layer has a live batch normalization; prepare the model with QConfig(bn='live')"
+        )
     model.eval()
     for layer in layers:
         layer.moments, layer.renewing = Moments(len(layer.gamma)), layer.known
@@ -133,21 +151,20 @@ def reestimating_batch_norm(
 
 
 def _renew(model: nn.Module, group: ProcessGroup | None) -> None:
-    for wrapped in _wrapped(model):
+    for wrapped, layers in _named(model, "*"):
         if is_distributed(group):
             merge_live(wrapped, group)
-        found = dict(live_layers(wrapped))
-        unseen = [k for k, la in found.items() if la.moments is None or la.moments.count < 2]
+        unseen = [k for k, la in layers.items() if la.moments is None or la.moments.count < 2]
         if unseen:
             raise InputError(
                 f"batch normalization of {', '.join(map(repr, unseen))} saw no data, or one value; "
                 "run at least one batch through the model"
             )
-        for key, layer in found.items():
+        for key, layer in layers.items():
             layer.renew(stored_at(wrapped, key, BIAS))
 
 
-def fold_batch_norm(model: nn.Module, nodes: str = "*") -> None:
+def fold_batch_norm(model: nn.Module, *, nodes: str = "*") -> int:
     """Fold live batch normalizations into weights and biases for good, in place.
 
     ``export`` folds in the file alone. Afterwards these layers train as any other; make a new
@@ -155,30 +172,33 @@ def fold_batch_norm(model: nn.Module, nodes: str = "*") -> None:
 
     Args:
         model: a prepared model, or a module with such models in it.
-        nodes: shell pattern over the names of the layers.
+        nodes: shell pattern over the names of the layers meant.
+
+    Returns:
+        How many layers are meant.
 
     Raises:
-        ConfigError: ``nodes`` fits no live layer.
+        ConfigError: there is no prepared model, or no node of such a name.
     """
-    fitting = 0
-    for wrapped in _wrapped(model):
-        keys = [key for key, _ in live_layers(wrapped) if fnmatchcase(key, nodes)]
-        fitting += len(keys)
-        fold(wrapped, keys)
-        if keys:
-            keep_live(wrapped, list(wrapped.replaced))
-    if not fitting and nodes != "*":
-        raise ConfigError(f"nodes={nodes!r}: no live batch normalization belongs to such a node")
+    count = 0
+    for wrapped, layers in _named(model, nodes):
+        fold(wrapped, layers.keys())
+        keep_live(wrapped, [key for key in wrapped.replaced if key not in layers])
+        count += len(layers)
+    return count
 
 
-def _wrapped(model: nn.Module) -> list[WrappedModel]:
-    return [module for module in model.modules() if isinstance(module, WrappedModel)]
+def _layers(model: nn.Module, nodes: str = "*") -> list[LiveBatchNorm]:
+    return [layer for _, layers in _named(model, nodes) for layer in layers.values()]
 
 
-def _layers(model: nn.Module) -> list[LiveBatchNorm]:
-    found = [module for module in model.modules() if isinstance(module, LiveBatchNorm)]
+def _named(model: nn.Module, nodes: str) -> list[tuple[WrappedModel, dict[str, LiveBatchNorm]]]:
+    """Return the prepared models with their live layers of a name."""
+    found = [m for m in model.modules() if isinstance(m, WrappedModel) and m.plan is not None]
     if not found:
         raise ConfigError(
-            "no layer has a live batch normalization; prepare the model with QConfig(bn='live')"
+            "there is no prepared model in this module; call qwrap.prepare(model) first"
         )
-    return found
+    if nodes != "*" and not any(fnmatchcase(key, nodes) for m in found for key in m.graph.nodes):
+        raise ConfigError(f"nodes={nodes!r}: no node has such a name")
+    return [(m, {k: la for k, la in live_layers(m) if fnmatchcase(k, nodes)}) for m in found]

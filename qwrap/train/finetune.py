@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.live import live_layers
 from qwrap.quant.prepare import device_of, plan_of, stubs
 from qwrap.train.distill import Distillation
 from qwrap.train.groups import param_groups
@@ -35,7 +36,7 @@ def finetune(
     epochs: int | None = None,
     loss: Measure | Mapping[str, Measure] | Distillation = "mse",
     lr: float | None = None,
-    scale_lr: float | None = 1e-4,
+    scale_lr: float | None = 1e-3,
     zero_point_lr: float | None = None,
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.Adam,
@@ -56,6 +57,8 @@ def finetune(
     model has in the end; if none is lower than before training, that is the one it had, bit for
     bit. It is held in memory, on the CPU, once.
 
+    Live batch normalizations go by their running statistics meanwhile, as the teacher does.
+
     However training ends, by an error or ``KeyboardInterrupt`` too, which go on to the caller, the
     model has the best state so far.
 
@@ -75,7 +78,8 @@ def finetune(
             tensors, masks or teachers a ``Distillation`` of ``model``.
         lr: learning rate of weights; None goes by the distance between their codes, see
             ``weight_rate``: about 1e-5 with 8 bits and 1e-4 with 4.
-        scale_lr: learning rate of scales, relative: a ten-thousandth per step. None for ``lr``.
+        scale_lr: learning rate of scales, which is relative: a thousandth of a scale in each step
+            of Adam. None for ``lr``.
         zero_point_lr: that of zero points (lsq+), None for ``scale_lr``.
         weight_decay: as in ``param_groups``.
         optimizer: makes an optimizer from parameter groups, as in
@@ -182,8 +186,11 @@ def _total_steps(data: Split, steps: int | None, epochs: int | None, accumulate:
 
 @contextmanager
 def _as_before(model: WrappedModel, seed: int) -> Iterator[None]:
-    """Put back, at the end, what was in training mode and the state of random numbers."""
+    """Put back, at the end, modes and the state of random numbers; batch norm goes by its own."""
     modes = [(module, module.training) for module in model.modules()]
+    norms = [(layer, layer.frozen) for _, layer in live_layers(model)]
+    for layer, _ in norms:
+        layer.frozen = True  # the teacher goes by these statistics, and so will what is deployed
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     try:
@@ -193,3 +200,5 @@ def _as_before(model: WrappedModel, seed: int) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for layer, frozen in norms:
+            layer.frozen = frozen

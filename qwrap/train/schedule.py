@@ -6,14 +6,16 @@ too: no parameter comes, goes or stops requiring a gradient; gradients of what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from qwrap.errors import ConfigError, NotCalibratedError
+from qwrap.quant.batch_norm import LiveBatchNorm
 from qwrap.quant.stubs import Stub, Switch
+from qwrap.train.batch_norm import freeze_batch_norm
 
 SHOWN = 5  # names in a message
 
@@ -118,15 +120,6 @@ def fake_quant(model: nn.Module, enabled: bool = True, *, tensors: str = "*") ->
     return len(found)
 
 
-def stubs_of(model: nn.Module) -> Iterator[Stub]:
-    """Yield the stubs on activations and weights of all prepared models in ``model``.
-
-    Raises:
-        ConfigError: there is no prepared model.
-    """
-    yield from (switch for switch in _named(model, "*") if isinstance(switch, Stub))
-
-
 def _switch(
     model: nn.Module,
     tensors: str,
@@ -181,6 +174,7 @@ class Schedule:
         fake_quant: When = 0.0,
         learn_scales: When = 0.0,
         freeze_observers: When = 0.5,
+        freeze_batch_norm: When = 2 / 3,
         freeze_zero_points: When = 0.8,
     ) -> None:
         """Say when what happens; None is never.
@@ -191,6 +185,7 @@ class Schedule:
             fake_quant: when quantization is simulated; float before.
             learn_scales: when scales and zero points start to be learned.
             freeze_observers: when scales that follow the data stop to.
+            freeze_batch_norm: when the statistics of live batch normalizations stay.
             freeze_zero_points: when zero points that are learned stop to be.
 
         Raises:
@@ -203,6 +198,7 @@ class Schedule:
             "fake_quant": fake_quant,
             "learn_scales": learn_scales,
             "freeze_observers": freeze_observers,
+            "freeze_batch_norm": freeze_batch_norm,
             "freeze_zero_points": freeze_zero_points,
         }
         self._at = {verb: _step_of(verb, when, steps) for verb, when in times.items()}
@@ -240,10 +236,16 @@ def _freeze_zero_points(model: nn.Module, frozen: bool) -> int:
     return learn_zero_points(model, not frozen)
 
 
-_VERBS: Mapping[str, Callable[[nn.Module, bool], int]] = {
+def _freeze_batch_norm(model: nn.Module, frozen: bool) -> None:
+    if any(isinstance(module, LiveBatchNorm) for module in model.modules()):
+        freeze_batch_norm(model, frozen)
+
+
+_VERBS: Mapping[str, Callable[[nn.Module, bool], object]] = {
     "fake_quant": fake_quant,
     "learn_scales": learn_scales,
     "freeze_observers": freeze_observers,
+    "freeze_batch_norm": _freeze_batch_norm,
     "freeze_zero_points": _freeze_zero_points,
 }
 

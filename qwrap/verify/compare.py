@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.points import Program
+from qwrap.model.shards import check_unsharded
 from qwrap.model.wrapped import WrappedModel
 from qwrap.verify.qdq_file import QdqFile, QuantizedTensor
 from qwrap.verify.report import LevelReport, SkippedTensor, VerifyReport
@@ -66,9 +67,10 @@ def verify(
 
     Raises:
         ModelError: the file is missing, invalid or refused by onnxruntime, or has other inputs,
-            outputs or shapes than the model.
+            outputs or shapes than the model; or the parameters are sharded.
         InputError: there are no batches, or one does not fit.
     """
+    check_unsharded(model)
     file = QdqFile(path)
     file.check_interface(model.graph, "the model")
     chosen, skipped = file.tensors(model.graph) if tensors else ((), ())

@@ -215,6 +215,7 @@ def test_bfloat16_is_close(name: str, exporter: str, how: str, case: Case_) -> N
 
 
 BLOCKS = {
+    "resnet18": ("layer1.0", "layer1.0.conv1", "layer2.0.downsample"),
     "resnet50": ("layer1.0", "layer1.0.conv1", "layer2.0.downsample"),
     "mobilenet_v2": ("features.1.conv", "features.2.conv.1", "classifier.1"),
     "efficientnet_b0": ("features.1.0.block.1", "features.2.1.block", "classifier.1"),

@@ -257,6 +257,8 @@ def test_no_scale_passes_its_limit_and_none_is_stuck_there(way, optimizer) -> No
     for step in range(300):  # every value is cut off: larger ones are wanted, then smaller ones
         made.zero_grad()
         stub(x.clone().requires_grad_()).backward(up if step < 100 else down)
+        if step == 99:
+            assert not next(stub.parameters()).grad.any()  # or it would wander off behind the limit
         made.step()
         seen.append(float(stub.scale))
     assert max(seen) == seen[99] == np.float32(limit)

@@ -37,6 +37,15 @@ def test_a_scale_that_is_not_known_is_an_error_that_names_the_tensor() -> None:
         _ = Stub("conv_1", U8).qparams
 
 
+def test_a_scale_that_training_has_made_nan_is_another_error() -> None:
+    made = Stub("conv_1", U8, training_by="lsq")
+    made.set_qparams(QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32)))
+    with torch.no_grad():
+        made.get_parameter("gain").fill_(float("nan"))
+    with pytest.raises(NotCalibratedError, match=r"'conv_1': its scale has become NaN in training"):
+        _ = made.qparams
+
+
 def test_forget_drops_the_scale_and_keeps_the_buffer() -> None:
     made = stub()
     buffer = made.initial_scale

@@ -14,6 +14,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, NotCalibratedError, TrainingError
+from qwrap.quant.live import live_layers
 from qwrap.train.rates import weight_rate
 
 quiet = functools.partial(qwrap.finetune, progress=False)
@@ -71,9 +72,9 @@ def test_the_report_tells_the_losses_there_were(student, data) -> None:
 
 
 def test_the_report_can_be_read(student, data) -> None:
-    report = quiet(student, data, steps=4, evaluate=2, lr=1e-4)
+    report = quiet(student, data, steps=40, evaluate=20, lr=1e-4)
     lines = str(report).splitlines()
-    assert lines[0].startswith("fine-tuned for 4 steps")
+    assert lines[0].startswith("fine-tuned for 40 steps")
     assert f"kept from step {report.best_step}; 2 batches held out" in lines[1]
     assert len(lines) == 3 + 3  # a header, and a line for each look
     assert [line.endswith("<- kept") for line in lines[3:]].count(True) == 1
@@ -105,6 +106,28 @@ def test_following_scales_are_put_back_with_their_statistics(calibrated, data) -
     before = state(model)
     quiet(model, [100 * batch for batch in data], held_out=data[:2], steps=4, lr=1.0)
     assert_same(state(model), before)
+
+
+def test_live_batch_normalization_keeps_its_statistics(small, data) -> None:
+    nodes = """
+        a = Conv<pads=[1,1,1,1]>(x, w1) b = BatchNormalization(a, gamma, beta, mean, var)
+        c = Relu(b) y = Conv(c, w2)
+    """
+    rng = np.random.default_rng(2)
+    norm = {name: rng.uniform(0.5, 2, 6) for name in ("gamma", "beta", "mean", "var")}
+    source = small.build(nodes, {"w1": (6, 3, 3, 3), "w2": (4, 6, 1, 1)} | norm)
+    model = qwrap.load(source)
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, weight="int4", bn="live"))
+    qwrap.calibrate(model, data, progress=False)
+    before = state(model)
+    ((_, layer),) = live_layers(model)
+    report = quiet(model, data, steps=40)
+    assert report.improved
+    assert not layer.frozen
+    after = state(model)
+    same = {name for name, x in before.items() if "running" in name and torch.equal(x, after[name])}
+    assert len(same) == 2
+    assert any("gamma" in name and not torch.equal(x, after[name]) for name, x in before.items())
 
 
 def test_the_same_seed_gives_the_same_bits(calibrated, data) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ import qwrap
 from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError, NotCalibratedError
 from qwrap.numerics import QParams
+from qwrap.quant.batch_norm import LiveBatchNorm
 from qwrap.quant.prepare import stubs
 from qwrap.quant.stubs import Stub, Switch
 from qwrap.train import Schedule, fake_quant, freeze_observers, learn_scales, learn_zero_points
@@ -217,6 +219,25 @@ def test_a_resumed_schedule_is_where_it_was(make) -> None:
     resumed.load_state_dict(saved.state_dict())
     assert state(second) == state(first) == ("quantize", True, False)
     assert resumed.taken == 9
+
+
+def test_a_schedule_freezes_live_batch_normalizations(small) -> None:
+    norm = {
+        name: np.full(4, value) for name, value in zip("gbmv", (1.0, 0.0, 0.1, 2.0), strict=True)
+    }
+    source = small.build(
+        "c = Conv(x, w) y = BatchNormalization(c, g, b, m, v)", {"w": (4, 3, 3, 3), **norm}
+    )
+    model = qwrap.load(source)
+    qwrap.prepare(model, qwrap.QConfig(bn="live", only_if_faster=False))
+    qwrap.calibrate(model, small.batches(), progress=False)
+    (layer,) = [m for m in model.modules() if isinstance(m, LiveBatchNorm)]
+    schedule = Schedule(model, 3)
+    seen = [layer.frozen]
+    for _ in range(3):
+        schedule.step()
+        seen.append(layer.frozen)
+    assert seen == [False, False, True, True]
 
 
 def test_a_schedule_prints_its_steps(make) -> None:

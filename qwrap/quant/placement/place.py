@@ -14,7 +14,7 @@ from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.placement.cut import worth_it
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.placement.opsets import carried_reals
-from qwrap.quant.placement.outer import outer_of
+from qwrap.quant.placement.outer import at_8_bits, outer_of
 from qwrap.quant.placement.overrides import apply_overrides
 from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.target import ORT_CPU, Target
@@ -172,7 +172,7 @@ class _Placement:
     def plan(self) -> QuantPlan:
         plan = QuantPlan(fused=self.slow is None)
         if self.config.first_last_8bit:
-            self._widen()
+            self._widen(plan)
         if self.slow is not None and self.integer:
             plan.notes.append(f"{self.slow}: it computes in float between the pairs")
         for node in self.integer:
@@ -188,7 +188,7 @@ class _Placement:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         return plan
 
-    def _widen(self) -> None:
+    def _widen(self, plan: QuantPlan) -> None:
         """Keep what lies at the ends of the graph at 8 bits.
 
         That is what first and last layers read, what lies in front of the first and what behind
@@ -197,6 +197,10 @@ class _Placement:
         layers = [node for node in self.integer if node.op_type in self.target.matrix]
         outer = outer_of(self.facts, layers)
         self.specs.wide_layers |= outer.layers
+        kept = [self.graph.node_key(node) for node in layers if node in outer.layers]
+        asked = [self.config.activation_spec, self.config.weight_spec(None, 0)]
+        if any(spec is not None and at_8_bits(spec) != spec for spec in asked):
+            plan.notes.append(f"first and last layers, at 8 bits: {', '.join(kept)}")
         values = [v for node in outer.ends for v in node.outputs]
         values += [v for node in outer.layers for v in self.facts.data_inputs(node)]
         wide = self.specs.wide_values

@@ -53,6 +53,7 @@ def test_a_resnet_has_8_bits_at_its_ends(small) -> None:
     }  # fmt: skip
     types = {name: str(spec.dtype) for name, spec in weights(plan).items()}
     assert types == {"w1": "int8", "w2": "int4", "w3": "int4", "w4": "int4", "w5": "int8"}
+    assert "note:      first and last layers, at 8 bits: /c1, /y" in plan.summary()
     assert weights(plan)["w1"] == QuantSpec(dtype="int8", axis=0, narrow_range=True)
 
 
@@ -245,3 +246,4 @@ def test_a_bias_behind_the_first_and_last_product_verifies(small, quantized, act
     made = quantized(source, batches, config(activation, only_if_faster=False))
     report = made.verify()
     assert report.passed(), report
+    assert made.operators()["QGemm"] == 1  # the last product with its bias
