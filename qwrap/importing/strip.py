@@ -153,11 +153,10 @@ class Stripper:
         Any other Identity goes, as it does in onnxruntime.
         """
         uses = []
-        while (
-            copied := next(filter(_is_copy, (use.node for use in value.uses())), None)
-        ) is not None:
-            copied.outputs[0].replace_all_uses_with(value)
-            _graph(copied).remove(copied, safe=True)
+        while copies := [use.node for use in value.uses() if _is_copy(use.node)]:
+            for node in copies:
+                node.outputs[0].replace_all_uses_with(value)
+                _graph(node).remove(node, safe=True)
         for use in tuple(value.uses()):
             node, index = use.node, use.idx
             if any(True for _ in bodies(node)):

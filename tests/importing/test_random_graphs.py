@@ -66,7 +66,7 @@ def build(small: Any, steps: list[tuple[str, int, int, int]]) -> onnx.ModelProto
     return small.build(text, constants, "float[2,3,4,4] x", ", ".join(ends))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=st.lists(step, min_size=1, max_size=9))
 def test_any_arrangement_is_simulated_trained_and_written(
     small: Any, imported: Any, steps: list[tuple[str, int, int, int]]
