@@ -146,6 +146,7 @@ class Loop:
     @torch.no_grad()
     def _look(self, step: int, best: Kept) -> None:
         """Measure what was held out, and keep the state if it is the best."""
+        self._ranks.spread(self._model)  # scales that follow the data went with each rank's own
         self._model.eval()
         self._distillation.block_weight = 0
         total = rows = 0.0

@@ -53,7 +53,9 @@ class Ranks:
         """Give every rank the parameters and buffers of the first, in place."""
         if self.is_many:
             for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.data, 0)
+                received = tensor.detach().clone()
+                dist.broadcast(received, 0)
+                tensor.copy_(received)  # which counts as a change, for whoever holds on to values
 
     @torch.no_grad()
     def average(self, parameters: Iterable[Tensor]) -> None:
