@@ -32,10 +32,6 @@ class Ranks:
         """Return the sum over all ranks of each number."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
-    def all_have(self, *, something: bool) -> bool:
-        """Return whether all ranks have something."""
-        return self.least(float(something))[0] > 0
-
     def least(self, *numbers: float) -> list[float]:
         """Return the least over all ranks of each number."""
         return self._reduced(numbers, dist.ReduceOp.MIN)

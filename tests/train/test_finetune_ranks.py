@@ -30,9 +30,10 @@ descend = functools.partial(
 )
 
 
-def calibrated(source: bytes, batches: list[np.ndarray], **settings: Any) -> qwrap.WrappedModel:
+def calibrated(source: bytes, batches: list[np.ndarray], **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(onnx.load_from_string(source))
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, weight="int4", **settings))
+    settings = {"only_if_faster": False, "weight": "int4", **settings}
+    qwrap.prepare(model, qwrap.QConfig(**settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -53,6 +54,7 @@ def run_rank(rank: int, folder: str, source: bytes, batches: list[np.ndarray]) -
         "following": following(calibrated(source, own, training="follow"), own),
         "iterators": iterators(calibrated(source, own), own[: 3 + rank]),
         "wrapped": wrapped(calibrated(source, own), own),
+        "live": live(calibrated(source, own, bn="live"), own),
     }
     torch.save(results, path / f"{rank}.pt")
     dist.destroy_process_group()
@@ -85,6 +87,13 @@ def following(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
 def iterators(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> int:
     """One rank has a batch less."""
     return descend(model, iter(batches), steps=10).history[-1].step
+
+
+def live(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
+    """Each rank normalizes batches of its own."""
+    qwrap.finetune(model, batches[2:], held_out=batches[:2], steps=3, evaluate=1, progress=False)
+    assert model.replaced
+    return {name: value.clone() for name, value in model.named_buffers() if "running" in name}
 
 
 def wrapped(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
@@ -145,6 +154,11 @@ def test_all_ranks_keep_the_same_state(ranks) -> None:
 
 def test_scales_that_follow_the_data_end_the_same_on_all_ranks(ranks) -> None:
     assert_equal(ranks[0]["following"], ranks[1]["following"])
+
+
+def test_all_ranks_have_the_same_statistics_of_live_normalizations(ranks) -> None:
+    assert len(ranks[0]["live"]) == 2
+    assert_equal(ranks[0]["live"], ranks[1]["live"])
 
 
 def test_the_held_out_loss_is_that_of_all_ranks_data(ranks, source, data) -> None:

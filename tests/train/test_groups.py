@@ -43,7 +43,7 @@ def test_groups_hold_what_their_names_say(make) -> None:
     groups = by_name(qwrap.param_groups(model))
     assert set(groups) == {"weights", "no_decay", "scales", "zero_points", "clips"}
     assert set(names(model, groups["scales"])) == {"gain"}
-    assert names(model, groups["zero_points"]) == ["shift", "shift"]  # x and y
+    assert names(model, groups["zero_points"]) == ["shift"]  # y; x is given
     assert names(model, groups["clips"]) == ["alpha"]
     assert all(p.dim() > 1 for p in groups["weights"]["params"])
     assert names(model, groups["weights"]) == ["w1", "w2", "weight"]
