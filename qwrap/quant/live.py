@@ -57,8 +57,8 @@ def plan_live(
 ) -> LivePlan:
     """Choose the layers that stay live, and give each of them a bias in ``draft``, in place.
 
-    They are those that a BatchNormalization was folded into. Where the model came without any,
-    they are the Conv and ConvTranspose that have another layer behind them.
+    They are those that a BatchNormalization was folded into. Where there are none, the model came
+    folded, and they are the Conv and ConvTranspose that have another layer behind them.
 
     Args:
         model: before it is rewritten.
@@ -70,7 +70,7 @@ def plan_live(
     earlier = dict(live_layers(model))
     chosen = {graph.node_key(node): node for node in folded}
     chosen |= {key: graph.nodes[key] for key in earlier if key in graph.nodes}
-    if not chosen and not any(n.op_type == "BatchNormalization" for n in walk_nodes(draft.graph)):
+    if not chosen:
         chosen = {graph.node_key(node): node for node in _inner_layers(draft)}
     for key, node in chosen.items():
         obstacle = _obstacle(constants, node)
@@ -81,6 +81,8 @@ def plan_live(
             _add_zeros(constants, node)
             plan.changes.append(f"{label(node)}: a bias added for its batch normalization")
         _sort(plan, key, node, folded.get(node), earlier.get(key), before)
+    if not (plan.folded or plan.kept or plan.restored):
+        plan.changes.append("no layer can have a batch normalization of its own")
     return plan
 
 

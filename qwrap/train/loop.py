@@ -147,6 +147,7 @@ class Loop:
     def _look(self, step: int, best: Kept) -> None:
         """Measure what was held out, and keep the state if it is the best."""
         self._model.eval()
+        self._ranks.average_statistics(self._model)
         self._distillation.block_weight = 0
         total = rows = 0.0
         batches = 0

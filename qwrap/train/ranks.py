@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qwrap.quant.batch_norm import LiveBatchNorm
 from qwrap.quant.observe.sync import is_distributed
 
 BUCKET = 2**24  # numbers averaged at once, so that packing them takes 64 MiB at most
@@ -54,6 +55,16 @@ class Ranks:
         if self.is_many:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, 0)
+
+    @torch.no_grad()
+    def average_statistics(self, module: nn.Module) -> None:
+        """Give live batch normalizations the mean of all ranks' statistics, in place."""
+        if not self.is_many:
+            return
+        layers = [m for m in module.modules() if isinstance(m, LiveBatchNorm)]
+        statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var)]
+        if statistics:
+            _average(statistics)
 
     @torch.no_grad()
     def average(self, parameters: Iterable[Tensor]) -> None:

@@ -326,3 +326,29 @@ def test_matmul_takes_the_scale_of_a_batch_norm_over_its_columns(
     assert len(fold_batch_norm(after)) == folded
     assert op_types(after) == ["MatMul", "Add" if folded else NORM]
     assert_same_outputs(before, after, x=rng.normal(size=size))
+
+
+def test_what_was_folded_is_told_with_the_bias_before_and_the_scale_behind_it() -> None:
+    graph = """
+        g (float[1,1,2] x) => (float[1,2,2] y) {
+            c = Conv(x, w, b)
+            n = BatchNormalization<epsilon=0.25, momentum=0.75>(c, gamma, beta, mean, var)
+            m = Mul(n, half)
+            y = Add(m, one)
+        }
+    """
+    weights = {"w": [[[1]], [[2]]], "b": [3, 4], "gamma": [-1, 2], "beta": [5, 6]}
+    weights |= {"mean": [7, 9], "var": [0.75, 3.75], "half": 0.5, "one": [[[1], [2]]]}
+    model, folded = parse(graph, **{k: np.array(v) for k, v in weights.items()}), {}
+    weight = model.graph.initializers["w"].const_value
+    fold_batch_norm(model, folded)
+    fold_scale_and_shift(model, folded)
+    assert op_types(model) == ["Conv"]
+    ((node, found),) = folded.items()
+    assert node is model.graph[0]
+    assert found.weight is weight
+    assert found.norm.mean.tolist() == [7 - 3, 9 - 4]
+    assert found.norm.variance.tolist() == [0.75, 3.75]
+    assert found.norm.gamma.tolist() == [-0.5, 1]
+    assert found.norm.beta.tolist() == [5 * 0.5 + 1, 6 * 0.5 + 2]
+    assert (found.norm.epsilon, found.norm.momentum) == (0.25, 0.75)

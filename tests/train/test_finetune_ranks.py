@@ -29,9 +29,10 @@ descend = functools.partial(
 )
 
 
-def calibrated(source: bytes, batches: list[np.ndarray]) -> qwrap.WrappedModel:
+def calibrated(source: bytes, batches: list[np.ndarray], **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(onnx.load_from_string(source))
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, weight="int4"))
+    settings = {"only_if_faster": False, "weight": "int4", **settings}
+    qwrap.prepare(model, qwrap.QConfig(**settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -51,6 +52,7 @@ def run_rank(rank: int, folder: str, source: bytes, batches: list[np.ndarray]) -
         "held out": held_out(calibrated(source, own), own),
         "iterators": iterators(calibrated(source, own), own[: 3 + rank]),
         "wrapped": wrapped(calibrated(source, own), own),
+        "live": live(calibrated(source, own, bn="live"), own),
     }
     torch.save(results, path / f"{rank}.pt")
     dist.destroy_process_group()
@@ -76,6 +78,13 @@ def held_out(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
 def iterators(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> int:
     """One rank has a batch less."""
     return descend(model, iter(batches), steps=10).history[-1].step
+
+
+def live(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
+    """Each rank normalizes batches of its own."""
+    qwrap.finetune(model, batches[2:], held_out=batches[:2], steps=3, evaluate=1, progress=False)
+    assert model.replaced
+    return {name: value.clone() for name, value in model.named_buffers() if "running" in name}
 
 
 def wrapped(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
@@ -132,6 +141,11 @@ def test_all_ranks_keep_the_same_state(ranks) -> None:
     assert ranks[0]["held out"]["losses"] == ranks[1]["held out"]["losses"]
     assert ranks[0]["held out"]["best"] == ranks[1]["held out"]["best"] > 0
     assert_equal(ranks[0]["held out"]["state"], ranks[1]["held out"]["state"])
+
+
+def test_all_ranks_have_the_same_statistics_of_live_normalizations(ranks) -> None:
+    assert len(ranks[0]["live"]) == 2
+    assert_equal(ranks[0]["live"], ranks[1]["live"])
 
 
 def test_the_held_out_loss_is_that_of_all_ranks_data(ranks, source, data) -> None:
