@@ -171,7 +171,8 @@ class QConfig:
             clip of an activation is learned, from what it cuts off. "tqt": powers of two, learned
             in the log domain; what "lsq" means for a spec with such scales. Scales that a kernel or
             the user dictates, of tables that are looked up in and of types that are functions stay
-            fixed.
+            fixed; so do, where nothing else is said for the tensor, those learned of graph inputs
+            with 8 bits or more, whose gradient would cost a product in the first layer.
         bn: "fold" each BatchNormalization into the layer before it, or keep it "live" in training:
             what is quantized is the folded weight. Live are the layers that one was folded into,
             quantized or not; in a model that came folded, each Conv and ConvTranspose that has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from qwrap.algorithms.bias_correction import correct_biases
@@ -97,29 +98,39 @@ def quantize(
         kept = _calibrate(model, calibration, statistics, progress=progress)
     if table is not None:
         rescale(model, table)
-    if not kept:
-        plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
-    elif round_weights(model, kept):
-        plan_of(model).changes.append("weights rounded so that their errors cancel (GPTQ)")
-    elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
-        plan_of(model).changes.append("biases corrected for the mean error of their channels")
+    rounded = _improve(model, kept)
     if finetune is not None and calibration is not None:
-        _finetune(model, calibration, kept, finetune, progress=progress)
+        is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
+        data = kept if is_once else calibration
+        _finetune(model, data, finetune, rounded=rounded, progress=progress)
     export(model, target)
     return model
 
 
+def _improve(model: WrappedModel, kept: list[Any]) -> bool:
+    """Make rounding errors good, in place; return whether weights were rounded for it."""
+    changes = plan_of(model).changes
+    if not kept:
+        changes.append("weights and biases as they were: no data to improve them by")
+        return False
+    rounded = round_weights(model, kept)
+    if rounded:
+        changes.append("weights rounded so that their errors cancel (GPTQ)")
+    elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
+        changes.append("biases corrected for the mean error of their channels")
+    return rounded
+
+
 def _finetune(
-    model: WrappedModel, calibration: Iterable[Any], kept: list[Any], steps: int, *, progress: bool
+    model: WrappedModel, data: Iterable[Any], steps: int, *, rounded: bool, progress: bool
 ) -> None:
-    """Train ``model``, in place, on all of the data if it can be read again."""
+    """Train ``model``, in place; scales of weights stay where the weights are rounded to them."""
     changes = plan_of(model).changes
     if not any(True for _ in stubs(model)):
         changes.append("not fine-tuned: nothing is quantized")
         return
-    is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
-    report = train(model, kept if is_once else calibration, steps=steps, progress=progress)
-    changes.extend(report.summary().splitlines())
+    tune = partial(train, weight_scale_lr=0.0) if rounded else train
+    changes.extend(tune(model, data, steps=steps, progress=progress).lines())
 
 
 def _calibrate(

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples in a batch")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=None)
-    parser.add_argument("--scale-lr", type=float, default=1e-3)
+    parser.add_argument("--scale-lr", type=float, default=3e-3)
     parser.add_argument("--block-weight", type=float, default=1.0)
     parser.add_argument("--loss", default="mse")
     parser.add_argument("--training", default="lsq")

@@ -95,6 +95,15 @@ def test_algorithms_and_a_training_step_run(data) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_fine_tuning_runs_where_the_model_is(data) -> None:
+    model = calibrated("cuda", data)
+    report = qwrap.finetune(
+        model, data, steps=4, evaluate=1, autocast=torch.bfloat16, progress=False
+    )
+    assert len(report.history) == 5
+    assert all(parameter.is_cuda for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("like", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 100_003), (1, 64, 576), (768, 96, 1)])
 def test_learned_passes_give_the_bits_of_the_cpu(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
+import torch
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
@@ -63,7 +64,7 @@ def import_quantized(
         raise UnreadableError("; ".join(found.calls))
     if not (found.computed or found.floats or found.stored):
         return None
-    if settings.dtype is not None:
+    if settings.dtype not in (None, torch.float32):
         raise ConfigError(
             f"dtype={settings.dtype}: the scales of a quantized file are those of the types it "
             "says; load it without dtype, or with quantized='nodes'"

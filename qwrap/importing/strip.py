@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -21,6 +24,9 @@ from qwrap.quant.placement.forms import DEQUANTIZE
 
 NAMES = ("_quantized", "_DequantizeLinear_Output")
 """What tools put behind the name of a float weight to name its codes, or what comes of them."""
+
+SMALL = 4096
+"""Elements up to which floats are kept beside the module's own; else codes make them again."""
 
 
 class Stripper:
@@ -84,15 +90,20 @@ class Stripper:
     def _floats_of(self, node: ir.Node, codes: ir.Value, reading: Reading) -> Stored:
         tensor = constant_of(codes)
         assert tensor is not None
-        numbers: Tensor = to_torch(tensor)
-        values = dequantize(numbers, reading.qparams, reading.spec.dtype)
-        array = as_array(values, reading.real or ir.DataType.FLOAT)
-        if not bool(torch.isfinite(values).all()):
+        reals = _reals(tensor, reading)
+        if not np.isfinite(reals.numpy()).all():
             raise UnreadableError("it makes no finite numbers")
         home = codes.graph if codes.is_initializer() else _home(codes)
         assert isinstance(home, ir.Graph)
-        value = self.constants.add(home, self._name(node.outputs[0], codes), array)
-        stored = Stored(value, _ends(numbers))
+        value = self.constants.add(home, self._name(node.outputs[0], codes), reals.numpy())
+        if reals.size > SMALL:
+            value.const_value = ir.LazyTensor(
+                partial(_reals, tensor, reading),
+                reals.dtype,
+                ir.Shape(reals.shape.numpy()),
+                name=value.name,
+            )
+        stored = Stored(value, _ends(to_torch(tensor)))
         self._stored.append(stored)
         return stored
 
@@ -142,11 +153,10 @@ class Stripper:
         Any other Identity goes, as it does in onnxruntime.
         """
         uses = []
-        while (
-            copied := next(filter(_is_copy, (use.node for use in value.uses())), None)
-        ) is not None:
-            copied.outputs[0].replace_all_uses_with(value)
-            _graph(copied).remove(copied, safe=True)
+        while copies := [use.node for use in value.uses() if _is_copy(use.node)]:
+            for node in copies:
+                node.outputs[0].replace_all_uses_with(value)
+                _graph(node).remove(node, safe=True)
         for use in tuple(value.uses()):
             node, index = use.node, use.idx
             if any(True for _ in bodies(node)):
@@ -283,6 +293,12 @@ def _home(value: ir.Value) -> ir.Graph:
 def _graph(node: ir.Node) -> ir.Graph:
     assert isinstance(node.graph, ir.Graph)
     return node.graph
+
+
+def _reals(codes: ir.TensorProtocol, reading: Reading) -> ir.TensorProtocol:
+    """Return what codes stand for."""
+    values = dequantize(to_torch(codes), reading.qparams, reading.spec.dtype)
+    return ir.tensor(as_array(values, reading.real or ir.DataType.FLOAT))
 
 
 def _ends(codes: Tensor) -> tuple[float, float] | None:

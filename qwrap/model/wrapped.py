@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwrap.errors import InputError, ModelError
 from qwrap.graph.index import OnnxGraph, ValueType
+from qwrap.model import extra_state
 from qwrap.model.block import Block
 from qwrap.model.codegen import Code, generate
 from qwrap.model.layout import Layout, Slot
@@ -50,6 +51,7 @@ class WrappedModel(Block):
 
     def __init__(self, graph: OnnxGraph, settings: LoadSettings | None = None) -> None:
         super().__init__()
+        self.register_state_dict_post_hook(extra_state.pack)  # type: ignore[no-untyped-call]  # torch has no stub
         self.graph = graph
         self.loaded_opset = graph.opset
         self.programs: dict[str, Callable[[], Program]] = {}
@@ -292,8 +294,9 @@ class WrappedModel(Block):
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        extra_state.unpack(state_dict, prefix)
         if self.before_loading is not None:
             own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
             self.before_loading(self, own)

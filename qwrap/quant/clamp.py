@@ -55,11 +55,12 @@ class Clamp:
         parts = (stub.initial_scale, stub.initial_zero_point, stub.scale_limit)
         key = tuple(n for part in parts for n in (part.data_ptr(), part._version))
         if key != self._known[0]:
-            self._known = key, self._covers()
+            self._known = key, self.covers()
         return self._known[1]
 
     @torch.no_grad()
-    def _covers(self) -> bool:
+    def covers(self) -> bool:
+        """Whether the stub's codes lie within the bounds."""
         stub = self.stub
         scale, zero_point = stub.initial_scale, stub.initial_zero_point
         below = (stub.grid.qmin - zero_point) * scale >= self.low

@@ -31,7 +31,7 @@ from qwrap.quant.stubs import BiasStub, Stub
 def exact(model: WrappedModel) -> Iterator[None]:
     """Compute with onnxruntime's integer arithmetic inside the ``with`` block.
 
-    Weights are quantized once, on entry. There are no gradients.
+    Weights are quantized once, on entry. There are no gradients, and no scale follows the data.
 
     Raises:
         ConfigError: the model is not prepared.
@@ -40,8 +40,22 @@ def exact(model: WrappedModel) -> Iterator[None]:
     """
     if "exact" not in model.programs:
         raise ConfigError("the model is not prepared; call prepare() and calibrate() first")
-    with torch.no_grad(), model.running("exact"):
+    with torch.no_grad(), _standing_still(model), model.running("exact"):
         yield
+
+
+@contextmanager
+def _standing_still(model: WrappedModel) -> Iterator[None]:
+    """Let no scale follow the data inside the ``with`` block: the kernels know those it has now."""
+    taps = [model.tap(point) for point in model.attached]
+    following = [tap for tap in taps if isinstance(tap, Stub) and tap.following]
+    for stub in following:
+        stub.following = False
+    try:
+        yield
+    finally:
+        for stub in following:
+            stub.following = True
 
 
 def exact_program(model: WrappedModel) -> Program:
@@ -124,7 +138,7 @@ class _Lowering:
         if producer is None:
             return True
         clamp = self.model.kernels.get(self.graph.node_key(producer))
-        return clamp.is_redundant() if isinstance(clamp, Clamp) else True
+        return clamp.covers() if isinstance(clamp, Clamp) else True
 
     def _has_float_bias(self, node: ir.Node) -> bool:
         index = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None

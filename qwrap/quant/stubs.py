@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -92,6 +92,7 @@ class Stub(Switch):
         self._held: Held | None = None
         for parameter, value in self._start().items():
             self.register_parameter(parameter, nn.Parameter(value))
+            self.register_buffer(f"frozen_{parameter}", value.clone())
 
     def _start(self) -> dict[str, Tensor]:
         learner = LEARNERS[self.training_by]
@@ -108,8 +109,9 @@ class Stub(Switch):
     def learning(self) -> bool:
         """Whether trained parameters get gradients and count; else gradients are zero.
 
-        What stops learning stays exactly where it is: that becomes its initial value, for the
-        momentum of an optimizer goes on moving a parameter whose gradient is zero.
+        What stops learning stays exactly where it is: a copy of the parameter counts, for the
+        momentum of an optimizer goes on moving one whose gradient is zero. What starts again goes
+        on from there.
         """
         return self._learning
 
@@ -128,17 +130,17 @@ class Stub(Switch):
 
     @torch.no_grad()
     def _learn(self, learning: bool, zero_point: bool) -> None:
-        before, (now, zero_point_now) = self._learns(), self._now()
+        before = self._learns()
         self._learning, self._learning_zero_point = learning, zero_point
-        changed = {name for name, on in self._learns().items() if on != before[name]}
-        if not changed:
-            return
-        kinds = {self._kinds[name] for name in changed}
-        if "zero_point" in kinds:
-            self.initial_zero_point.copy_(zero_point_now)
-        if kinds - {"zero_point"}:
-            self.initial_scale.copy_(now)
-        self._restart(changed)
+        for name, on in self._learns().items():
+            if on and not before[name]:
+                shards.write(self.get_parameter(name), self._frozen(name))
+            elif before[name] and not on:
+                self._frozen(name).copy_(shards.whole(self.get_parameter(name)))
+
+    def _frozen(self, name: str) -> Tensor:
+        kept: Tensor = getattr(self, f"frozen_{name}")
+        return kept
 
     def _learns(self) -> dict[str, bool]:
         """Return which parameters get gradients."""
@@ -149,19 +151,10 @@ class Stub(Switch):
         }
 
     @torch.no_grad()
-    def _restart(self, names: Collection[str]) -> None:
-        """Let these parameters stand for no change, in place."""
-        for name, value in self._start().items():
-            if name in names:
-                shards.write(self.get_parameter(name), value)
-
-    @torch.no_grad()
     def _own(self) -> dict[str, Tensor]:
-        learns = self._learns()
-        start = {} if all(learns.values()) else self._start()
         return {
-            name: shards.whole(getattr(self, name)) if on else start[name]
-            for name, on in learns.items()
+            name: shards.whole(getattr(self, name)) if on else self._frozen(name)
+            for name, on in self._learns().items()
         }
 
     @property
@@ -211,7 +204,9 @@ class Stub(Switch):
         self.initial_scale.copy_(qparams.scale)
         self.initial_zero_point.copy_(qparams.zero_point)
         self.scale_limit.fill_(limit)
-        self._restart(self._kinds)
+        for parameter, value in self._start().items():
+            shards.write(self.get_parameter(parameter), value)
+            self._frozen(parameter).copy_(value)
 
     @torch.no_grad()
     def forget(self, observer: Observer | None) -> None:
@@ -250,7 +245,8 @@ class Stub(Switch):
 
     def _hold(self, x: Tensor, grid: Grid) -> Known | None:
         """Return a constant rounded once for all forward passes until it or its scale changes."""
-        parts = [self.initial_scale, self.initial_zero_point, *self.trained().values()]
+        frozen = map(self._frozen, self._kinds)
+        parts = [self.initial_scale, self.initial_zero_point, *self.trained().values(), *frozen]
         if not all(map(Held.is_possible, (x, *parts))):
             return None
         if self._held is None or not self._held.is_of(x, parts):

@@ -36,7 +36,8 @@ def finetune(
     epochs: int | None = None,
     loss: Measure | Mapping[str, Measure] | Distillation = "mse",
     lr: float | None = None,
-    scale_lr: float | None = 1e-3,
+    scale_lr: float | None = 3e-3,
+    weight_scale_lr: float | None = 1e-4,
     zero_point_lr: float | None = None,
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.Adam,
@@ -78,8 +79,10 @@ def finetune(
             tensors, masks or teachers a ``Distillation`` of ``model``.
         lr: learning rate of weights; None goes by the distance between their codes, see
             ``weight_rate``: about 1e-5 with 8 bits and 1e-4 with 4.
-        scale_lr: learning rate of scales, which is relative: a thousandth of a scale in each step
-            of Adam. None for ``lr``.
+        scale_lr: learning rate of scales of activations, which is relative: three thousandths of a
+            scale in each step of Adam. None for ``lr``.
+        weight_scale_lr: that of the scales of weights, None for ``scale_lr``; 0 serves weights best
+            that lie on their grid already, see ``param_groups``.
         zero_point_lr: that of zero points (lsq+), None for ``scale_lr``.
         weight_decay: as in ``param_groups``.
         optimizer: makes an optimizer from parameter groups, as in
@@ -114,7 +117,12 @@ def finetune(
     _check_calibrated(model)
     lr = weight_rate(model) if lr is None else lr
     groups = param_groups(
-        model, lr=lr, weight_decay=weight_decay, scale_lr=scale_lr, zero_point_lr=zero_point_lr
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        scale_lr=scale_lr,
+        zero_point_lr=zero_point_lr,
+        weight_scale_lr=weight_scale_lr,
     )
     distillation = loss if isinstance(loss, Distillation) else Distillation(model, outputs=loss)
     if distillation.model is not model:

@@ -75,7 +75,11 @@ class FinetuneReport:
         return {**asdict(self), **derived}
 
     def summary(self) -> str:
-        """Return some lines on what came of it."""
+        """Return in two lines what came of it."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """Return what ``summary`` says, line by line."""
         done = self.history[-1].step if self.history else 0
         lines = [f"fine-tuned for {done} steps in {self.seconds:.0f} s: {ENDS[self.end]}"]
         if not self.held_out_batches:
@@ -91,7 +95,7 @@ class FinetuneReport:
                 f"held-out loss {self.before:.3g} -> {self.lowest:.3g} ({less:.0%} less), kept "
                 f"from step {self.best_step}; {self.held_out_batches} batches held out"
             )
-        return "\n".join(lines)
+        return lines
 
     def __str__(self) -> str:
         lines = [f"{'step':>6} {'training':>10} {'outputs':>10} {'held out':>10}  learning rate"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qwrap.model import shards
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import quantize, spread
@@ -204,7 +205,7 @@ def _constant(model: WrappedModel, point: object) -> tuple[Tensor | None, Tensor
     assert isinstance(model.plan, QuantPlan)
     value = model.plan.constants[point.node, point.index].value
     weight = model.deployed(value)
-    return (None if weight is None else _whole(weight.detach())), model.stored(value)
+    return (None if weight is None else shards.whole(weight.detach())), model.stored(value)
 
 
 def _scales(item: _Item) -> Iterator[tuple[str, Tensor]]:
@@ -234,14 +235,7 @@ def _gradients(item: _Item) -> Iterator[tuple[str, Tensor]]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return _whole(tensor.detach().norm())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that FSDP keeps a part of here."""
-    full: Any = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if full is None else full()
-    return whole
+    return shards.whole(tensor.detach().norm())
 
 
 def _rounds(stub: Stub) -> bool:

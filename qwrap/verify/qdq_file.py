@@ -249,13 +249,14 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
         for user in node.outputs[0].consumers()
         if _is(user, "DequantizeLinear")
     )
-    # A quantized graph output has its name from the DequantizeLinear that now makes it; a Max
-    # with nothing, -inf, keeps onnxruntime from removing what is in front of it.
+    # A quantized graph output has its name from the DequantizeLinear that now makes it, and so has
+    # what only some readers of a tensor read; a Max with nothing, -inf, keeps onnxruntime from
+    # removing what is in front of it.
     front = data.producer()
     passed = front.inputs[0] if front is not None and front.op_type == "Max" else None
-    candidates = (_name(data), *dequantized, _name(passed))
+    candidates = (*dequantized, _name(data), _name(passed))
     name = (
-        candidates[0] if names is None else next((names[n] for n in candidates if n in names), None)
+        _name(data) if names is None else next((names[n] for n in candidates if n in names), None)
     )
     if name is None:
         return "is no tensor of the float model"

@@ -26,8 +26,10 @@ def returned(path: Path, **settings: object) -> tuple[qwrap.WrappedModel, bytes]
 TYPES = ("uint8", "int8", "uint16", "int16", "uint4", "int4", "uint2", "int2", "float8e4m3fn")
 
 
-@pytest.mark.parametrize("weight", TYPES)
-@pytest.mark.parametrize("activation", ["uint8", "int16", "float8e5m2", "uint4"])
+PAIRS = [*(("uint8", t) for t in TYPES), ("int16", "int4"), ("float8e5m2", "int8"), ("uint4",) * 2]
+
+
+@pytest.mark.parametrize(("activation", "weight"), PAIRS)
 @pytest.mark.filterwarnings("ignore::qwrap.QwrapWarning")  # types that have no kernels
 def test_a_file_that_was_not_trained_comes_back_byte_for_byte(
     small, quantized: Callable, activation: str, weight: str
@@ -171,3 +173,26 @@ def test_what_is_known_of_a_tensor_wins_over_the_file(small, quantized: Callable
     qwrap.export(model, path)
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     assert (tensors["x_scale"], tensors["x_zero_point"]) == (np.float32(0.125), 100)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m))])
+def test_large_weights_come_back(small, quantized: Callable, copied: Callable) -> None:
+    source = small.build("y = MatMul(x, w)", {"w": (100, 70)}, "float[N,100] x", "float[N,70] y")
+    made = quantized(source, small.batches(2, (8, 100)))
+    model = copied(qwrap.load(made.path))
+    back, trained = (made.path.with_suffix(f".{name}.onnx") for name in ("back", "trained"))
+    qwrap.export(model, back)
+    assert back.read_bytes() == made.path.read_bytes()
+    train(model, made.batches[0])
+    with torch.no_grad():
+        model.get_parameter(next(k for k, v in model.tensor_names.items() if v == "w"))[0] += 0.5
+    qwrap.export(model, trained)
+    report = qwrap.verify(model, trained, made.batches, progress=False)
+    assert report.specification.differing == report.deployed.differing == 0
+    before, after = (codes_of(onnx.load(path), "w_quantized") for path in (back, trained))
+    assert (before[0] != after[0]).any()
+    assert np.array_equal(before[1:], after[1:])
+
+
+def codes_of(model: onnx.ModelProto, name: str) -> np.ndarray:
+    return next(numpy_helper.to_array(t) for t in model.graph.initializer if t.name == name)

@@ -210,6 +210,16 @@ def test_a_structure_is_simulated_trained_and_comes_back(
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
+def test_codes_are_compared_where_they_are_made(small: Any, tmp_path: Path, name: str) -> None:
+    path = made(small, tmp_path, name)
+    model = qwrap.load(path)
+    report = qwrap.verify(model, path, small.batches(), progress=False)
+    assert report.specification.differing == 0
+    compared = {model.plan.tensors[tensor.name].source for tensor in report.specification.tensors}
+    assert compared == set(model.plan.sources())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_learned_zero_points_come_back(
     small: Any, imported: Any, tmp_path: Path, name: str
 ) -> None:

@@ -52,8 +52,11 @@ FORMATS |= {
 pytestmark = pytest.mark.filterwarnings("ignore::qwrap.QwrapWarning")  # what has no kernels
 
 
-@pytest.mark.parametrize("training", ["lsq", "lsq+", "pact"])
-@pytest.mark.parametrize("name", FORMATS)
+WAYS = [*((name, "lsq") for name in FORMATS), ("s8, int2", "lsq+"), ("float8", "pact")]
+WAYS += [(name, way) for name in ("u8, uint8", "u16, int4") for way in ("lsq+", "pact")]
+
+
+@pytest.mark.parametrize(("name", "training"), WAYS)
 def test_what_was_trained_is_written_as_simulated(
     small: Any, quantized: Callable, imported: Any, name: str, training: str
 ) -> None:

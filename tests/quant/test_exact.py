@@ -250,3 +250,17 @@ def test_no_activation_is_absorbed_where_codes_lie_on_both_sides_of_zero(
     roles = {node.role for node in result.model.plan.nodes.values() if node.op_type == "Relu"}
     assert roles == {"float"}
     assert result.verify().deployed.differing == 0
+
+
+def test_the_training_mode_of_scales_that_follow_changes_no_kernel(small) -> None:
+    model = qwrap.load(small.convs())
+    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, training="follow"))
+    qwrap.calibrate(model, small.batches(), progress=False)
+    x = torch.from_numpy(small.batches()[0])
+    found = []
+    for training in (False, True):
+        model.train(training)
+        with qwrap.exact(model):
+            found.append((set(model.program.kernels), model(x)))
+    assert found[0][0] == found[1][0] != set()
+    assert torch.equal(found[0][1], found[1][1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import qwrap
+from qwrap.model.extra_state import SUFFIX
 from qwrap.quant.prepare import stubs
 from qwrap.train.schedule import fake_quant, freeze_observers
 
@@ -61,7 +62,8 @@ def trained(source: bytes, wrap: Callable[..., torch.nn.Module], way: str, file:
     if not dist.is_initialized() or dist.get_rank() == 0:
         qwrap.export(model, file)
     scales = {str(point): (stub.scale, stub.zero_point) for point, stub in stubs(model)}
-    state = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    state = model.state_dict()
+    state = {name: value for name, value in state.items() if not name.endswith(SUFFIX)}
     return {"state": state, "scales": scales, "file": file}
 
 

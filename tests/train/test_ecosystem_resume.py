@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwrap
+from qwrap.model.extra_state import from_tensor
 from qwrap.quant.prepare import stubs
 from qwrap.quant.stubs import Stub
 
@@ -181,8 +183,19 @@ def test_what_calibration_left_in_float_is_resumed(small, tmp_path) -> None:
     weights = {"w1": (6, 3, 1, 1), "w2": (4, 6, 1, 1), "w3": (4, 6, 1, 1)}
     source = small.build(nodes, weights | {"z": np.array(0, np.float32)})
     whole, resumed = both_ways(small, SETTINGS["lsq"], tmp_path, source=source)
-    assert list(whole["state quantization._extra_state"]["without"]) == ["/q"]
+    assert list(from_tensor(whole["state quantization._extra_state"])["without"]) == ["/q"]
     assert_same(resumed, whole)
+
+
+def test_a_state_dict_holds_tensors_alone(small, tmp_path) -> None:
+    """As safetensors wants it, which accelerate and the Trainer of transformers write."""
+    run = calibrated(small.convs(), SETTINGS["lsq+"], small.batches())
+    run.steps(2)
+    state = run.model.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    other = prepared(small.convs(), SETTINGS["lsq+"])
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert_same(everything(other, tmp_path), everything(run.model, tmp_path))
 
 
 def resume(_: int, source: bytes, folder: str) -> None:

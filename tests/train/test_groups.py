@@ -43,11 +43,24 @@ def test_groups_hold_what_their_names_say(make) -> None:
     groups = by_name(qwrap.param_groups(model))
     assert set(groups) == {"weights", "no_decay", "scales", "zero_points", "clips"}
     assert set(names(model, groups["scales"])) == {"gain"}
-    assert names(model, groups["zero_points"]) == ["shift", "shift"]  # x and y
+    assert names(model, groups["zero_points"]) == ["shift"]  # y; x is given
     assert names(model, groups["clips"]) == ["alpha"]
     assert all(p.dim() > 1 for p in groups["weights"]["params"])
     assert names(model, groups["weights"]) == ["w1", "w2", "weight"]
     assert names(model, groups["no_decay"]) == ["b1", "b2", "bias", "bias", "weight"]
+
+
+def test_scales_of_weights_are_a_group_of_their_own_where_they_have_a_rate(make) -> None:
+    model = make("lsq")
+    groups = by_name(qwrap.param_groups(model, lr=1.0, scale_lr=0.5, weight_scale_lr=0.25))
+    shapes = {name: sorted(p.numel() for p in groups[name]["params"]) for name in groups}
+    assert (shapes["scales"], shapes["weight_scales"]) == ([1, 1, 1], [4, 6])  # one a channel
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "weights": 1.0,
+        "no_decay": 1.0,
+        "scales": 0.5,
+        "weight_scales": 0.25,
+    }
 
 
 @pytest.mark.parametrize("way", ["fixed", "follow", "lsq", "lsq+", "pact"])
@@ -119,7 +132,9 @@ def test_a_model_with_nothing_to_train_is_an_error(make) -> None:
         qwrap.param_groups(make().requires_grad_(False))
 
 
-@pytest.mark.parametrize("name", ["lr", "weight_decay", "scale_lr", "zero_point_lr"])
+@pytest.mark.parametrize(
+    "name", ["lr", "weight_decay", "scale_lr", "zero_point_lr", "weight_scale_lr"]
+)
 @pytest.mark.parametrize("value", [-1e-4, float("nan")])
 def test_a_rate_below_zero_is_an_error(make, name, value) -> None:
     with pytest.raises(ConfigError, match=rf"{name}=.*expected 0 or more"):

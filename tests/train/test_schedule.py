@@ -122,7 +122,23 @@ def test_tqt_frozen_and_freed_keeps_its_powers_of_two() -> None:
     for learning in (False, True):
         stub.learning = learning
         assert stub.scale.tolist() == [0.5]
-        assert stub.get_parameter("gain").tolist() == [-0.5]
+        assert stub.get_parameter("gain").tolist() == pytest.approx([0.7])
+
+
+def test_an_average_of_the_parameters_knows_what_was_learned_before_a_freeze(make, small) -> None:
+    """As a moving average of weights does, which copies neither buffers nor flags."""
+    user = make("lsq+")
+    average = torch.optim.swa_utils.AveragedModel(user, avg_fn=lambda _old, new, _count: new)
+    optimizer = torch.optim.SGD(user.parameters(), lr=0.05)
+    train(user, small.batches(), optimizer)
+    learn_scales(user, False)
+    train(user, small.batches(), optimizer)
+    average.update_parameters(user)
+    average.update_parameters(user)
+    learned = found(user)
+    for name, stub in found(average.module).items():
+        assert torch.equal(stub.scale, learned[name].scale)
+        assert torch.equal(stub.zero_point, learned[name].zero_point)
 
 
 def test_no_parameter_stops_requiring_a_gradient_and_all_get_one(make, small) -> None:

@@ -16,7 +16,9 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
 
     What cannot be had for a tensor becomes the next simpler way: learned zero points need an
     asymmetric type, and one that no absorbed activation ties to the end of the codes; power-of-two
-    scales are learned as such; PACT is for activations.
+    scales are learned as such; PACT is for activations. The scales of graph inputs with 8 bits or
+    more are learned only where a pattern asks for them: their data stay as they were calibrated,
+    and a gradient for them is one more product in what is often the largest layer.
 
     Raises:
         ConfigError: "tqt" is asked for scales that are not powers of two.
@@ -27,7 +29,11 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
         way = _asked(tensor.source, source.override, source.spec, config)
         said = source.override is not None and source.override.training is not None
         free = source.is_observed or (said and source.table is None)
-        if not free or _is_dictated(source):
+        if (
+            not free
+            or _is_dictated(source)
+            or (way != "follow" and not said and _is_given(graph, source))
+        ):
             way = "fixed"
         elif way == "lsq+" and _is_absorbed(plan, graph, tensor):
             way = "lsq"
@@ -62,6 +68,12 @@ def _asked(name: str, override: RangeOverride | None, spec: QuantSpec, config: Q
 def _is_dictated(source: TensorPlan) -> bool:
     """Whether an operator's kernel is right for the one scale only."""
     return source.fixed is not None and not has_range(source.override or RangeOverride())
+
+
+def _is_given(graph: OnnxGraph, source: TensorPlan) -> bool:
+    """Whether a tensor is a graph input with codes enough."""
+    value = graph.values.get(source.source)
+    return value is not None and value.is_graph_input() and source.spec.dtype.bits >= 8
 
 
 def _is_absorbed(plan: QuantPlan, graph: OnnxGraph, tensor: TensorPlan) -> bool:
