@@ -39,47 +39,9 @@ def load(
     parameters: Collection[str] | None = None,
     untie: bool = False,
 ) -> WrappedModel:
-    """Load an ONNX model as a trainable ``torch.nn.Module`` that computes what onnxruntime does.
+    """Load an ONNX model with all its nodes as they stand, those of a quantized file too.
 
-    It computes what the model's own opset says; ``train()`` and ``eval()`` do not change that.
-
-    Args:
-        source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified. External
-            data is mapped, and read when used; a ``ModelProto`` has to hold its data itself.
-        expand: which operators with a function body in their schema run as that body: those
-            without an implementation of their own, none, or all. Functions of the model itself
-            are always expanded.
-        dtype: float16, bfloat16, float32 or float64: compute in this type what is float32 in the
-            graph: parameters, constants, inputs, what Cast makes. The graph itself stays what it
-            is, and ``export`` writes its types. None: as the graph says.
-        custom_ops: shared libraries with operators for onnxruntime, as its
-            ``SessionOptions.register_custom_ops_library`` takes them. Loading one runs its code.
-        parameters: names of the initialisers that are to be trained, or patterns of them
-            (``"encoder.*"``, see ``fnmatch``); all others become buffers. By default every float
-            tensor of rank 1 or more is a parameter, but running statistics, constants in functions
-            and single numbers that scale; see ``Layout``.
-        untie: give each node its own copy of the float initialisers that several nodes share; the
-            copies are called ``<initialiser>_<node>``, in what is exported too.
-
-    Returns:
-        A module in float on the CPU, called with graph inputs in order or by name, see
-        ``WrappedModel.forward``. What no torch function computes runs in an onnxruntime session of
-        its own, if that has a kernel; a ``GradientWarning`` says so.
-
-    Raises:
-        ModelError: not a model, cut off, malformed, with operators that are given types they do
-            not take, or its external data is missing or outside its folder. All that is wrong is
-            listed, operators without an implementation included.
-        UnsupportedOpError: nothing is wrong but operators or values of their attributes without an
-            implementation; all of them are listed.
-        ConfigError: no float tensor has a name in ``parameters``, or ``expand`` or ``dtype`` is
-            none of the above.
-
-    Warns:
-        QwrapWarning: weights of several normalisations are one initialiser, and not untied.
-        GradientWarning: onnxruntime computes some nodes, and gradients stop there.
-
-    Source: ONNX IR and operator specifications; where onnxruntime differs, onnxruntime.
+    The arguments are those of ``qwrap.load``, and so is what it returns, raises and warns of.
     """
     settings = load_settings(expand, dtype, custom_ops, parameters)
     with collector_paused():

@@ -225,14 +225,14 @@ def _undone_on_error(model: WrappedModel) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     config, plan, decisions = model.config, plan_of(model), decisions_of(model)
     methods = plan.methods
-    taps = {point: model.tap(point) for point in model.attached}
+    taps, kernels = {point: model.tap(point) for point in model.attached}, model.kernels
     before = [(stub, stub.observer, _own_tensors(stub)) for _, stub in stubs(model)]
     modes = [(tap, tap.mode) for tap in taps.values() if isinstance(tap, Switch)]
     model.eval()
     try:
         yield
     except BaseException:
-        model.attach(taps)
+        model.attach(taps, kernels)
         model.add_module("quantization", decisions)
         for stub, observer, tensors in before:
             stub.observer = observer

@@ -111,6 +111,22 @@ def test_a_failure_leaves_the_model_as_it_was(small) -> None:
     assert model.tap(ValuePoint("x")).mode == "quantize"
 
 
+def test_a_failure_leaves_what_training_learned(small) -> None:
+    model = calibrated(small.convs(), small.batches(), method="minmax")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01).add_(0.01)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kernels, x = dict(model.kernels), torch.from_numpy(small.batches()[0])
+    expected = model(x)
+    with pytest.raises(ConfigError, match=r"method 'mse' needs a Histogram"):
+        qwrap.rescale(model, method="mse")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert kernels
+    assert model.kernels == kernels
+    assert torch.equal(model(x), expected)
+
+
 # --- from statistics -----------------------------------------------------------------------------
 
 
