@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import qwrap
 from qwrap.demo import batches, digits, model_path
 
-STEPS = 40  # of the optimizer, of two batches each
+STEPS = 30  # of the optimizer, of two batches each
 test_images, test_labels = (torch.from_numpy(array[:500]) for array in digits("validation"))
 accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2, cpu=True)
 set_seed(0)
@@ -68,5 +68,5 @@ if accelerator.is_main_process:
     (logits,) = session.run(None, {"image": test_images.numpy()})
     trained = accuracy(torch.from_numpy(logits))
     print(f"accuracy in onnxruntime: {trained:.3f}; calibrated only: {calibrated:.3f}")
-    assert trained > max(calibrated, 0.9)
+    assert trained > calibrated + 0.1
 accelerator.end_training()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import qwrap
 from qwrap.demo import batches, digits, model_path
 
-STEPS = 40
+STEPS = 30
 train_images, train_labels = (torch.from_numpy(array) for array in digits("train"))
 test_images, test_labels = (torch.from_numpy(array[:500]) for array in digits("validation"))
 
@@ -95,4 +95,4 @@ session = onnxruntime.InferenceSession("digits.int2.onnx", providers=["CPUExecut
 (logits,) = session.run(None, {"image": test_images.numpy()})
 trained = accuracy(torch.from_numpy(logits))
 print(f"accuracy in onnxruntime: {trained:.3f}; calibrated only: {calibrated:.3f}")
-assert trained > max(calibrated, 0.9)
+assert trained > calibrated + 0.1

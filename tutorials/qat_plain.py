@@ -10,7 +10,7 @@ import torch
 import qwrap
 from qwrap.demo import batches, digits, model_path
 
-STEPS, STOP = 40, 20
+STEPS, STOP = 30, 15
 images, labels = (torch.from_numpy(array) for array in digits("train"))
 test_images, test_labels = (torch.from_numpy(array[:500]) for array in digits("validation"))
 
@@ -77,4 +77,4 @@ session = onnxruntime.InferenceSession("digits.int2.onnx", providers=["CPUExecut
 (logits,) = session.run(None, {"image": test_images.numpy()})
 trained = accuracy(torch.from_numpy(logits))
 print(f"accuracy in onnxruntime: {trained:.3f}; calibrated only: {calibrated:.3f}")
-assert trained > max(calibrated, 0.9)
+assert trained > calibrated + 0.1

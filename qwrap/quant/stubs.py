@@ -257,6 +257,7 @@ class Stub(Switch):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # observers count in Python
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Give the tensor the scale that goes with what it is now, in place."""

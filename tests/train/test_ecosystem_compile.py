@@ -58,6 +58,18 @@ def test_a_training_step_is_one_graph_with_the_gradients_of_eager(calibrated, wa
         assert_close(step(compiled, model), step(eager, eager))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_ranges_that_follow_are_compiled_around(calibrated) -> None:
+    """In the same pieces for every step: what an observer counts is no part of them."""
+    model = calibrated(training="follow").train()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(step(compiled, model), step(eager, eager))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(2):
+            assert_close(step(compiled, model), step(eager, eager))
+
+
 def test_switches_are_seen_by_a_compiled_model(calibrated) -> None:
     model = calibrated(training="lsq").train()
     eager = copy.deepcopy(model)
