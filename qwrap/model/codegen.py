@@ -49,8 +49,8 @@ def generate(
     layout: Layout,
     program: Program,
     attached: Mapping[Point, str],
-    replaced: Mapping[str, tuple[str, Substitute]],
     known: Mapping[Path, Code] | None = None,
+    replaced: Mapping[str, tuple[str, Substitute]] | None = None,
 ) -> list[Code]:
     """Return the code of all Blocks for ``program``, the root last.
 
@@ -59,11 +59,11 @@ def generate(
         program: what sits on its points. A tap that is in ``attached`` is called as the submodule
             of that name under ``taps`` of the Block it belongs to.
         attached: point -> name of the attached module there.
-        replaced: node key -> its substitute, and the name of that under ``substitutes``.
         known: code for another program of the same layout; returned as it is where nothing in the
             Block differs.
+        replaced: node key -> its substitute, and the name of that under ``substitutes``.
     """
-    parts = _Parts(layout, program, attached, replaced, known or {})
+    parts = _Parts(layout, program, attached, replaced or {}, known or {})
     parts.write(layout.region)
     return parts.done
 

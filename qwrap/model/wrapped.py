@@ -274,7 +274,7 @@ class WrappedModel(Block):
     def _generate(self) -> None:
         names = {point: name for point, (_, name) in self.attached.items()}
         replaced = {key: (name, self.substitute(key)) for key, (_, name) in self.replaced.items()}
-        for code in generate(self.layout, self.program, names, replaced, self._written):
+        for code in generate(self.layout, self.program, names, self._written, replaced):
             if self._written.get(code.path) is code:
                 continue
             block = self._module_at(code.path)
