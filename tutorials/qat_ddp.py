@@ -40,7 +40,7 @@ parallel = DistributedDataParallel(model.train()) if world > 1 else model
 optimizer = torch.optim.AdamW(
     qwrap.param_groups(parallel, lr=2e-3, weight_decay=1e-4, scale_lr=1e-2)
 )
-schedule = qwrap.train.Schedule(parallel, STEPS, learn_scales=0.1)
+schedule = qwrap.train.Schedule(model, STEPS, learn_scales=0.1)
 generator = torch.Generator().manual_seed(0)
 for _ in range(STEPS):
     part = torch.randint(len(images), (BATCH,), generator=generator)[rank::world]
@@ -48,6 +48,7 @@ for _ in range(STEPS):
     torch.nn.functional.cross_entropy(parallel(images[part]), labels[part]).backward()
     optimizer.step()
     schedule.step()
+del parallel  # it uses the process group, which is to be closed at the end
 
 # 3. All ranks hold the same model.
 if world > 1:
@@ -68,4 +69,5 @@ if rank == 0:
     print(f"accuracy in onnxruntime: {trained:.3f}; calibrated only: {calibrated:.3f}")
     assert trained > calibrated + 0.1
 if dist.is_initialized():
+    dist.barrier()  # the others wait for the first
     dist.destroy_process_group()
