@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from qwrap.config import QuantSpec
-from qwrap.dtypes import INT8, integer_type
+from qwrap.dtypes import INT8, UINT8, integer_type
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.stripped import Stored, Stripped, Tap
 from qwrap.model.layout import Layout
@@ -22,6 +22,7 @@ from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
 
 UNQUANTIZED = "the file does not quantize all of its inputs and outputs"
+MIXED = "onnxruntime has int8 and uint8 around it, and no kernel for both"
 FLOAT_BIAS = "its bias is float"
 UNMOVED = "stands among float nodes"
 KEPT = "its clamp is not that of the codes behind it"
@@ -108,9 +109,11 @@ class FilePlan:
         if reason is None and kind in ORT_CPU.matrix:
             return self._matrix(node)
         if reason is None:
-            values = self.facts.operands(node)
-            if all(map(self._has_codes, values)) and self._written(node):
-                return NodePlan(kind, "integer")
+            values, written = [*self.facts.operands(node)], self._written(node)
+            if all(map(self._has_codes, values)) and written is not None:
+                if self._agree(*values, written):
+                    return NodePlan(kind, "integer")
+                return NodePlan(kind, "float", MIXED)
             return self._weighted(node) or NodePlan(kind, "float", UNQUANTIZED)
         moved = self.facts.moved_input(node)
         if moved is not None:
@@ -129,7 +132,10 @@ class FilePlan:
         bias = len(node.inputs) > 2 and node.inputs[2] is not None
         if bias and (key, 2) not in self.plan.biases:
             return NodePlan(node.op_type, "weights", FLOAT_BIAS)
-        if node.op_type in ORT_CPU.float_output or self._written(node):
+        written = self._written(node)
+        if written is not None and not self._agree(x, written):
+            return NodePlan(node.op_type, "weights", MIXED)
+        if node.op_type in ORT_CPU.float_output or written is not None:
             return NodePlan(node.op_type, "integer")
         return NodePlan(node.op_type, "weights", UNQUANTIZED)
 
@@ -139,6 +145,22 @@ class FilePlan:
         if known is None or self.stripped.stored_use(node, known.weight) is None:
             return None
         return NodePlan(node.op_type, "weights")
+
+    def _agree(self, *values: ir.Value) -> bool:
+        """Whether onnxruntime has all values in one type when it looks for kernels.
+
+        It makes uint8 of int8 first, but for what has several readers: these it gives a
+        DequantizeLinear each, and takes only single ones together with their QuantizeLinear.
+        """
+        found = set()
+        for value in values:
+            tensor = self.plan.tensors.get(self.graph.key(value))
+            if tensor is None:
+                continue
+            readers = self.stripped.readers.get(value, len(value.uses()))
+            alone = tensor.spec.dtype is INT8 and readers == 1
+            found.add(UINT8 if alone else tensor.spec.dtype)
+        return len(found) <= 1
 
     def _is_quantized(self, value: ir.Value) -> bool:
         return self.graph.key(value) in self.plan.tensors

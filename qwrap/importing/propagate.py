@@ -65,6 +65,7 @@ def _to_maker(stripped: Stripped, value: ir.Value, opset: int) -> None:
         return
     if node.domain in STANDARD and _is_per_tensor(stripped, value):
         stripped.taps[first] = stripped.taps.pop(value)
+        stripped.readers |= dict.fromkeys((first, *moved[1:]), 1)
         others = [v for v, source in stripped.moved.items() if source is value]
         stripped.moved |= dict.fromkeys((*moved, *others), first)
 

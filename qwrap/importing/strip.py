@@ -219,6 +219,7 @@ class Stripper:
     def _take(self, group: list[Chain], value: ir.Value, source: ir.Value) -> None:
         """Let all that read what comes out of the pairs in ``group`` read ``value``."""
         self.result.taps[source].chains += group
+        self.result.readers[value] = sum(map(_count_readers, group))
         for chain in group:
             for use in tuple(chain.quantizer.outputs[0].uses()):
                 if use.node in chain.movers:
@@ -306,6 +307,12 @@ def _ends(codes: Tensor) -> tuple[float, float] | None:
         return None
     codes = codes.to(torch.int32)  # torch has no minimum of uint16
     return float(codes.min()), float(codes.max())
+
+
+def _count_readers(chain: Chain) -> int:
+    """Return how many inputs and outputs read the reals, and what moves codes as a second one."""
+    values = [node.outputs[0] for node in chain.dequantizers]
+    return 2 * len(chain.movers) + sum(len(v.uses()) + v.is_graph_output() for v in values)
 
 
 def _add_to(groups: list[list[Chain]], chain: Chain) -> None:

@@ -67,12 +67,14 @@ class Stripped:
         taps: value -> how it is quantized.
         moved: value that was moved -> the value with a tap whose scale it has.
         constants: (node, input) -> the constant that it reads.
+        readers: value with a pair -> how many inputs and outputs read what comes out of it.
         biases: likewise those of int32, with the inputs of activation and weight that go with it.
     """
 
     taps: dict[ir.Value, Tap] = field(default_factory=dict)
     moved: dict[ir.Value, ir.Value] = field(default_factory=dict)
     constants: dict[Use, Stored] = field(default_factory=dict)
+    readers: dict[ir.Value, int] = field(default_factory=dict)
     biases: dict[Use, tuple[Stored, ir.Value, Use]] = field(default_factory=dict)
 
     def source_of(self, value: ir.Value) -> ir.Value | None:

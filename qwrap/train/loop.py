@@ -86,9 +86,11 @@ class Loop:
         done = 0
         while done < self._total:
             batches = list(itertools.islice(data, self._accumulate))
-            if not self._ranks.all_have(something=bool(batches)):
+            (count,) = self._ranks.least(len(batches))  # all ranks run as many
+            if not count:
                 self._report.end = "data"
                 break
+            batches = batches[: int(count)]
             self._go_to(done / self._total)
             total, outputs = self._step(done + 1, batches)
             done += 1
@@ -147,7 +149,6 @@ class Loop:
     def _look(self, step: int, best: Kept) -> None:
         """Measure what was held out, and keep the state if it is the best."""
         self._model.eval()
-        self._ranks.average_statistics(self._model)
         self._distillation.block_weight = 0
         total = rows = 0.0
         batches = 0

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qwrap.quant.batch_norm import LiveBatchNorm
 from qwrap.quant.observe.sync import is_distributed
 
 BUCKET = 2**24  # numbers averaged at once, so that packing them takes 64 MiB at most
@@ -33,10 +32,6 @@ class Ranks:
         """Return the sum over all ranks of each number."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
-    def all_have(self, *, something: bool) -> bool:
-        """Return whether all ranks have something."""
-        return self.least(float(something))[0] > 0
-
     def least(self, *numbers: float) -> list[float]:
         """Return the least over all ranks of each number."""
         return self._reduced(numbers, dist.ReduceOp.MIN)
@@ -54,17 +49,9 @@ class Ranks:
         """Give every rank the parameters and buffers of the first, in place."""
         if self.is_many:
             for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.data, 0)
-
-    @torch.no_grad()
-    def average_statistics(self, module: nn.Module) -> None:
-        """Give live batch normalizations the mean of all ranks' statistics, in place."""
-        if not self.is_many:
-            return
-        layers = [m for m in module.modules() if isinstance(m, LiveBatchNorm)]
-        statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var)]
-        if statistics:
-            _average(statistics)
+                received = tensor.detach().clone()
+                dist.broadcast(received, 0)
+                tensor.copy_(received)  # which counts as a change, for whoever holds on to values
 
     @torch.no_grad()
     def average(self, parameters: Iterable[Tensor]) -> None:

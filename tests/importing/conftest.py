@@ -97,6 +97,13 @@ class Imported:
     literal = staticmethod(literal)
 
     @staticmethod
+    def learning(way: str = "lsq") -> qwrap.QConfig:
+        """Every scale is trained, those of graph inputs as well."""
+        config = qwrap.QConfig(training=way)
+        config.set("*", training=way)
+        return config
+
+    @staticmethod
     def load(path: Path, **settings: Any) -> qwrap.WrappedModel:
         """The model, after a check that exporting it gives the file again."""
         model = qwrap.load(path, **settings).eval()

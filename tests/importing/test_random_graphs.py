@@ -74,7 +74,7 @@ def test_any_arrangement_is_simulated_trained_and_written(
     with tempfile.TemporaryDirectory() as folder:
         path, trained = Path(folder) / "made.onnx", Path(folder) / "trained.onnx"
         onnx.save(build(small, steps), path)
-        model = imported.load(path)
+        model = imported.load(path, config=imported.learning())
         x = small.batches(1, (2, 3, 4, 4))[0]
         same(imported.run(model, x), imported.literal(path, x))
         if model.plan is None:

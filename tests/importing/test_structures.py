@@ -197,7 +197,7 @@ def test_a_structure_is_simulated_trained_and_comes_back(
     small: Any, imported: Any, tmp_path: Path, name: str
 ) -> None:
     path = made(small, tmp_path, name)
-    model = imported.load(path)
+    model = imported.load(path, config=imported.learning())
     assert not model.plan.notes
     assert set(model.plan.sources()) == STRUCTURES[name][3]
     x = small.batches(1)[0]
@@ -224,7 +224,7 @@ def test_learned_zero_points_come_back(
     small: Any, imported: Any, tmp_path: Path, name: str
 ) -> None:
     path = made(small, tmp_path, name)
-    model = qwrap.load(path, config=qwrap.QConfig(training="lsq+"))
+    model = qwrap.load(path, config=imported.learning("lsq+"))
     x = small.batches(1)[0]
     for _ in range(3):
         imported.train(model, x)
@@ -234,10 +234,10 @@ def test_learned_zero_points_come_back(
 
 
 def test_a_zero_point_that_was_left_out_is_written_once_it_is_learned(
-    small: Any, tmp_path: Path
+    small: Any, imported: Any, tmp_path: Path
 ) -> None:
     path = made(small, tmp_path, "missing zero points")
-    model = qwrap.load(path, config=qwrap.QConfig(training="lsq+"))
+    model = qwrap.load(path, config=imported.learning("lsq+"))
     with torch.no_grad():
         model.tap(ValuePoint("x")).shift.fill_(0.2)
     qwrap.export(model, path.with_suffix(".trained.onnx"))

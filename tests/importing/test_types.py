@@ -91,7 +91,7 @@ def test_scales_that_are_powers_of_two_stay_so(
 ) -> None:
     config = QConfig(only_if_faster=False, **FORMATS["powers of two"])
     made = quantized(small.convs(), config=config)
-    model = imported.load(made.path)
+    model = imported.load(made.path, config=imported.learning())
     assert all(tensor.training == "tqt" for tensor in model.plan.sources().values())
     for batch in made.batches:
         imported.train(model, batch)
@@ -119,5 +119,5 @@ def test_models_of_half_precision_come_back(small: Any, quantized: Callable, imp
     (ours,), (theirs,) = imported.run(model, batches[0]), imported.literal(path, batches[0])
     # half precision has 11 bits, and sums in torch and onnxruntime round in different places
     step = float(model.tap(ValuePoint("y")).scale)
-    assert np.abs(ours - theirs).max() <= 1.01 * step
+    assert np.abs(ours - theirs).max() <= step + 2**-7  # a code, and half's spacing from 4 to 8
     assert (ours != theirs).mean() < 0.05

@@ -24,6 +24,7 @@ descend = functools.partial(
     optimizer=torch.optim.SGD,
     lr=0.1,
     scale_lr=0.1,
+    weight_scale_lr=0.1,
     held_out=0,
     progress=False,
 )
@@ -50,6 +51,7 @@ def run_rank(rank: int, folder: str, source: bytes, batches: list[np.ndarray]) -
     results = {
         "one step": one_step(calibrated(source, own), own),
         "held out": held_out(calibrated(source, own), own),
+        "following": following(calibrated(source, own, training="follow"), own),
         "iterators": iterators(calibrated(source, own), own[: 3 + rank]),
         "wrapped": wrapped(calibrated(source, own), own),
         "live": live(calibrated(source, own, bn="live"), own),
@@ -73,6 +75,13 @@ def held_out(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
     )
     losses = [record.held_out for record in report.history]
     return {"losses": losses, "best": report.best_step, "state": parameters(model)}
+
+
+def following(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> Results:
+    """Each rank's activations widen the ranges it sees."""
+    wide = [batch * (1 + dist.get_rank()) for batch in batches]
+    qwrap.finetune(model, wide, held_out=0, steps=4, lr=1e-4, progress=False)
+    return parameters(model) | {name: b.clone() for name, b in model.named_buffers()}
 
 
 def iterators(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> int:
@@ -141,6 +150,10 @@ def test_all_ranks_keep_the_same_state(ranks) -> None:
     assert ranks[0]["held out"]["losses"] == ranks[1]["held out"]["losses"]
     assert ranks[0]["held out"]["best"] == ranks[1]["held out"]["best"] > 0
     assert_equal(ranks[0]["held out"]["state"], ranks[1]["held out"]["state"])
+
+
+def test_scales_that_follow_the_data_end_the_same_on_all_ranks(ranks) -> None:
+    assert_equal(ranks[0]["following"], ranks[1]["following"])
 
 
 def test_all_ranks_have_the_same_statistics_of_live_normalizations(ranks) -> None:

@@ -54,7 +54,8 @@ def test_scales_of_weights_are_a_group_of_their_own_where_they_have_a_rate(make)
     model = make("lsq")
     groups = by_name(qwrap.param_groups(model, lr=1.0, scale_lr=0.5, weight_scale_lr=0.25))
     shapes = {name: sorted(p.numel() for p in groups[name]["params"]) for name in groups}
-    assert (shapes["scales"], shapes["weight_scales"]) == ([1, 1, 1], [4, 6])  # one a channel
+    # One for each channel; that of the graph input is not learned unless asked for.
+    assert (shapes["scales"], shapes["weight_scales"]) == ([1, 1], [4, 6])
     assert {name: group["lr"] for name, group in groups.items()} == {
         "weights": 1.0,
         "no_decay": 1.0,

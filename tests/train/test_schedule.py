@@ -38,7 +38,7 @@ class User(nn.Module):
 def make(small):
     def make(training="lsq", calibrated=True, **overrides):
         config = qwrap.QConfig(only_if_faster=False, training=training)
-        for name, way in overrides.items():
+        for name, way in {"x": training, **overrides}.items():  # of the input too
             config.set(name, training=way)
         model = qwrap.load(small.convs())
         qwrap.prepare(model, config)

@@ -18,6 +18,8 @@ def make(small):
     def make(training="lsq+", source=None, **settings):
         model = qwrap.load(source or small.convs())
         config = qwrap.QConfig(only_if_faster=False, training=training, **settings)
+        if settings.get("activation", "uint8") is not None:
+            config.set("x", training=training)  # inputs are learned when asked for
         qwrap.prepare(model, config)
         qwrap.calibrate(model, small.batches(), progress=False)
         return model.train()
