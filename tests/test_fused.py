@@ -270,17 +270,18 @@ def test_auto_compiles_large_tensors_only(monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_a_compiler_it_warns_once_and_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_broken", [])
     monkeypatch.setattr(compiling, "_compiled", {})
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     x, scale, zero_point = made((1, 1, 2**16), quant_type("int8"))
-    expected = forward(x, scale, zero_point, -128, 127, keep=True)
-    with use("auto"), pytest.warns(QwrapWarning, match="run uncompiled"):
-        got = forward(x, scale, zero_point, -128, 127, keep=True)
-    assert all(map(torch.equal, got, expected))
-    with use("auto"):  # warnings are errors here: there is no second one
-        got = forward(x, scale, zero_point, -128, 127, keep=True)
-    assert all(map(torch.equal, got, expected))
-    with use("compiled"), pytest.raises(ConfigError, match="cannot be compiled"):
-        forward(x, scale, zero_point, -128, 127, keep=True)
+    with use("eager"):
+        expected = forward(x, scale, zero_point, -128, 127, keep=True)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with use("auto"), pytest.warns(QwrapWarning, match=r"run uncompiled.*compiler"):
+            got = forward(x, scale, zero_point, -128, 127, keep=True)
+        assert all(map(torch.equal, got, expected))
+        with use("auto"):  # warnings are errors here: there is no second one
+            got = forward(x, scale, zero_point, -128, 127, keep=True)
+        assert all(map(torch.equal, got, expected))
+        with use("compiled"), pytest.raises(ConfigError, match=r"cannot be compiled.*compiler"):
+            forward(x, scale, zero_point, -128, 127, keep=True)
 
 
 def test_inside_a_compiled_model_the_passes_are_plain_operations() -> None:

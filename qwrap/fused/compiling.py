@@ -160,7 +160,8 @@ def _options() -> list[str]:
 
 def _give_up(error: Exception) -> None:
     """Say once that everything runs in eager form from now on."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = getattr(error, "inner_exception", error)  # torch wraps what the compiler said
+    first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     if _how == "compiled":
         raise ConfigError(
             f"fused passes cannot be compiled: {first_line}; set qwrap.fused.use('auto') or 'eager'"
