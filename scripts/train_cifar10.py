@@ -144,7 +144,8 @@ def run(
         found["onnxruntime"], deployed = test.accuracy(in_onnxruntime(file, fused=plan.fused))
     found["differ"] = float((exact != deployed).sum())
     lost = found["float"] - found["calibrated"]
-    found["won back"] = 100 * (found["onnxruntime"] - found["calibrated"]) / lost if lost else 0.0
+    won = found["onnxruntime"] - found["calibrated"]
+    found["won back"] = 100 * won / lost if lost > 0 else math.nan
     return found
 
 
