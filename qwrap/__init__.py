@@ -18,15 +18,13 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
-from qwrap.train.distill import Distillation, teacher_of
+from qwrap.train.distill import Distillation
 from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
-from qwrap.train.report import FinetuneReport
 from qwrap.verify import verify
 
 __all__ = [
     "Distillation",
-    "FinetuneReport",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
@@ -52,6 +50,5 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
-    "teacher_of",
     "verify",
 ]

@@ -58,7 +58,7 @@ qwrap.prepare(model, qwrap.QConfig(weight="int4", only_if_faster=False))
 qwrap.calibrate(model, unlabelled, progress=False)
 
 test_points, test_arms = spirals(4000, seed=1)
-teacher = qwrap.teacher_of(model)  # the float model that was prepared
+teacher = qwrap.train.teacher_of(model)  # the float model that was prepared
 
 
 def show(what: str, network: torch.nn.Module) -> tuple[float, float]:

@@ -31,7 +31,7 @@ def test_the_teacher_computes_what_onnxruntime_does_with_the_float_file(
     x = small.batches()[0]
     onnx.save(small.convs(), tmp_path / "float.onnx")
     (expected,) = small.run(tmp_path / "float.onnx", x)
-    found = qwrap.teacher_of(calibrated())(torch.from_numpy(x))
+    found = qwrap.train.teacher_of(calibrated())(torch.from_numpy(x))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # another order of sums
 
 
@@ -43,7 +43,7 @@ def test_the_teacher_is_the_float_model_whatever_training_does(small, calibrated
         for _ in range(3):
             step(model, distillation(x).total)
         assert torch.equal(distillation.teacher(x), expected)
-    assert torch.equal(qwrap.teacher_of(model)(x), expected)
+    assert torch.equal(qwrap.train.teacher_of(model)(x), expected)
 
 
 def test_gradients_reach_the_student_alone(small, calibrated) -> None:
@@ -241,7 +241,7 @@ def test_another_teacher_may_be_given(small, calibrated) -> None:
 
 def test_under_autocast_the_teacher_keeps_its_precision(small, calibrated) -> None:
     model, x = calibrated(), torch.from_numpy(small.batches()[0])
-    teacher = qwrap.teacher_of(model)
+    teacher = qwrap.train.teacher_of(model)
     wanted = []
     teacher.register_forward_hook(lambda *args: wanted.append(args[-1]))
     with (
