@@ -16,6 +16,7 @@ from qwrap.graph.index import OnnxGraph, ValueType, bodies, walk_nodes
 from qwrap.importing.biases import take_biases
 from qwrap.importing.calls import is_call
 from qwrap.importing.chains import find_chains
+from qwrap.importing.clamps import restore_clamps
 from qwrap.importing.plan import FilePlan
 from qwrap.importing.propagate import propagate
 from qwrap.importing.reading import Reading, Source, UnreadableError, is_quantizer
@@ -72,6 +73,7 @@ def import_quantized(
     stripper = Stripper(draft, found)
     stripped = stripper.strip()
     propagate(stripped, draft)
+    restored = restore_clamps(draft, stripped)
     take_biases(stripper)
     stripper.clean_up()
     if draft.functions:
@@ -81,6 +83,7 @@ def import_quantized(
     model = WrappedModel(floats, settings)
     _leave_out_unseen(stripped, model.layout)
     file = FilePlan(model.layout, stripped, [*notes, *found.notes])
+    file.plan.changes += restored
     config = _config(file.plan, config)
     apply_overrides(file.plan, model.layout, config)
     choose_training(file.plan, floats, config)
