@@ -14,6 +14,7 @@ from qwrap.errors import InputError
 from qwrap.graph.fold import Normalization
 from qwrap.learned import keep_in_graph
 from qwrap.model.substitute import Substitute, Tap
+from qwrap.quant.follow import is_repeated
 from qwrap.quant.moments import Moments, normalized_over_ranks
 from qwrap.quant.observe.sync import is_distributed
 from qwrap.quant.stubs import Switch
@@ -153,7 +154,7 @@ class LiveBatchNorm(Substitute):
         weight: Tensor,
         beta: Tensor,
     ) -> Tensor:
-        is_again = _is_recomputing()
+        is_again = is_repeated()
         y = layer(self._rounded(tap, weight, is_again))
         if y.numel() <= y.shape[1] and not self._is_over_ranks:
             raise InputError(
@@ -252,13 +253,3 @@ class LiveBatchNorm(Substitute):
         """Describe the layer in ``print(model)``."""
         state = "frozen" if self.frozen else "live" if self.known else "without statistics"
         return f"{len(self.gamma)}, eps={self.eps:g}, momentum={self.momentum:g}, {state}"
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward pass is run again inside of a backward pass, by a checkpoint.
-
-    It has to be the same as the first time, and to count once.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
