@@ -19,6 +19,7 @@ from qwrap.quant.live import fold, live_layers, merge_live, stored_at
 from qwrap.quant.moments import Moments
 from qwrap.quant.observe.sync import is_distributed
 from qwrap.quant.prepare import keep_live
+from qwrap.train.weights import models_in
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # missing where torch was built without
@@ -194,11 +195,7 @@ def _layers(model: nn.Module, nodes: str = "*") -> list[LiveBatchNorm]:
 
 def _named(model: nn.Module, nodes: str) -> list[tuple[WrappedModel, dict[str, LiveBatchNorm]]]:
     """Return the prepared models with their live layers of a name."""
-    found = [m for m in model.modules() if isinstance(m, WrappedModel) and m.plan is not None]
-    if not found:
-        raise ConfigError(
-            "there is no prepared model in this module; call qwrap.prepare(model) first"
-        )
+    found = list(models_in(model).values())
     if nodes != "*" and not any(fnmatchcase(key, nodes) for m in found for key in m.graph.nodes):
         raise ConfigError(f"nodes={nodes!r}: no node has such a name")
     return [(m, {k: la for k, la in live_layers(m) if fnmatchcase(k, nodes)}) for m in found]
