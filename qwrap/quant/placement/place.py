@@ -222,7 +222,8 @@ class _Placement:
                 if (index, value) in self.facts.operand_inputs(node):
                     tree.readers.append(((node, index), self.specs.of(node)))
             elif index == 0 and self.facts.moved_input(node) is value:
-                outputs = [self._tree(v) for v in node.outputs if v in self.wanted]
+                moved = [v for v in node.outputs if v in self.wanted]
+                outputs = [self._tree(v) for v in moved if self._source(v) is not v]
                 asked = self.specs.of(node) if self.specs.types.is_chosen(node) else None
                 if outputs:
                     tree.movers.append(((node, index), asked, outputs))
