@@ -95,7 +95,7 @@ def test_set_gives_nodes_other_types_and_converts_between(tmp_path: Path, data: 
     codes = {i.name: i.data_type for i in graph.initializer}
     made = {n.output[0]: n for n in graph.node}
     types = {
-        node.name: [codes[made[name].input[2]] for name in node.input[:2]]
+        node.name: [codes[made[node.input[0]].input[2]], codes[made[node.input[1]].input[0]]]
         for node in graph.node
         if node.op_type in {"Conv", "Gemm"}
     }
