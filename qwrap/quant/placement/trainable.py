@@ -8,7 +8,7 @@ from qwrap.config import QConfig, QuantSpec, RangeOverride, Training
 from qwrap.errors import ConfigError
 from qwrap.graph.index import OnnxGraph
 from qwrap.quant.placement.overrides import has_range
-from qwrap.quant.plan import QuantPlan, TensorPlan
+from qwrap.quant.plan import Conversion, QuantPlan, TensorPlan
 
 
 def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
@@ -18,7 +18,8 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
     asymmetric type, and one that no absorbed activation ties to the end of the codes; power-of-two
     scales are learned as such; PACT is for activations. The scales of graph inputs with 8 bits or
     more are learned only where a pattern asks for them: their data stay as they were calibrated,
-    and a gradient for them is one more product in what is often the largest layer.
+    and a gradient for them is one more product in what is often the largest layer. Conversions
+    are learned as tensors are.
 
     Raises:
         ConfigError: "tqt" is asked for scales that are not powers of two.
@@ -40,6 +41,9 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
         elif way == "lsq+" and _is_absorbed(plan, graph, tensor):
             way = "lsq"
         plan.tensors[key] = replace(tensor, training=way)
+    for key, tensor in plan.tensors.items():
+        converted = (replace(c, training=_of(c, key, graph, config)) for c in tensor.conversions)
+        plan.tensors[key] = replace(plan.tensors[key], conversions=tuple(converted))
     for point, constant in plan.constants.items():
         way = _asked(constant.value, constant.override, constant.spec, config)
         override = constant.override or RangeOverride()
@@ -47,6 +51,22 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
         if point in tables or is_given:
             way = "fixed"
         plan.constants[point] = replace(constant, training="lsq" if way == "pact" else way)
+
+
+def _of(conversion: Conversion, tensor: str, graph: OnnxGraph, config: QConfig) -> Training:
+    """Return how the scale of a conversion moves.
+
+    It is learned where others follow the data: what it is given lies on a grid that follows, so
+    the ends of single batches would say little.
+    """
+    override = conversion.override or RangeOverride()
+    way = _asked(conversion.key, override, conversion.spec, config)
+    if override.training is None:
+        value = graph.values.get(tensor)
+        given = value is not None and value.is_graph_input() and conversion.spec.dtype.bits >= 8
+        if given or conversion.fixed is not None or has_range(override):
+            return "fixed"
+    return "lsq" if way == "follow" else way
 
 
 def _asked(name: str, override: RangeOverride | None, spec: QuantSpec, config: QConfig) -> Training:

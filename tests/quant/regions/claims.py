@@ -18,6 +18,8 @@ from random_models import RandomModel, random_config
 import qwrap
 from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.target import ORT_CPU
+from qwrap.quant.placement.weights_only import ROUNDED
+from qwrap.quant.prepare import stubs
 
 
 @dataclass
@@ -91,7 +93,9 @@ class File:
         node = self.maker.get(name)
         if node is not None and node.op_type == "Max" and node.name not in ("", None):
             node = self.maker.get(node.input[0], node)  # keeps operators apart from the pair
-        return self.type_of(node) if node is not None and kind_of(node) == "DequantizeLinear" else ""
+        return (
+            self.type_of(node) if node is not None and kind_of(node) == "DequantizeLinear" else ""
+        )
 
     def written_as(self, name: str) -> set[str]:
         """Return the types that a tensor is quantized to; "" for readers of the floats."""
@@ -210,9 +214,7 @@ def fewest_conversions(made: Made) -> int:
     kinds = {k: n.dtype for k, n in plan.nodes.items() if n.dtype}
     moves = [k for k, n in plan.nodes.items() if n.role == "moves" and n.dtype]
     lookups = {k for k in moves if (k, 0) in plan.constants}
-    free = [
-        k for k in moves if k not in lookups and not wishes.is_chosen(graph.nodes[k])
-    ]
+    free = [k for k in moves if k not in lookups and not wishes.is_chosen(graph.nodes[k])]
     options = sorted(set(kinds.values()))
     least = None
     for choice in product(options, repeat=len(free)):
@@ -240,3 +242,74 @@ def _conversions(made: Made, kinds: dict[str, str]) -> int:
 def _reads(made: Made, use: object, plan: qwrap.QuantPlan) -> bool:
     key = made.model.graph.node_key(use.node)
     return plan.nodes[key].role != "absorbed" and use.idx in set(_computed_floats(made, key))
+
+
+def simulations_agree(made: Made) -> None:
+    """Both simulations compute what onnxruntime does, each in its mode."""
+    batches = list(made.source.batches())
+    report = qwrap.verify(made.model, made.path, batches, isolated=True, progress=False)
+    rounded = ROUNDED in made.plan.notes
+    for level in (report.specification, *([] if rounded else [report.deployed])):
+        for tensor in level.tensors:
+            # Rounding differs by 1.8e-7 of a value: in 16 bits that moves one code in fifty.
+            share = 0.02 if "16" in tensor.dtype else 0.0
+            where = f"{level.name} {tensor}"
+            assert tensor.worst_step <= 1, where
+            assert tensor.differing <= max(2, 3 * share * tensor.elements), where
+        for output in level.outputs:
+            assert output.sqnr > 60, f"{level.name} {output}"
+    if made.plan.fused and _all_have_kernels(made):
+        assert report.deployed.differing == 0, str(report)
+
+
+def _all_have_kernels(made: Made) -> bool:
+    roles = {node.role for node in made.plan.nodes.values() if node.dtype}
+    kinds = {node.dtype for node in made.plan.nodes.values() if node.dtype}
+    constants = {str(c.spec.dtype) for c in made.plan.constants.values()}
+    return "pairs" not in roles and kinds | constants <= {"uint8", "int8"}
+
+
+def comes_back(made: Made) -> None:
+    """A file that is read and written again is the same, byte for byte."""
+    back = made.path.with_suffix(".back.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qwrap.export(qwrap.load(made.path).eval(), back)
+    assert back.read_bytes() == made.path.read_bytes()
+
+
+def gradients_arrive(made: Made) -> None:
+    """A backward pass reaches whatever training can move."""
+    model = made.model.train()
+    if not any(p.requires_grad for p in model.parameters()):
+        return
+    model.zero_grad()
+    for batch in made.source.batches():
+        outputs = model(**{name: torch.from_numpy(array) for name, array in batch.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.square().sum() for output in outputs).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, missing
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    learning = {str(s.training_by) for _, s in stubs(model) if s.trained()}
+    assert learning <= {"lsq"}
+    model.eval()
+
+
+def state_is_restored(made: Made) -> None:
+    """What was saved gives another model of the same settings the same outputs."""
+    other = qwrap.load(made.source.proto).eval()
+    qwrap.prepare(other, made.config)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    other.load_state_dict(made.model.state_dict())
+    for batch in made.source.batches():
+        inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
+        with torch.no_grad():
+            expected, found = made.model(**inputs), other(**inputs)
+        pairs = (
+            zip(expected, found, strict=True) if isinstance(found, tuple) else [(expected, found)]
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -53,7 +53,8 @@ class RandomModel:
     def batches(self, count: int = 2) -> Iterator[dict[str, np.ndarray]]:
         for number in range(count):
             yield {
-                name: self._fill(kind, shape, number) for name, (kind, shape) in self._inputs.items()
+                name: self._fill(kind, shape, number)
+                for name, (kind, shape) in self._inputs.items()
             }
 
     def _fill(self, kind: int, shape: Shape, number: int) -> np.ndarray:
@@ -235,7 +236,9 @@ class RandomModel:
         ]
         outputs = [output]
         if inputs:
-            extra.nodes.append(helper.make_node("Identity", [inputs[1]], [f"o_{name}"], f"/{name}o"))
+            extra.nodes.append(
+                helper.make_node("Identity", [inputs[1]], [f"o_{name}"], f"/{name}o")
+            )
             outputs.insert(0, helper.make_tensor_value_info(f"o_{name}", TensorProto.BOOL, []))
         return helper.make_graph(extra.nodes, name, infos, outputs)
 
