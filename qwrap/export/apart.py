@@ -50,7 +50,7 @@ class Apart:
         return self._is_renamed(spec) or self._reaches_body(node)
 
     def behind(self, node: ir.Node, spec: QuantSpec) -> bool:
-        """Whether ``node``, whose output becomes codes of ``spec``, has to stand apart from them."""
+        """Whether ``node``, whose output becomes codes of ``spec``, has to stand apart."""
         return not node.domain and self._is_passed(node) and self._is_renamed(spec)
 
     def of_weight(self, node: ir.Node, spec: QuantSpec) -> bool:

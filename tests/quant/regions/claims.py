@@ -57,7 +57,7 @@ def make(random: Random, folder: Path) -> Made | None:
     return Made(source, config, model, path, unfused)
 
 
-# --- the file --------------------------------------------------------------------------------------
+# --- the file ------------------------------------------------------------------------------------
 
 
 def kind_of(node: onnx.NodeProto) -> str:
@@ -131,7 +131,7 @@ def _walk(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         yield from part.node
 
 
-# --- claims ----------------------------------------------------------------------------------------
+# --- claims --------------------------------------------------------------------------------------
 
 
 def types_agree(made: Made) -> None:

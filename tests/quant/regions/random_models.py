@@ -65,7 +65,7 @@ class RandomModel:
             return random.integers(0, TABLE[0], shape)
         return random.normal(0, 1, shape).astype(np.float32)
 
-    # --- parts -----------------------------------------------------------------------------------
+    # --- parts ---------------------------------------------------------------------------------------
 
     def _add_input(self, name: str, shape: Shape, kind: int = TensorProto.FLOAT) -> str:
         self._inputs[name] = kind, shape
@@ -105,11 +105,12 @@ class RandomModel:
             return None
         return self.random.choice(found[-3:] if self.random.random() < 0.6 else found)
 
-    # --- nodes -----------------------------------------------------------------------------------
+    # --- nodes ---------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
         kind = self.random.choice((
-            "image", "image", "matrix", "pair", "pair", "unary", "unary", "moved", "moved", "joined",
+            "image", "image", "matrix", "pair", "pair", "unary", "unary", "moved", "moved",
+            "joined",
             "image", "matrix", "unary", "moved", "lookup", "norm", "body",
         ))  # fmt: skip
         getattr(self, "_inner" if kind == "body" else f"_{kind}")()
@@ -217,7 +218,7 @@ class RandomModel:
         elif kind == "Identity":
             self._add(kind, [x], shape)
 
-    # --- bodies ----------------------------------------------------------------------------------
+    # --- bodies --------------------------------------------------------------------------------------
 
     def _body_graph(self, name: str, start: str, extra: Body) -> onnx.GraphProto:
         """Return a body whose one output has the shape of ``start``, which it reads."""
@@ -271,7 +272,7 @@ class RandomModel:
         trips = self._store(np.array(2, np.int64))
         self._add("Loop", [trips, "", x], shape, body=graph)
 
-    # --- the whole -------------------------------------------------------------------------------
+    # --- the whole -----------------------------------------------------------------------------------
 
     def _finish(self, main: Body) -> onnx.ModelProto:
         read = set(_read(main.nodes))
@@ -304,7 +305,7 @@ def _read(nodes: list[onnx.NodeProto]) -> Iterator[str]:
             yield from (output.name for output in attribute.g.output)
 
 
-# --- wishes ----------------------------------------------------------------------------------------
+# --- wishes --------------------------------------------------------------------------------------
 
 ACTIVATIONS = ("uint8", "int8", "uint16", "int16", "uint4", "int4", "float32")
 WEIGHTS = ("int8", "int4", "int16", "uint8")
