@@ -84,6 +84,25 @@ class Group:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A tensor that is converted where its producer and a reader have unlike types.
+
+    Attributes:
+        tensor: key of the tensor.
+        producer: name of the group that makes it, perhaps through nodes that only move values;
+            None for a graph input and for what is made by a node in no group: in float32.
+        consumers: names of the groups that read it, None among them for what reads float32.
+        costs: (type of the producer, type of a reader) -> what the conversion costs, once for
+            all readers of that type. What is missing costs nothing.
+    """
+
+    tensor: str
+    producer: str | None
+    consumers: tuple[str | None, ...]
+    costs: Mapping[tuple[str, str], float]
+
+
 Assignment = Mapping[str, Choice]
 """Name of a group to its choice."""
 
