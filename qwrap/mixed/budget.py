@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from qwrap.errors import ConfigError
-from qwrap.mixed.choices import FLOAT, Choice, Group
+from qwrap.mixed.choices import FLOAT, Choice, Group, everywhere
 from qwrap.mixed.linear import Limit, LinearCost
 
 UNITS: Mapping[str, Mapping[str, float]] = MappingProxyType({
@@ -37,7 +37,7 @@ class Budget:
     """The most that a file may cost; None sets no limit.
 
     A number is absolute. A text is a number with a unit ("300 KB", "1.5 ms"), a share of the float
-    model ("50%"), or a multiple of what it costs with all groups in one choice ("1.1 x uint8/int8").
+    model ("50%"), or a multiple of the model with all groups in one choice ("1.1 x uint8/int8").
 
     Attributes:
         bytes: of all constants in the file: weights, scales, zero points, biases.
@@ -98,36 +98,12 @@ class Budget:
         return cls(**given)
 
 
-def everywhere(groups: Sequence[Group], choice: Choice) -> dict[str, Choice]:
-    """Return the assignment of ``choice`` to all groups that have it or its type of activations.
-
-    The others stay float, or, where they cannot, take their first choice.
-
-    Raises:
-        ConfigError: no group has it.
-    """
-    if not any(choice in group.choices for group in groups):
-        offered = dict.fromkeys(str(c) for group in groups for c in group.choices)
-        raise ConfigError(f"no group has the choice {choice}; there are {', '.join(offered)}")
-    return {group.name: _nearest(group, choice) for group in groups}
-
-
-def _nearest(group: Group, choice: Choice) -> Choice:
-    if choice in group.choices:
-        return choice
-    alike = [c for c in group.choices if c.activation == choice.activation]
-    return (*alike, *(c for c in group.choices if c == FLOAT), *group.choices)[0]
-
-
 def _absolute(name: str, value: float | str, cost: LinearCost, groups: Sequence[Group]) -> float:
     if not isinstance(value, str):
         return float(value)
     number, choice = _parse(name, value)
     if choice is None:
         return number
-    if choice == FLOAT:  # of each group the choice that comes nearest, if there is no other
-        floats = {group.name: _nearest(group, FLOAT) for group in groups}
-        return number * cost.total(floats)
     return number * cost.total(everywhere(groups, choice))
 
 

@@ -194,6 +194,27 @@ def check_assignment(groups: Sequence[Group], assignment: Assignment) -> None:
             )
 
 
+def everywhere(groups: Sequence[Group], choice: Choice) -> dict[str, Choice]:
+    """Return the assignment of ``choice`` to all groups that have it or its type of activations.
+
+    Others stay float, or, where they cannot, take their first choice.
+
+    Raises:
+        ConfigError: no group has it; ``FLOAT`` is taken for what comes nearest all the same.
+    """
+    if choice != FLOAT and not any(choice in group.choices for group in groups):
+        offered = dict.fromkeys(str(c) for group in groups for c in group.choices)
+        raise ConfigError(f"no group has the choice {choice}; there are {', '.join(offered)}")
+    return {group.name: _nearest(group, choice) for group in groups}
+
+
+def _nearest(group: Group, choice: Choice) -> Choice:
+    if choice in group.choices:
+        return choice
+    alike = [c for c in group.choices if c.activation == choice.activation]
+    return (*alike, *(c for c in group.choices if c == FLOAT), *group.choices)[0]
+
+
 class _Grouping:
     """Puts the quantized nodes of a prepared model into groups."""
 

@@ -3,8 +3,8 @@
 import pytest
 
 from qwrap.errors import ConfigError
-from qwrap.mixed.budget import Budget, everywhere
-from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Group
+from qwrap.mixed.budget import Budget
+from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Group, everywhere
 from qwrap.mixed.linear import LinearCost
 
 INT8, INT16, _ = CHOICES
