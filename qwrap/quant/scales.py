@@ -20,7 +20,7 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan
+from qwrap.quant.plan import ConstantPlan, Conversion
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
@@ -138,6 +138,7 @@ def set_activations(
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
         stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
+    _set_conversions(model)
     _fit_biases(model)
 
 
@@ -230,6 +231,40 @@ def _set_tables(model: WrappedModel) -> None:
             stub_at(model, ValuePoint(key)).set_qparams(table.qparams)
 
 
+# --- conversions ---------------------------------------------------------------------------------
+
+
+def _set_conversions(model: WrappedModel) -> None:
+    """Give each conversion the scale that suits what the codes before it stand for, in place.
+
+    A wider type gets the range of all codes: its grid then holds each of them exactly wherever
+    that of the tensor divides it, as 255 does 65535. For a narrower one the range is chosen as
+    for a tensor of that type, from what was observed, within what there are codes for.
+    """
+    plan = plan_of(model)
+    for key, conversion in plan.conversions():
+        stub = stub_at(model, conversion.points[0])
+        base = stub_at(model, plan.point_of(plan.tensors[key].source))
+        stub.set_qparams(_conversion_qparams(model, conversion, base))
+
+
+def _conversion_qparams(model: WrappedModel, conversion: Conversion, base: Stub) -> QParams:
+    spec, override = conversion.spec, conversion.override
+    if conversion.fixed is not None:
+        scale, zero_point = conversion.fixed
+        return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+    if override is not None and has_range(override):
+        return qparams_of(conversion.key, override, spec)
+    low, high = span_of(base.qparams, base.spec)
+    if spec.dtype.bits < base.spec.dtype.bits and base.observer is not None and base.observer.seen:
+        config = config_of(model)
+        method = config.method if config.method != "auto" else "mse"
+        ends = choose_ranges([base.observer], [spec], [method], [config.percentile], config.margin)
+        chosen = _numbers(ends[0])
+        low, high = max(low, chosen[0]), min(high, chosen[1])
+    return _spread((low, high), spec)
+
+
 # --- constants -----------------------------------------------------------------------------------
 
 
@@ -257,7 +292,7 @@ def _fit_biases(model: WrappedModel) -> None:
     plan = plan_of(model)
     for bias in plan.biases.values():
         weight = stub_at(model, UsePoint(*bias.weight))
-        activation = stub_at(model, ValuePoint(bias.activation))
+        activation = stub_at(model, plan.point_of(bias.activation))
         least = deployed(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)
