@@ -20,7 +20,7 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan, Conversion
+from qwrap.quant.plan import ConstantPlan
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
@@ -242,27 +242,45 @@ def _set_conversions(model: WrappedModel) -> None:
     for a tensor of that type, from what was observed, within what there are codes for.
     """
     plan = plan_of(model)
-    for key, conversion in plan.conversions():
-        stub = stub_at(model, conversion.points[0])
-        base = stub_at(model, plan.point_of(plan.tensors[key].source))
-        stub.set_qparams(_conversion_qparams(model, conversion, base))
+    found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
+    spans = _narrower_spans(model, [(base, c.spec) for base, c in given])
+    for (_, conversion), span in zip(given, spans, strict=True):
+        override = conversion.override
+        if conversion.fixed is not None:
+            scale, zero_point = conversion.fixed
+            qparams = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+        elif override is not None and has_range(override):
+            qparams = qparams_of(conversion.key, override, conversion.spec)
+        else:
+            qparams = _spread(span, conversion.spec)
+        stub_at(model, conversion.points[0]).set_qparams(qparams)
 
 
-def _conversion_qparams(model: WrappedModel, conversion: Conversion, base: Stub) -> QParams:
-    spec, override = conversion.spec, conversion.override
-    if conversion.fixed is not None:
-        scale, zero_point = conversion.fixed
-        return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
-    if override is not None and has_range(override):
-        return qparams_of(conversion.key, override, spec)
-    low, high = span_of(base.qparams, base.spec)
-    if spec.dtype.bits < base.spec.dtype.bits and base.observer is not None and base.observer.seen:
-        config = config_of(model)
-        method = config.method if config.method != "auto" else "mse"
-        ends = choose_ranges([base.observer], [spec], [method], [config.percentile], config.margin)
-        chosen = _numbers(ends[0])
-        low, high = max(low, chosen[0]), min(high, chosen[1])
-    return _spread((low, high), spec)
+def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> list[Range]:
+    """Return for stubs and the specs of conversions behind them what those should cover."""
+    plan, ways = plan_of(model), ways_of(model)
+    spans = [span_of(base.qparams, base.spec) for base, _ in given]
+    narrower = [
+        (i, base.name, base.observer, spec)
+        for i, (base, spec) in enumerate(given)
+        if spec.dtype.bits < base.spec.dtype.bits
+        and base.observer is not None
+        and base.observer.seen
+    ]
+    ranges = choose_ranges(
+        [observer for _, _, observer, _ in narrower],
+        [spec for _, _, _, spec in narrower],
+        [
+            plan.methods.get(name, ways[name][0]).replace("auto", "mse")
+            for _, name, _, _ in narrower
+        ],
+        [ways[name][1] for _, name, _, _ in narrower],
+        config_of(model).margin,
+    )
+    for (i, *_), chosen in zip(narrower, map(_numbers, ranges), strict=True):
+        spans[i] = max(spans[i][0], chosen[0]), min(spans[i][1], chosen[1])
+    return spans
 
 
 # --- constants -----------------------------------------------------------------------------------

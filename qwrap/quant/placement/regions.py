@@ -46,6 +46,7 @@ class Types:
 
     Attributes:
         notes: what to know of regions that overlap, one line each.
+        everything: whether nodes without a kernel are quantized too.
     """
 
     def __init__(self, layout: Layout, config: QConfig) -> None:
@@ -56,6 +57,7 @@ class Types:
         """
         self.config = config
         self.notes: list[str] = []
+        self.everything = config.scope == "all"
         self._nodes = {layout.graph.node_key(node): node for node, _ in layout.placed()}
         self._wishes: dict[ir.Node, Wish] = {}
         selection = _Selection(layout, self._nodes)
