@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from qwrap.dtypes import INT8, UINT8, QuantType, quant_type
 from qwrap.errors import ConfigError
@@ -107,6 +108,10 @@ Choice = Literal[Method, "auto"]
 Training = Literal["fixed", "follow", "lsq", "lsq+", "pact", "tqt"]
 TRAININGS = get_args(Training)
 WEIGHT_METHODS = ("minmax", "mse")
+Scope = Literal["faster", "kernels", "all"]
+SCOPES = get_args(Scope)
+FLOATS = ("float32", "float16")
+"""What a region can be left in, beside the types of codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +151,66 @@ class RangeOverride:
         _check_training(self.training)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Nodes that are quantized in other types than the rest of the model.
+
+    Attributes:
+        selectors: each a node's name, a shell pattern over node names, an operator type, the path
+            of a Block (``"layers.0.attention"``), or a tensor or pattern over tensors, which stands
+            for what writes and what reads it: the first of these kinds that fits.
+        to: if there are any, the region is all nodes on a way from the selected ones to these.
+        activation: type of the nodes' inputs and outputs, as in ``QConfig``; "float32" leaves them
+            float, "float16" computes them in half precision; None says nothing of it.
+        weight: type of the nodes' weights, as in ``QConfig``; "float32" leaves them float; None
+            says nothing of it.
+    """
+
+    selectors: tuple[str, ...]
+    to: tuple[str, ...] = ()
+    activation: QuantType | QuantSpec | str | None = None
+    weight: QuantType | QuantSpec | str | None = None
+
+    @property
+    def text(self) -> str:
+        """What was asked, for messages."""
+        where = f"{list(self.selectors)}" + (f" to {list(self.to)}" if self.to else "")
+        types = {"activation": self.activation, "weight": self.weight}
+        given = [f"{k}={getattr(v, 'dtype', v)}" for k, v in types.items() if v is not None]
+        return f"set {where}: {', '.join(given)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorOverride:
+    """What is said of one tensor by name, as in onnxruntime's ``TensorQuantOverrides``.
+
+    None leaves it to the rest of the settings. Numbers come once, or once for each channel.
+
+    Attributes:
+        dtype: type of the codes.
+        symmetric: whether the zero point is fixed at the middle code.
+        reduce_range: whether a constant uses half of the codes.
+        axis: channel axis of a constant, which then has a scale per channel; may be negative.
+        low: smallest values to represent, in real units.
+        high: largest values to represent.
+        scale: the scales themselves.
+        zero_point: the zero points that go with them.
+        convert: what nodes that read the tensor get instead: the codes are converted for them.
+        receivers: on ``convert``, the names of these nodes; None for all, and the graph output.
+    """
+
+    dtype: QuantType | None = None
+    symmetric: bool | None = None
+    reduce_range: bool | None = None
+    axis: int | None = None
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    zero_point: tuple[int, ...] | None = None
+    convert: TensorOverride | None = None
+    receivers: frozenset[str] | None = None
+
+
 @dataclass(slots=True, kw_only=True)
 class QConfig:
     """What the user asks of a whole model.
@@ -182,12 +247,18 @@ class QConfig:
             in front of the first ones and behind the last.
         kept_samples: calibration samples kept in memory, of up to 20 MiB, on which "auto" compares
             ranges, then or later; 0 keeps none.
-        only_if_faster: leave in float what integer kernels would not speed up, going by the shapes
-            and costs measured for onnxruntime on CPUs; False quantizes all that has a kernel.
+        scope: what is quantized. "faster": what integer kernels speed up, going by the shapes and
+            costs measured for onnxruntime on CPUs. "kernels": all that has an integer kernel.
+            "all": every node that reads or writes floats, those without a kernel between pairs.
+            None: what suits the target, which is "faster" on CPUs, and "all" on accelerators that
+            have nothing but integers; and where there are regions, "all" for a model with which
+            integer kernels could not save any time worth speaking of.
         contrib: write com.microsoft's QuantizeLinear and DequantizeLinear, which carry 16 and 4
             bits at any opset, instead of raising the opset.
         excluded: nodes left in float: shell patterns over node names, or operator types.
         overrides: (shell pattern over tensor names, what is known), later ones win.
+        regions: nodes in other types than ``activation`` and ``weight``, later ones win.
+        tensors: tensor -> what is said of it in the words of onnxruntime; it precedes all else.
     """
 
     activation: QuantType | QuantSpec | str | None = UINT8
@@ -202,10 +273,12 @@ class QConfig:
     bn: Literal["fold", "live"] = "fold"
     first_last_8bit: bool = False
     kept_samples: int = 64
-    only_if_faster: bool = True
+    scope: Scope | None = None
     contrib: bool = False
     excluded: list[str] = field(default_factory=list)
     overrides: list[tuple[str, RangeOverride]] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    tensors: dict[str, TensorOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_method(self.method, self.percentile)
@@ -218,20 +291,31 @@ class QConfig:
         _check_training(self.training)
         if self.bn not in ("fold", "live"):
             raise ConfigError(f"bn={self.bn!r}: choose one of ('fold', 'live')")
+        if self.scope not in (None, *SCOPES):
+            raise ConfigError(f"scope={self.scope!r}: choose one of {SCOPES}")
         if not 0 < self.ema <= 1:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
         if self.kept_samples < 0:
             raise ConfigError(f"kept_samples={self.kept_samples}: expected 0 or more")
-        for spec in (self.activation_spec, self.weight_spec(0)):
-            if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
-                raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")
+        _check_width(self.activation_spec)
+        _check_width(self.weight_spec(0))
 
     @property
     def activation_spec(self) -> QuantSpec | None:
         """How an activation is quantized, None if it is not."""
-        if self.activation is None or isinstance(self.activation, QuantSpec):
-            return self.activation
-        return QuantSpec(dtype=quant_type(self.activation), symmetric=False)
+        return None if self.activation is None else activation_spec(self.activation)
+
+    @property
+    def activation_specs(self) -> list[QuantSpec]:
+        """How activations are quantized in the model at large and in regions."""
+        asked = [self.activation, *(region.activation for region in self.regions)]
+        return [activation_spec(a) for a in asked if a is not None and a not in FLOATS]
+
+    def weight_specs(self, axis: int | None, block_axis: int | None = None) -> list[QuantSpec]:
+        """Return what ``weight_spec`` does, and the same for regions."""
+        asked = [self.weight, *(region.weight for region in self.regions)]
+        given = [weight for weight in asked if weight is not None and weight not in FLOATS]
+        return [self.weight_spec_of(weight, axis, block_axis) for weight in given]
 
     def weight_spec(self, axis: int | None, block_axis: int | None = None) -> QuantSpec:
         """Return how a weight is quantized.
@@ -240,11 +324,17 @@ class QConfig:
             axis: what its output channels run along, None where it cannot have a scale for each.
             block_axis: what the products are summed over, along which blocks are laid.
         """
-        if isinstance(self.weight, QuantSpec):
-            blocked = self.weight.block_size is not None
+        return self.weight_spec_of(self.weight, axis, block_axis)
+
+    def weight_spec_of(
+        self, weight: QuantType | QuantSpec | str, axis: int | None, block_axis: int | None = None
+    ) -> QuantSpec:
+        """Return what ``weight_spec`` would for another type of weights."""
+        if isinstance(weight, QuantSpec):
+            blocked = weight.block_size is not None
             chosen = block_axis if blocked else axis if self.per_channel else None
-            return replace(self.weight, axis=chosen)
-        dtype = quant_type(self.weight)
+            return replace(weight, axis=chosen)
+        dtype = quant_type(weight)
         axis = axis if self.per_channel else None
         return QuantSpec(
             dtype=dtype,
@@ -260,8 +350,11 @@ class QConfig:
 
     def set(
         self,
-        selector: str,
+        selector: Selector,
         *,
+        to: Selector | None = None,
+        activation: QuantType | QuantSpec | str | None = None,
+        weight: QuantType | QuantSpec | str | None = None,
         low: float | None = None,
         high: float | None = None,
         scale: float | None = None,
@@ -270,10 +363,20 @@ class QConfig:
         percentile: float | None = None,
         training: Training | None = None,
     ) -> None:
-        """Say what is known of tensors, in place; a later word on the same tensor wins.
+        """Say in which types nodes are quantized, or what is known of tensors, in place.
+
+        A later word on the same node or tensor wins. Types make a region of nodes; where two
+        regions meet, tensors are converted. What a region's type has no kernel for computes in
+        float between pairs, and what is in a region is quantized whether that is faster or not.
 
         Args:
-            selector: shell pattern over tensor names: activations, weights and other constants.
+            selector: with types: nodes, see ``Region``; several in a list or set; or a Block of
+                the model, the module itself. Else a shell pattern over tensor names: activations,
+                weights and other constants.
+            to: with types: the region is all nodes on a way from ``selector`` to these.
+            activation: type of the nodes' inputs and outputs; "float32" leaves them float, and
+                "float16" has them computed in half precision.
+            weight: type of the nodes' weights; "float32" leaves them float.
             low: smallest value to represent, in real units; with ``high``.
             high: largest value to represent.
             scale: the scale itself, one for the tensor.
@@ -281,6 +384,9 @@ class QConfig:
             method: how the range is chosen, for this tensor.
             percentile: as in ``QConfig``, for this tensor.
             training: as in ``QConfig``, for this tensor.
+
+        Raises:
+            ConfigError: a setting is unknown or contradicts another one.
         """
         override = RangeOverride(
             low=low,
@@ -291,7 +397,72 @@ class QConfig:
             percentile=percentile,
             training=training,
         )
-        self.overrides.append((selector, override))
+        selectors = _names(selector)
+        if activation is None and weight is None:
+            if to is not None:
+                raise ConfigError(f"to={to!r} goes with activation= or weight=")
+            self.overrides += [(name, override) for name in selectors]
+            return
+        if override != RangeOverride():
+            raise ConfigError(
+                f"set {selector!r}: activation and weight speak of nodes, the rest of tensors; "
+                "call set() once for each"
+            )
+        region = Region(
+            selectors=selectors,
+            to=() if to is None else _names(to),
+            activation=activation,
+            weight=weight,
+        )
+        _check_region(region)
+        self.regions.append(region)
+
+
+Selector = str | Iterable[str] | Any
+"""A name or pattern, several of them, or a Block of a model."""
+
+
+def activation_spec(activation: QuantType | QuantSpec | str) -> QuantSpec:
+    """Return how activations of a type are quantized where nothing more is said."""
+    if isinstance(activation, QuantSpec):
+        return activation
+    return QuantSpec(dtype=quant_type(activation), symmetric=False)
+
+
+def _names(selector: Selector) -> tuple[str, ...]:
+    """Return the patterns of a selector; a Block has a path as its name."""
+    if isinstance(selector, str):
+        return (selector,)
+    path = getattr(selector, "path", None)
+    if isinstance(path, tuple):
+        if not path:
+            raise ConfigError("the root Block is the whole model; set QConfig's own fields instead")
+        return (".".join(path),)
+    names = tuple(selector) if isinstance(selector, Iterable) else ()
+    names = tuple(sorted(names)) if isinstance(selector, (set, frozenset)) else names
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{selector!r} selects nothing; give a name or pattern, several of them, or a Block"
+        )
+    return names
+
+
+def _check_region(region: Region) -> None:
+    if isinstance(region.activation, QuantSpec) or region.activation not in (None, *FLOATS):
+        _check_width(activation_spec(region.activation))
+    if region.weight == "float16":
+        raise ConfigError(f"{region.text}: weights are of float16 with activation='float16'")
+    if isinstance(region.weight, QuantSpec) or region.weight not in (None, *FLOATS):
+        _check_width(activation_spec(region.weight))
+    if region.activation == "float16" and region.weight not in (None, "float32"):
+        raise ConfigError(
+            f"{region.text}: what computes in float16 has weights of float16; leave out weight="
+        )
+
+
+def _check_width(spec: QuantSpec | None) -> None:
+    if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
+        raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")
 
 
 def _check_training(training: str | None) -> None:

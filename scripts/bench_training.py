@@ -127,7 +127,7 @@ def wrapped(path: Path, images: Tensor, training: str) -> qwrap.WrappedModel:
     """Return the model of a file, calibrated at 8 bits; as a float model for ``training`` float."""
     model = qwrap.load(path)
     by = "fixed" if training == "float" else training
-    config = qwrap.QConfig(training=by, method="minmax", only_if_faster=False)
+    config = qwrap.QConfig(training=by, method="minmax", scope="kernels")
     qwrap.prepare(model, config)
     qwrap.calibrate(model, [images])
     if training == "float":

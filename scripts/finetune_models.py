@@ -58,7 +58,7 @@ def compare(
     batches = list(batched(samples, asked.batch))
     model = qwrap.load(shared.path(name))
     settings = {"training": asked.training, "weight": asked.weight}
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=not everything, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels" if everything else "faster", **settings))
     qwrap.calibrate(model, samples, progress=False)
     print(f"{name}, {'everything' if everything else 'defaults'}, weights {asked.weight}")
     show("float", measure(shared, name, shared.path(name)))

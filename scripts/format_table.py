@@ -95,7 +95,7 @@ def _runs(form: Format) -> bool:
 
 def kernel_of(op_type: str, config: QConfig) -> str:
     """Return what onnxruntime makes of one operator of a model that was quantized so."""
-    config.only_if_faster, config.method, config.weight_method = False, "minmax", "minmax"
+    config.scope, config.method, config.weight_method = "kernels", "minmax", "minmax"
     shape = (1, 32, 8, 8) if op_type == "Conv" else (4, 32)
     weight = (32, 32, 1, 1) if op_type == "Conv" else (32, 32)
     model = qwrap.load(_one_operator(op_type, shape, weight)).eval()

@@ -117,7 +117,7 @@ def quantize_model(
 ) -> Quantized:
     batches = make_batches() if batches is None else batches
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, config or qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, config or qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, batches, progress=False)
     path = folder / "small.int8.onnx"
     qwrap.export(model, path)

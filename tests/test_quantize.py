@@ -18,7 +18,7 @@ def test_one_call_gives_a_file_that_the_model_simulates_exactly(small, tmp_path:
         tmp_path / "m.onnx",
         target,
         calibration=small.batches(),
-        config=qwrap.QConfig(only_if_faster=False),
+        config=qwrap.QConfig(scope="kernels"),
         progress=False,
     )
     assert qwrap.verify(model, target, small.batches(), progress=False).deployed.differing == 0
@@ -34,11 +34,11 @@ def test_it_equals_the_steps_by_hand(small, tmp_path: Path) -> None:
         small.convs(),
         tmp_path / "a",
         calibration=batches,
-        config=qwrap.QConfig(only_if_faster=False),
+        config=qwrap.QConfig(scope="kernels"),
         progress=False,
     )
     model = qwrap.load(small.convs()).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, batches, progress=False)
     qwrap.correct_biases(model, batches)
     qwrap.export(model, tmp_path / "b")
@@ -59,7 +59,7 @@ def test_a_stream_is_read_once(small, tmp_path: Path, length: str) -> None:
         small.convs(),
         tmp_path / "q",
         calibration=stream,
-        config=qwrap.QConfig(only_if_faster=False),
+        config=qwrap.QConfig(scope="kernels"),
         progress=False,
     )
     assert Stream.reads == 1
@@ -78,7 +78,7 @@ def test_the_source_is_never_replaced(small, tmp_path: Path, alias: str) -> None
             source,
             target,
             calibration=small.batches(),
-            config=qwrap.QConfig(only_if_faster=False),
+            config=qwrap.QConfig(scope="kernels"),
             progress=False,
         )
     assert source.read_bytes() == before
@@ -119,7 +119,7 @@ def test_bad_files_and_settings_are_refused(small, tmp_path: Path) -> None:
             small.convs(),
             tmp_path / "q",
             calibration=small.batches(),
-            config=qwrap.QConfig(only_if_faster=False, excluded=["nothing"]),
+            config=qwrap.QConfig(scope="kernels", excluded=["nothing"]),
             progress=False,
         )
     assert os.listdir(tmp_path) == ["cut.onnx"]
@@ -131,7 +131,7 @@ def test_what_was_corrected_is_in_the_summary(small, tmp_path: Path) -> None:
         small.convs(),
         tmp_path / "q",
         calibration=batches,
-        config=qwrap.QConfig(only_if_faster=False),
+        config=qwrap.QConfig(scope="kernels"),
         progress=False,
     )
     summary = model.plan.summary()
@@ -155,7 +155,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_any_work(small, tmp_p
 
 
 def quantized(small, target: Path, **arguments) -> qwrap.WrappedModel:
-    config = arguments.pop("config", qwrap.QConfig(only_if_faster=False))
+    config = arguments.pop("config", qwrap.QConfig(scope="kernels"))
     return qwrap.quantize(small.convs(), target, config=config, progress=False, **arguments)
 
 
@@ -202,7 +202,7 @@ def test_another_configuration_takes_its_ranges_from_the_file(small, tmp_path: P
         {"activation": "int8"},
         {"weight": "int4"},
     ):
-        config = qwrap.QConfig(only_if_faster=False, **settings)
+        config = qwrap.QConfig(scope="kernels", **settings)
         quantized(small, tmp_path / "a", calibration=batches, statistics=file, config=config)
         quantized(small, tmp_path / "b", calibration=batches, config=config)
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -273,7 +273,7 @@ def test_fine_tuning_brings_the_file_closer_to_the_float_one(small, tmp_path: Pa
             tmp_path / "m.onnx",
             tmp_path / "q.onnx",
             calibration=batches if kind == "list" else iter(batches),
-            config=qwrap.QConfig(only_if_faster=False, weight="int2"),
+            config=qwrap.QConfig(scope="kernels", weight="int2"),
             finetune=steps,
             progress=False,
         )

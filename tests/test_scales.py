@@ -156,7 +156,7 @@ def test_a_scale_enlarged_for_a_bias_is_still_one_of_its_type(small, weight: Qua
     weights = {"w": np.full((2, 3, 3, 3), 1e-7), "b": np.array([5.0, 0.1])}
     source = small.build("y = Conv(x, w, b)", weights)
     model = qwrap.load(source).eval()
-    plan = qwrap.prepare(model, QConfig(weight=weight, only_if_faster=False))
+    plan = qwrap.prepare(model, QConfig(weight=weight, scope="kernels"))
     qwrap.calibrate(model, small.batches(), progress=False)
     assert plan.biases
     scale = model.tap(UsePoint("/y", 1)).scale

@@ -54,7 +54,7 @@ qwrap.export(network, "float.onnx")
 # 2. Quantize: weights of 4 bits move the logits. From here on there are points and no arms.
 unlabelled = list(points.split(100))
 model = qwrap.load("float.onnx")
-qwrap.prepare(model, qwrap.QConfig(weight="int4", only_if_faster=False))
+qwrap.prepare(model, qwrap.QConfig(weight="int4", scope="kernels"))
 qwrap.calibrate(model, unlabelled, progress=False)
 
 test_points, test_arms = spirals(4000, seed=1)
@@ -85,7 +85,7 @@ assert tuned < 0.5 * calibrated
 # 4. The same in a loop of one's own. ``loss.total`` may be added to any other loss; where the model
 #    is part of a larger module, run that one, then ask for ``distillation.loss()``.
 looped = qwrap.load("float.onnx")
-qwrap.prepare(looped, qwrap.QConfig(weight="int4", only_if_faster=False))
+qwrap.prepare(looped, qwrap.QConfig(weight="int4", scope="kernels"))
 qwrap.calibrate(looped, unlabelled, progress=False)
 groups = qwrap.param_groups(looped, lr=1e-3, scale_lr=1e-3)
 optimizer = torch.optim.Adam(groups)

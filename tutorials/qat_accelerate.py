@@ -27,7 +27,7 @@ def accuracy(logits: torch.Tensor) -> float:
 # 1. Prepare and calibrate on the device, before accelerate wraps the model. Of several processes
 #    each may give its share of the calibration data: all get the scales of all of it.
 model = qwrap.load(model_path())
-qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, only_if_faster=False))
+qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, scope="kernels"))
 model.to(accelerator.device)
 qwrap.calibrate(model, batches("calibration")[:4])
 with torch.no_grad():

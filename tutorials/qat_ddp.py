@@ -30,7 +30,7 @@ def accuracy(logits: torch.Tensor) -> float:
 # 1. Prepare on every rank, with the same settings. Each rank calibrates with its own share of the
 #    data, and all get the scales that one process gets from all of it.
 model = qwrap.load(model_path())
-qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, only_if_faster=False))
+qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, scope="kernels"))
 qwrap.calibrate(model, batches("calibration")[:4][rank::world])
 with torch.no_grad():
     calibrated = accuracy(model.eval()(test_images))

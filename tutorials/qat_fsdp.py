@@ -34,7 +34,7 @@ def accuracy(logits: torch.Tensor) -> float:
 def prepared() -> qwrap.WrappedModel:
     """Return the model with 2-bit weights, those next to input and output in 8 bits."""
     model = qwrap.load(model_path())
-    config = qwrap.QConfig(weight="int2", first_last_8bit=True, only_if_faster=False)
+    config = qwrap.QConfig(weight="int2", first_last_8bit=True, scope="kernels")
     qwrap.prepare(model, config)
     return model
 

@@ -20,7 +20,7 @@ test_images, test_labels = (torch.from_numpy(array[:500]) for array in digits("v
 def prepared() -> qwrap.WrappedModel:
     """Return the model with 2-bit weights, those next to input and output in 8 bits."""
     model = qwrap.load(model_path())
-    qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(weight="int2", first_last_8bit=True, scope="kernels"))
     return model
 
 

@@ -22,7 +22,7 @@ def accuracy(logits: torch.Tensor) -> float:
 
 # 1. Prepare and calibrate, as without training: weights of 2 bits, those next to input and output
 #    of 8. Training starts from these scales, and learns them along with the weights (LSQ).
-config = qwrap.QConfig(weight="int2", first_last_8bit=True, only_if_faster=False)
+config = qwrap.QConfig(weight="int2", first_last_8bit=True, scope="kernels")
 model = qwrap.load(model_path())
 qwrap.prepare(model, config)
 qwrap.calibrate(model, batches("calibration")[:4])

@@ -94,7 +94,7 @@ def classifier() -> Classifier:
     """Return the classifier with 8-bit matrix products in its encoder."""
     set_seed(0)
     encoder = qwrap.load("encoder.onnx")
-    qwrap.prepare(encoder, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(encoder, qwrap.QConfig(scope="kernels"))
     return Classifier(encoder)
 
 

@@ -108,11 +108,11 @@ Percentile = Annotated[
     float | None,
     typer.Option("--percentile", help="Values in range with --method percentile, in percent."),
 ]
-Everything = Annotated[
-    bool | None,
+Scope = Annotated[
+    str | None,
     typer.Option(
-        "--only-if-faster/--everything",
-        help="Leave float what integer kernels would not speed up, or quantize all that has one.",
+        "--scope",
+        help='Quantize what is "faster" in integers, all that has "kernels", or "all".',
     ),
 ]
 Statistics = Annotated[
@@ -197,7 +197,7 @@ def quantize(
     method: Method = None,
     weight_method: WeightMethod = None,
     percentile: Percentile = None,
-    only_if_faster: Everything = None,
+    scope: Scope = None,
     exclude: Exclude = None,
     finetune: Finetune = None,
     verify: Annotated[
@@ -217,7 +217,7 @@ def quantize(
         method=method,
         weight_method=weight_method,
         percentile=percentile,
-        only_if_faster=only_if_faster,
+        scope=scope,
         excluded=exclude,
     )
     thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)

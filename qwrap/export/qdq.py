@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
 import onnx_ir as ir
 from torch import Tensor
 
@@ -10,12 +14,14 @@ from qwrap.dtypes import INT32
 from qwrap.export.custom import Call, FunctionCalls
 from qwrap.export.quantizers import Parameters, Quantizers
 from qwrap.graph.index import OnnxGraph
-from qwrap.model.points import Point, UsePoint, ValuePoint
+from qwrap.model.points import Point, UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, quantize
-from qwrap.quant.plan import TensorPlan
+from qwrap.quant.plan import Conversion, TensorPlan
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import BiasStub, Stub
+
+Use = tuple[ir.Node, int]
 
 
 class QdqWriter:
@@ -127,71 +133,127 @@ class QdqWriter:
     # --- activations -----------------------------------------------------------------------------
 
     def _pair(self, value: ir.Value, tensor: TensorPlan) -> None:
-        """Put a pair behind ``value``; all that read it read what comes out."""
-        if not tensor.spec.dtype.is_standard:
-            self._call(value, tensor)
-            return
+        """Put a pair behind ``value``; all that read it read what comes out, or a conversion."""
+        uses = [(use.node, use.idx) for use in value.uses()]
+        converted = {
+            c.key: [(n, i) for n, i in uses if (self.graph.node_key(n), i) in c.consumers]
+            for c in tensor.conversions
+        }
+        others = [use for use in uses if not any(use in found for found in converted.values())]
+        outputs = self._output_indices(value)
+        for conversion in tensor.conversions:
+            outputs -= set(conversion.outputs)
+        results = self._rounded(value, tensor)
+        for node, index in others:
+            node.replace_input_with(index, results.reader(_graph(node)))
+        for conversion in tensor.conversions:
+            self._convert(value, conversion, converted[conversion.key], results)
+        if outputs and results.codes is not value:
+            self._take_over_output(value, results.output(), outputs)
+
+    def _output_indices(self, value: ir.Value) -> set[int]:
+        """Return which outputs of its graph ``value`` is; a graph input that is one stays so."""
+        if value.graph is None or value.producer() is None:
+            return set()
+        return {i for i, output in enumerate(value.graph.outputs) if output is value}
+
+    def _rounded(self, value: ir.Value, tensor: TensorPlan) -> Rounded:
+        """Put what quantizes ``value`` behind it."""
         name = value.name or "tensor"
-        if tensor.source not in self.qparams:
-            source, stub = self.graph.values[tensor.source], self._stub(ValuePoint(tensor.source))
-            self.qparams[tensor.source] = self.make.parameters(
-                source.name or "tensor", stub.qparams, stub.spec, self._real(source)
-            )
-        parameters = self.qparams[tensor.source]
-        uses = list(value.uses())
+        if not tensor.spec.dtype.is_standard:
+            result = value
+            if tensor.source == self.graph.key(value):
+                nodes = self._fake_quantized(value, tensor.source, name)
+                _insert_behind(value, nodes)
+                result = nodes[-1].outputs[0]
+            return Rounded(result)
+        parameters = self._parameters(tensor.source)
         data, before = value, list[ir.Node]()
         if self._follows_clamp(value, tensor, parameters):
             before = [self.calls.keep_apart(value, name, parameters.real)]
             data = before[0].outputs[0]
         quantizer = self.make.quantize(data, parameters, name)
         _insert_behind(value, [*before, quantizer])
-        readers: dict[ir.Graph, ir.Value] = {}
-        for use in uses:
-            where = _graph(use.node)
-            if where not in readers:
-                readers[where] = self._dequantize(parameters, name, where, quantizer)
-            use.node.replace_input_with(use.idx, readers[where])
-        if value in _graph(quantizer).outputs and value.producer() is not None:
-            where = _graph(quantizer)
-            result = self._dequantize(parameters, name, where, quantizer, is_output=True)
-            self._take_over_output(value, result)
+        return Rounded(quantizer.outputs[0], partial(self._dequantize, parameters, quantizer), name)
+
+    def _convert(
+        self, value: ir.Value, conversion: Conversion, uses: list[Use], results: Rounded
+    ) -> None:
+        """Let some readers of ``value`` get its codes in another type.
+
+        In the form of onnxruntime's tool: behind a DequantizeLinear of its own where others read
+        the tensor as it is.
+        """
+        name = conversion.key
+        made: dict[ir.Graph, Rounded] = {}
+        graphs = dict.fromkeys(_graph(node) for node, _ in uses)
+        if conversion.outputs:
+            graphs.setdefault(self.draft.graph)
+        for where in graphs:
+            data = results.for_conversion(where, f"{name}_clone")
+            if not conversion.spec.dtype.is_standard:
+                nodes = self._fake_quantized(data, name, name)
+                _insert_after(data, where, nodes)
+                made[where] = Rounded(nodes[-1].outputs[0])
+                continue
+            parameters = self._parameters(name)
+            quantizer = self.make.quantize(data, parameters, name)
+            _insert_after(data, where, [quantizer])
+            made[where] = Rounded(
+                quantizer.outputs[0], partial(self._dequantize, parameters, quantizer), name
+            )
+        for node, index in uses:
+            node.replace_input_with(index, made[_graph(node)].reader(_graph(node)))
+        if conversion.outputs:
+            result = made[self.draft.graph].output()
+            self._take_over_output(value, result, set(conversion.outputs))
+
+    def _parameters(self, key: str) -> Parameters:
+        """Return the initialisers of scale and zero point of a tensor or conversion."""
+        if key not in self.qparams:
+            stub = self._stub(self.plan.point_of(key))
+            value = self._value_of(key)
+            name, suffix = value.name or "tensor", ""
+            if key not in self.plan.tensors:
+                suffix = key.removeprefix(self.graph.key(value))
+            real = self._real(value)
+            self.qparams[key] = self.make.parameters(name, stub.qparams, stub.spec, real, suffix)
+        return self.qparams[key]
+
+    def _value_of(self, key: str) -> ir.Value:
+        """Return a tensor, or what a conversion is made of."""
+        if key in self.plan.tensors:
+            return self.graph.values[key]
+        return self.graph.values[next(k for k, c in self.plan.conversions() if c.key == key)]
 
     def _follows_clamp(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
         """Whether a Relu or Clip is in front that onnxruntime must not join to the quantizer."""
         producer = value.producer()
         if producer is None or producer.op_type not in ("Relu", "Clip"):
             return False
-        zero_point = self._stub(ValuePoint(tensor.source)).zero_point
+        zero_point = self._stub(self.plan.point_of(tensor.source)).zero_point
         return self.make.upsets(producer.op_type, parameters, zero_point)
 
-    def _call(self, value: ir.Value, tensor: TensorPlan) -> None:
-        """Put the call of a function behind ``value``, unless it only has moved since one."""
-        key, name, uses = self.graph.key(value), value.name or "tensor", list(value.uses())
-        if tensor.source != key:
-            return
-        stub, known = self._stub(ValuePoint(key)), self.graph.type_of(value).shape
+    def _fake_quantized(self, data: ir.Value, key: str, name: str) -> list[ir.Node]:
+        """Make the call of a function that rounds ``data`` to the grid of a tensor."""
+        value = self._value_of(key)
+        stub, known = self._stub(self.plan.point_of(key)), self.graph.type_of(value).shape
         shape = [size if isinstance(size, int) else None for size in known or ()]
         call = self.calls.parameters(name, stub.qparams, stub.spec, shape)
-        nodes = self.calls.fake_quantize(value, call, name, self._real(value))
-        _insert_behind(value, nodes)
-        result = nodes[-1].outputs[0]
-        for use in uses:
-            use.node.replace_input_with(use.idx, result)
-        if value in _graph(nodes[-1]).outputs and value.producer() is not None:
-            self._take_over_output(value, result)
+        return self.calls.fake_quantize(data, call, name, self._real(value))
 
     def _dequantize(
         self,
         parameters: Parameters,
+        quantizer: ir.Node,
         name: str,
         where: ir.Graph,
-        quantizer: ir.Node,
         *,
-        is_output: bool = False,
+        apart: bool,
     ) -> ir.Value:
         """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
         nodes = self.make.dequantize(quantizer.outputs[0], parameters, name)
-        if self.apart and not is_output:
+        if self.apart and apart:
             nodes.append(self.calls.keep_apart(nodes[-1].outputs[0], name, parameters.real))
         if where is quantizer.graph:
             where.insert_after(quantizer, nodes)
@@ -199,15 +261,68 @@ class QdqWriter:
             where.insert_before(where[0], nodes)
         return nodes[-1].outputs[0]
 
-    def _take_over_output(self, value: ir.Value, result: ir.Value) -> None:
-        """Let a graph output come out of the pair under its own name, in place."""
+    def _take_over_output(self, value: ir.Value, result: ir.Value, indices: set[int]) -> None:
+        """Let graph outputs come out of a pair under their own name, in place."""
         outputs, name = value.graph.outputs if value.graph else [], value.name
         result.type, result.shape = value.type, value.shape
-        for i, output in enumerate(outputs):
-            if output is value:
-                outputs[i] = result
+        for index in indices:
+            outputs[index] = result
         value.name = self.make.initializers.unique_name(f"{name}_float")
         result.name = name
+
+
+@dataclass(slots=True, eq=False)
+class Rounded:
+    """A tensor that was quantized, and what makes reals of its codes again where they are read.
+
+    Attributes:
+        codes: the codes, or the reals themselves if nothing has to make them.
+        dequantize: makes reals of the codes in a graph, None if they are that already.
+        name: what new nodes are called after.
+    """
+
+    codes: ir.Value
+    dequantize: Callable[..., ir.Value] | None = None
+    name: str = ""
+    _readers: dict[ir.Graph, ir.Value] = field(default_factory=dict)
+
+    def reader(self, where: ir.Graph) -> ir.Value:
+        """Return what nodes of a graph read."""
+        if self.dequantize is None:
+            return self.codes
+        if where not in self._readers:
+            self._readers[where] = self.dequantize(self.name, where, apart=True)
+        return self._readers[where]
+
+    def output(self) -> ir.Value:
+        """Return what the graph that the codes are in can have as an output, of a name of its own.
+
+        Of what nodes read there is a second one: kernels fuse only with what nothing else reads.
+        """
+        if self.dequantize is None:
+            return self.codes
+        return self.dequantize(self.name, _home(self.codes), apart=False)
+
+    def for_conversion(self, where: ir.Graph, name: str) -> ir.Value:
+        """Return what a conversion in a graph reads: what none but conversions do."""
+        if self.dequantize is None:
+            return self.codes
+        return self.dequantize(name if self._readers else self.name, where, apart=False)
+
+
+def _home(value: ir.Value) -> ir.Graph:
+    producer = value.producer()
+    assert producer is not None
+    return _graph(producer)
+
+
+def _insert_after(value: ir.Value, where: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Insert nodes of graph ``where`` behind what makes ``value``, there or outside."""
+    producer = value.producer()
+    if producer is not None and producer.graph is where:
+        where.insert_after(producer, nodes)
+    else:
+        where.insert_before(where[0], nodes)
 
 
 def _insert_behind(value: ir.Value, nodes: list[ir.Node]) -> None:

@@ -82,7 +82,12 @@ class Quantizers:
         return self.initializer(f"{name}_quantized", as_array(codes, dtype.onnx_type))
 
     def parameters(
-        self, name: str, qparams: QParams, spec: QuantSpec, real: ir.DataType
+        self,
+        name: str,
+        qparams: QParams,
+        spec: QuantSpec,
+        real: ir.DataType,
+        suffix: str = "",
     ) -> Parameters:
         """Make the initialisers of scale and zero point of a tensor of type ``real``.
 
@@ -96,18 +101,18 @@ class Quantizers:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
         kind, zero = spec.dtype.onnx_type, None
         if not self._is_needless(spec, zero_point):
-            zero = self.initializer(f"{name}_zero_point", as_array(zero_point, kind))
+            zero = self.initializer(f"{name}_zero_point{suffix}", as_array(zero_point, kind))
         if spec.scale_type != "float8e4m3fn" or scale.numel() == 1:
             stored = as_array(scale, _STORED[spec.scale_type])
-            return Parameters(spec, real, self.initializer(f"{name}_scale", stored), zero)
+            return Parameters(spec, real, self.initializer(f"{name}_scale{suffix}", stored), zero)
         outer = outer_scale(scale)
         inner = as_array(scale / outer, ir.DataType.FLOAT8E4M3FN)
         return Parameters(
             spec,
             real,
-            self.initializer(f"{name}_scale_quantized", inner),
+            self.initializer(f"{name}_scale{suffix}_quantized", inner),
             zero,
-            self.initializer(f"{name}_scale_scale", as_array(outer.reshape(()), 1)),
+            self.initializer(f"{name}_scale{suffix}_scale", as_array(outer.reshape(()), 1)),
         )
 
     def _is_needless(self, spec: QuantSpec, zero_point: Tensor) -> bool:

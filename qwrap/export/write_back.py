@@ -16,7 +16,7 @@ from qwrap.export.quantizers import as_array
 from qwrap.graph.index import OnnxGraph
 from qwrap.graph.original import Piece, with_values
 from qwrap.model.materialize import changed_tensors
-from qwrap.model.points import Point, UsePoint, ValuePoint
+from qwrap.model.points import Point, UsePoint
 from qwrap.model.tensors import to_torch
 from qwrap.model.values import constant_tensor
 from qwrap.model.wrapped import WrappedModel
@@ -202,7 +202,8 @@ class _WriteBack:
     def _of_bias(self, part: Part, stub: BiasStub) -> ir.TensorProtocol | None:
         assert isinstance(part.point, UsePoint)
         bias = plan_of(self.model).biases[part.point.node, part.point.index]
-        sources = (ValuePoint(bias.activation), UsePoint(*bias.weight))
+        plan = plan_of(self.model)
+        sources = (plan.point_of(bias.activation), UsePoint(*bias.weight))
         moved = any(self._moved_at(point) for point in sources)
         if part.kind == "scale" and moved:
             return self._differing(part, stub.scale)

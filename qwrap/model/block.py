@@ -40,10 +40,12 @@ class Block(nn.Module):
         source: text of the function ``run(self, …)``.
         namespace: the names the text uses besides its arguments.
         taps: what sits on tensors that this Block produces, by tensor name.
+        path: of its scope, empty for the whole model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: tuple[str, ...] = ()) -> None:
         super().__init__()
+        self.path = path
         self.source = ""
         self.namespace: dict[str, Any] = {}
         self._file = ""

@@ -17,7 +17,7 @@ from qwrap.model.fusing import Fusion, Item, with_fusions
 from qwrap.model.host import HOST_OPERATORS
 from qwrap.model.inline import inline
 from qwrap.model.layout import Layout
-from qwrap.model.points import Point, Program, UsePoint, ValuePoint
+from qwrap.model.points import OutputPoint, Point, Program, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region
 from qwrap.model.substitute import Substitute
 from qwrap.model.tensors import converted
@@ -193,7 +193,8 @@ class _BlockWriter(Writer):
                 self._node(item)
             self.free(dead.get(i, ()))
         outputs = [
-            self.tensor(graph.values[key]) if root else self.local(key) for key in border.outputs
+            self._output(i, graph.values[key]) if root else self.local(key)
+            for i, key in enumerate(border.outputs)
         ]
         self.line("return " + (outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"))
         names = [self.local(key) for key in border.inputs]
@@ -203,6 +204,13 @@ class _BlockWriter(Writer):
         return Code(
             self.region.path, source, self.namespace, self.buffers, self.needs_device, depends
         )
+
+    def _output(self, index: int, value: ir.Value) -> str:
+        """Return the text of what the caller gets."""
+        point = OutputPoint(index)
+        tap = self.program.taps.get(point)
+        text = self.tensor(value)
+        return text if tap is None else f"{self.tap(point, tap)}({text})"
 
     def _touched(self, item: Item) -> Iterable[str]:
         """Return the values that ``item`` reads from outside itself and those it makes."""

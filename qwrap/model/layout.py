@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qwrap.graph.expand import FUNCTION
 from qwrap.graph.index import OnnxGraph, ValueType, bodies
 from qwrap.graph.nodes import STANDARD
-from qwrap.model.points import Point, UsePoint, ValuePoint
+from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
 from qwrap.model.scopes import Path, Region, attribute_path, plan_regions
 from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
@@ -98,6 +98,7 @@ class Layout:
         """Every point that a tensor passes -> the path of the Block whose code passes it."""
         graph, values = self.graph, self.values
         points: dict[Point, Path] = {ValuePoint(graph.key(v)): () for v in graph.inputs}
+        points |= {OutputPoint(index): () for index in range(len(graph.outputs))}
         for node, path in self.homes.items():
             made = [*node.outputs]
             for body in values.branches(node) if is_flow(node) else ():

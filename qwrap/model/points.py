@@ -15,6 +15,11 @@ class ValuePoint:
 
     value: str
 
+    @property
+    def text(self) -> str:
+        """What the point is called in the module tree."""
+        return self.value
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class UsePoint:
@@ -23,8 +28,25 @@ class UsePoint:
     node: str
     index: int
 
+    @property
+    def text(self) -> str:
+        """What the point is called in the module tree."""
+        return f"{self.node}:{self.index}"
 
-Point = ValuePoint | UsePoint
+
+@dataclass(frozen=True, slots=True, order=True)
+class OutputPoint:
+    """On one graph output: what the caller gets, while nodes read the tensor as it is."""
+
+    index: int
+
+    @property
+    def text(self) -> str:
+        """What the point is called in the module tree."""
+        return f"output:{self.index}"
+
+
+Point = ValuePoint | UsePoint | OutputPoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from qwrap.model import extra_state
 from qwrap.model.block import Block
 from qwrap.model.codegen import Code, generate
 from qwrap.model.layout import Layout, Slot
-from qwrap.model.points import Point, Program, ValuePoint
+from qwrap.model.points import Point, Program
 from qwrap.model.scopes import Path, Region
 from qwrap.model.settings import LoadSettings
 from qwrap.model.substitute import Substitute
@@ -159,14 +159,14 @@ class WrappedModel(Block):
             if isinstance(item, Region):
                 parent = self._module_at(item.path[:-1])
                 if item.path[-1] not in parent._modules:
-                    parent.add_module(item.path[-1], Block())
+                    parent.add_module(item.path[-1], Block(item.path))
                 self._add_blocks(item)
 
     def _module_at(self, path: Path) -> nn.Module:
         module: nn.Module = self
-        for part in path:
+        for depth, part in enumerate(path, 1):
             if part not in module._modules:
-                module.add_module(part, Block())
+                module.add_module(part, Block(path[:depth]))
             module = getattr(module, part)
         return module
 
@@ -192,8 +192,7 @@ class WrappedModel(Block):
         self._detach()
         for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
             block = self._module_at(homes[point])
-            text = point.value if isinstance(point, ValuePoint) else f"{point.node}:{point.index}"
-            self.attached[point] = (homes[point], _hold(block, "taps", text, module))
+            self.attached[point] = (homes[point], _hold(block, "taps", point.text, module))
         self.kernels = dict(kernels or {})
         self._generate()
 

@@ -90,7 +90,7 @@ class _Lowering:
         for point in self.model.attached:
             on_output = isinstance(point, ValuePoint) and point.value in made
             # A kernel holds its weight and bias as codes; a constant operand it reads on its grid.
-            in_kernel = isinstance(point, UsePoint) and self._is_weight(point, kernels)
+            in_kernel = isinstance(point, UsePoint) and self._is_constant(point, kernels)
             if not on_output and not in_kernel:
                 taps[point] = self.model.tap(point)
         for key in self.model.replaced.keys() - kernels.keys():  # as deployed, in training mode too
@@ -99,8 +99,11 @@ class _Lowering:
             kernels[key] = function
         return Program(taps=taps, kernels=kernels)
 
-    def _is_weight(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
-        return point.node in kernels and self.graph.nodes[point.node].op_type in ORT_CPU.matrix
+    def _is_constant(self, point: UsePoint, kernels: Mapping[str, object]) -> bool:
+        """Whether a kernel has the input as codes already: a weight or bias."""
+        matrix = point.node in kernels and self.graph.nodes[point.node].op_type in ORT_CPU.matrix
+        use = point.node, point.index
+        return matrix and (use in self.plan.constants or use in self.plan.biases)
 
     def _is_fused(self, node: ir.Node, planned: NodePlan) -> bool:
         """Whether onnxruntime takes an integer kernel: it does wherever the pairs around allow.
@@ -120,15 +123,16 @@ class _Lowering:
 
     def _fits(self, node: ir.Node) -> bool:
         """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
-        values = [*node.inputs, written_by(self.plan, self.graph, node)]
-        sources = [source_of(self.plan, self.graph, v) for v in values if v is not None]
-        specs = [self.plan.tensors[key].spec for key in sources if key is not None]
-        key = self.graph.node_key(node)
+        key, written = self.graph.node_key(node), written_by(self.plan, self.graph, node)
+        inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
+        read = [self.plan.read_by(key, i, self.graph.key(v)) for i, v in inputs]
+        scales = self.plan.scales()
+        specs = [scales[k].spec for k in (*read, source_of(self.plan, self.graph, written)) if k]
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
-        fits = fits and self._clamps(values[-1])
+        fits = fits and len({spec.dtype for spec in specs}) <= 1 and self._clamps(written)
         # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
 
@@ -160,13 +164,13 @@ class _Lowering:
         key = self.graph.node_key(node)
         if (key, index) in self.plan.constants:
             return self._grid(self._stub(UsePoint(key, index)))
-        source = source_of(self.plan, self.graph, value)
-        assert source is not None
-        return self._grid(self._stub(ValuePoint(source)))
+        read = self.plan.read_by(key, index, self.graph.key(value))
+        assert read is not None
+        return self._grid(self._stub(self.plan.point_of(read)))
 
     def _output_grid(self, node: ir.Node) -> k.Grid | None:
         source = source_of(self.plan, self.graph, written_by(self.plan, self.graph, node))
-        return None if source is None else self._grid(self._stub(ValuePoint(source)))
+        return None if source is None else self._grid(self._stub(self.plan.point_of(source)))
 
     def _weight(self, node: ir.Node) -> tuple[Tensor, Tensor]:
         """Return the weight's codes minus zero point, and its scale."""

@@ -190,13 +190,13 @@ def check_functions(config: QConfig, opset: int) -> None:
     Raises:
         ConfigError: with the reason.
     """
-    for spec in (config.activation_spec, config.weight_spec(None, 0)):
-        function = None if spec is None else spec.dtype.function
+    for spec in (*config.activation_specs, *config.weight_specs(None, 0)):
+        function = spec.dtype.function
         if function is not None:
             try:
                 at_opset(onnx.FunctionProto.FromString(function.proto), opset)
             except ExportError as error:
-                raise ConfigError(f"type {spec and spec.dtype}: {error}") from error
+                raise ConfigError(f"type {spec.dtype}: {error}") from error
 
 
 def at_opset(proto: onnx.FunctionProto, opset: int) -> ir.Function:

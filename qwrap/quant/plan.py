@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from qwrap.config import QuantSpec, RangeOverride, Training
 from qwrap.dtypes import INT8, UINT8
+from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
 
-Role = Literal["integer", "weights", "moves", "absorbed", "float"]
+Role = Literal["integer", "pairs", "weights", "moves", "absorbed", "float"]
+Use = tuple[str, int]
+"""A node and the index of an input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What some readers of a quantized tensor get instead: its codes in another type.
+
+    Attributes:
+        key: a name, unlike that of any tensor.
+        spec: its type.
+        consumers: which inputs of which nodes read it.
+        outputs: which graph outputs it is.
+        fixed: scale and zero point that the user dictates, None to derive them from the tensor's.
+        override: what the user said of it, None for nothing.
+        training: how its scale moves in training, see ``QConfig``.
+        shape: of its scale.
+    """
+
+    key: str
+    spec: QuantSpec
+    consumers: tuple[Use, ...] = ()
+    outputs: tuple[int, ...] = ()
+    fixed: tuple[float, int] | None = None
+    override: RangeOverride | None = None
+    training: Training = "fixed"
+    shape: tuple[int, ...] = (1,)
+
+    @property
+    def points(self) -> list[Point]:
+        """Where it is made."""
+        return [*(UsePoint(*use) for use in self.consumers), *map(OutputPoint, self.outputs)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,13 +53,14 @@ class TensorPlan:
     Attributes:
         spec: its type.
         source: the tensor whose scale and zero point it has: itself, or the one that operators
-            which only move values made it from.
+            which only move values made it from; perhaps a conversion of that.
         fixed: scale and zero point that the operator or the user dictates, None to observe them.
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
+        conversions: what some of its readers get in another type, one for each type.
     """
 
     spec: QuantSpec
@@ -35,6 +70,11 @@ class TensorPlan:
     override: RangeOverride | None = None
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
+    conversions: tuple[Conversion, ...] = ()
+
+    def read_by(self, node: str, index: int) -> Conversion | None:
+        """Return what input ``index`` of ``node`` gets, None for the tensor itself."""
+        return next((c for c in self.conversions if (node, index) in c.consumers), None)
 
     @property
     def is_observed(self) -> bool:
@@ -68,7 +108,7 @@ class BiasPlan:
 
     Attributes:
         value: initialiser.
-        activation: source tensor of the node's input.
+        activation: source tensor of the node's input, or the conversion that the node reads.
         weight: key of the node's weight in ``QuantPlan.constants``.
     """
 
@@ -83,14 +123,17 @@ class NodePlan:
 
     Attributes:
         role: "integer" in an integer kernel (or between pairs, where ``QuantPlan.notes`` says that
-            there is none), "weights" in float from a quantized weight, "moves" codes without
-            computing, "absorbed" into its producer's kernel, or "float".
+            there is none), "pairs" in float between pairs, for there is no such kernel, "weights"
+            in float from a quantized weight, "moves" codes without computing, "absorbed" into its
+            producer's kernel, or "float".
         reason: why, for "float".
+        dtype: name of the type of its inputs and outputs, empty where they are float.
     """
 
     op_type: str
     role: Role
     reason: str = ""
+    dtype: str = ""
 
 
 @dataclass(slots=True)
@@ -105,7 +148,7 @@ class QuantPlan:
         changes: what was rewritten in the graph before placement, one line each.
         without: node key -> why calibration returned the node to float.
         notes: what to know about the plan as a whole, one line each.
-        fused: whether the runtime has integer kernels for what is quantized.
+        fused: whether the runtime has integer kernels for what is quantized, regions apart.
         methods: source tensor -> method that "auto" chose for it.
     """
 
@@ -122,6 +165,29 @@ class QuantPlan:
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
         return {key: plan for key, plan in self.tensors.items() if plan.source == key}
+
+    def conversions(self) -> Iterator[tuple[str, Conversion]]:
+        """Yield every conversion with the tensor it is made of."""
+        for key, tensor in self.tensors.items():
+            yield from ((key, conversion) for conversion in tensor.conversions)
+
+    def scales(self) -> dict[str, TensorPlan | Conversion]:
+        """Return the tensors that have a scale of their own, and the conversions."""
+        return {**self.sources(), **{c.key: c for _, c in self.conversions()}}
+
+    def point_of(self, key: str) -> Point:
+        """Return where the scale of a tensor or conversion is."""
+        if key in self.tensors:
+            return ValuePoint(key)
+        return next(c.points[0] for _, c in self.conversions() if c.key == key)
+
+    def read_by(self, node: str, index: int, value: str) -> str | None:
+        """Return the key of the scale that ``node`` reads ``value`` with, None if it has none."""
+        tensor = self.tensors.get(value)
+        if tensor is None:
+            return None
+        conversion = tensor.read_by(node, index)
+        return tensor.source if conversion is None else conversion.key
 
     @property
     def has_float_constants(self) -> bool:
@@ -158,11 +224,12 @@ class QuantPlan:
         """Return a table of what runs in integers and, for the rest, why not."""
         roles = Counter((n.role, n.op_type) for n in self.nodes.values())
         lines = []
-        for role in ("integer", "weights", "absorbed", "moves"):
+        for role in ("integer", "pairs", "weights", "absorbed", "moves"):
             counts = [f"{op} {n}" for (r, op), n in sorted(roles.items()) if r == role]
-            label = "in pairs" if role == "integer" and not self.fused else role
+            label = "in pairs" if role == "pairs" or not (role != "integer" or self.fused) else role
             if counts:
                 lines.append(f"{label + ':':10s} {', '.join(counts)}")
+        lines += self._types()
         lines.append(
             f"quantized: {len(self.sources())} activations, "
             f"{len(self.constants)} weights and constants, {len(self.biases)} biases"
@@ -179,6 +246,21 @@ class QuantPlan:
             lines.append(f"float:     {reason} [{shown}]")
         lines += [f"note:      {line}" for line in self.notes]
         return "\n".join([*lines, *(f"changed:   {line}" for line in self.changes)])
+
+    def _types(self) -> list[str]:
+        """Return what to know of a plan with several types."""
+        kinds = Counter(node.dtype for node in self.nodes.values() if node.dtype)
+        lines = []
+        if len(kinds) > 1:
+            counts = ", ".join(f"{dtype} {n}" for dtype, n in kinds.most_common())
+            lines.append(f"types:     {counts} nodes")
+        found = Counter(
+            (self.tensors[key].spec.dtype, c.spec.dtype) for key, c in self.conversions()
+        )
+        if found:
+            counts = ", ".join(f"{a} to {b} {n}" for (a, b), n in found.most_common())
+            lines.append(f"converted: {counts} tensors")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries and lists."""
@@ -201,6 +283,7 @@ def _underflows(spec: QuantSpec) -> bool:
 
 def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan) -> dict[str, Any]:
     result = asdict(plan)
-    if "spec" in result:
-        result["spec"]["dtype"] = result["spec"]["dtype"]["name"]
+    for part in (result, *result.get("conversions", ())):
+        if "spec" in part:
+            part["spec"]["dtype"] = part["spec"]["dtype"]["name"]
     return result

@@ -29,7 +29,7 @@ from qwrap.quant.live import LIVE, LivePlan, keep, live_notes, plan_live, put_li
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement.opsets import let_carry
 from qwrap.quant.placement.place import place
-from qwrap.quant.plan import ConstantPlan, QuantPlan, TensorPlan
+from qwrap.quant.plan import ConstantPlan, Conversion, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Mode, Stub
 
 
@@ -85,12 +85,15 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
     stubs: dict[Point, nn.Module] = {}
     for key, tensor in plan.sources().items():
         stubs[ValuePoint(key)] = _activation_stub(model, key, tensor, config)
+    for _, conversion in plan.conversions():
+        stub = _conversion_stub(model, conversion)
+        stubs |= dict.fromkeys(conversion.points, stub)
     for (node, index), constant in plan.constants.items():
         point = UsePoint(node, index)
         shared = None if constant.shared is None else UsePoint(*constant.shared)
         stubs[point] = stubs[shared] if shared else _constant_stub(model, point, constant)
     for (node, index), bias in plan.biases.items():
-        activation, weight = stubs[ValuePoint(bias.activation)], stubs[UsePoint(*bias.weight)]
+        activation, weight = stubs[plan.point_of(bias.activation)], stubs[UsePoint(*bias.weight)]
         assert isinstance(activation, Stub)
         assert isinstance(weight, Stub)
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
@@ -259,6 +262,16 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
     else:
         observer = copy.deepcopy(stub.observer)
     return Stub(key, tensor.spec, tensor.shape, observer, training_by=tensor.training)
+
+
+def _conversion_stub(model: WrappedModel, conversion: Conversion) -> Stub:
+    """Return what gives some readers of a tensor another type; its range needs no observer."""
+    point = conversion.points[0]
+    stub = model.tap(point) if point in model.attached else None
+    way = conversion.training
+    if isinstance(stub, Stub) and (stub.spec, stub.training_by) == (conversion.spec, way):
+        return stub
+    return Stub(conversion.key, conversion.spec, conversion.shape, training_by=way)
 
 
 def _constant_stub(model: WrappedModel, point: UsePoint, constant: ConstantPlan) -> Stub:

@@ -138,6 +138,7 @@ def set_activations(
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
         stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
+    _set_conversions(model)
     _fit_biases(model)
 
 
@@ -230,6 +231,58 @@ def _set_tables(model: WrappedModel) -> None:
             stub_at(model, ValuePoint(key)).set_qparams(table.qparams)
 
 
+# --- conversions ---------------------------------------------------------------------------------
+
+
+def _set_conversions(model: WrappedModel) -> None:
+    """Give each conversion the scale that suits what the codes before it stand for, in place.
+
+    A wider type gets the range of all codes: its grid then holds each of them exactly wherever
+    that of the tensor divides it, as 255 does 65535. For a narrower one the range is chosen as
+    for a tensor of that type, from what was observed, within what there are codes for.
+    """
+    plan = plan_of(model)
+    found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
+    spans = _narrower_spans(model, [(base, c.spec) for base, c in given])
+    for (_, conversion), span in zip(given, spans, strict=True):
+        override = conversion.override
+        if conversion.fixed is not None:
+            scale, zero_point = conversion.fixed
+            qparams = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+        elif override is not None and has_range(override):
+            qparams = qparams_of(conversion.key, override, conversion.spec)
+        else:
+            qparams = _spread(span, conversion.spec)
+        stub_at(model, conversion.points[0]).set_qparams(qparams)
+
+
+def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> list[Range]:
+    """Return for stubs and the specs of conversions behind them what those should cover."""
+    plan, ways = plan_of(model), ways_of(model)
+    spans = [span_of(base.qparams, base.spec) for base, _ in given]
+    narrower = [
+        (i, base.name, base.observer, spec)
+        for i, (base, spec) in enumerate(given)
+        if spec.dtype.bits < base.spec.dtype.bits
+        and base.observer is not None
+        and base.observer.seen
+    ]
+    ranges = choose_ranges(
+        [observer for _, _, observer, _ in narrower],
+        [spec for _, _, _, spec in narrower],
+        [
+            plan.methods.get(name, ways[name][0]).replace("auto", "mse")
+            for _, name, _, _ in narrower
+        ],
+        [ways[name][1] for _, name, _, _ in narrower],
+        config_of(model).margin,
+    )
+    for (i, *_), chosen in zip(narrower, map(_numbers, ranges), strict=True):
+        spans[i] = max(spans[i][0], chosen[0]), min(spans[i][1], chosen[1])
+    return spans
+
+
 # --- constants -----------------------------------------------------------------------------------
 
 
@@ -257,7 +310,7 @@ def _fit_biases(model: WrappedModel) -> None:
     plan = plan_of(model)
     for bias in plan.biases.values():
         weight = stub_at(model, UsePoint(*bias.weight))
-        activation = stub_at(model, ValuePoint(bias.activation))
+        activation = stub_at(model, plan.point_of(bias.activation))
         least = deployed(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
         if weight.scale.numel() == 1:
             least = least.max().reshape(1)

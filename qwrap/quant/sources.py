@@ -30,10 +30,11 @@ def integer_users(plan: QuantPlan, graph: OnnxGraph) -> dict[str, set[str]]:
     """Return for every source tensor the integer nodes that read or write its codes."""
     users: dict[str, set[str]] = defaultdict(set)
     for key, planned in plan.nodes.items():
-        if planned.role == "integer":
+        if planned.role in ("integer", "pairs"):
             node = graph.nodes[key]
-            for value in (*node.inputs, written_by(plan, graph, node)):
-                source = None if value is None else source_of(plan, graph, value)
+            inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
+            read = [plan.read_by(key, i, graph.key(v)) for i, v in inputs]
+            for source in (*read, source_of(plan, graph, written_by(plan, graph, node))):
                 if source is not None:
                     users[source].add(key)
     return users

@@ -71,8 +71,9 @@ def _joined(plan: QuantPlan, graph: OnnxGraph) -> list[set[str]]:
     found = []
     for key, node in plan.nodes.items():
         if node.op_type == "Concat" and node.role == "integer":
-            values = (*graph.nodes[key].inputs, *graph.nodes[key].outputs)
-            sources = [source_of(plan, graph, v) for v in values if v is not None]
+            inputs = [(i, v) for i, v in enumerate(graph.nodes[key].inputs) if v is not None]
+            sources = [plan.read_by(key, i, graph.key(v)) for i, v in inputs]
+            sources.append(source_of(plan, graph, graph.nodes[key].outputs[0]))
             found.append({source for source in sources if source is not None})
     return found
 

@@ -196,11 +196,13 @@ def _items(module: nn.Module) -> Iterator[_Item]:
                 name = f"{name}@{point.node}"  # another node that reads the same constant
             taken.add(name)
             ends = clamps.get(id(stub), (float("-inf"), float("inf")))
-            yield _Item(name, stub, *_constant(model, point), *ends)
+            yield _Item(name, stub, *_constant(model, point, stub), *ends)
 
 
-def _constant(model: WrappedModel, point: object) -> tuple[Tensor | None, Tensor | None]:
-    if not isinstance(point, UsePoint):
+def _constant(
+    model: WrappedModel, point: object, stub: Stub
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (isinstance(point, UsePoint) and stub.stored):
         return None, None
     assert isinstance(model.plan, QuantPlan)
     value = model.plan.constants[point.node, point.index].value

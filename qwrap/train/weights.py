@@ -117,7 +117,10 @@ def rounded_weights(
     for prefix, model in models_in(module).items():
         assert isinstance(model.plan, QuantPlan)
         for point, stub in stubs(model):
-            if not isinstance(point, UsePoint) or stub.spec.dtype.function is not None:
+            if (
+                not (isinstance(point, UsePoint) and stub.stored)
+                or stub.spec.dtype.function is not None
+            ):
                 continue
             value = model.plan.constants[point.node, point.index].value
             weight = model.stored(value)

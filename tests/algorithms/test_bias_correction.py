@@ -10,7 +10,7 @@ from qwrap.model.points import UsePoint
 
 def calibrated(source, batches, **settings):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 

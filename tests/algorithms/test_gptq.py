@@ -76,7 +76,7 @@ def calibrated(
 ) -> WrappedModel:
     # 16-bit activations: what they add to the error of the weights is small.
     wrapped = qwrap.load(model).eval()
-    settings = {"method": "minmax", "activation": "uint16", "only_if_faster": False, **config}
+    settings = {"method": "minmax", "activation": "uint16", "scope": "kernels", **config}
     qwrap.prepare(wrapped, qwrap.QConfig(**settings))
     qwrap.calibrate(wrapped, batches, progress=False)
     return wrapped
@@ -254,6 +254,6 @@ def test_it_refuses_what_it_cannot_work_with() -> None:
     bare = qwrap.load(build("Gemm")).eval()
     with pytest.raises(ConfigError, match="not prepared"):
         round_weights(bare, batches)
-    qwrap.prepare(bare, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(bare, qwrap.QConfig(scope="kernels"))
     with pytest.raises(NotCalibratedError, match="no scale yet"):
         round_weights(bare, batches)

@@ -257,7 +257,7 @@ def test_verify_tells_what_differs_in_units_of_the_scale(tmp_path: Path) -> None
 def test_weights_that_eight_bits_carry_run_in_integer_kernels(
     activation: str, weight: str, tmp_path: Path
 ) -> None:
-    model = quantized(network(), activation, weight, only_if_faster=False)
+    model = quantized(network(), activation, weight, scope="kernels")
     assert len(model.plan.biases) == 2
     path = tmp_path / "quantized.onnx"
     qwrap.export(model, path)
@@ -269,7 +269,7 @@ def test_weights_that_eight_bits_carry_run_in_integer_kernels(
 
 def test_biases_beside_weights_that_four_bits_carry_are_codes(tmp_path: Path) -> None:
     """Else onnxruntime rounds them to the accumulator's codes by itself, which nobody simulates."""
-    model = quantized(network(), "uint8", "int3", only_if_faster=False)
+    model = quantized(network(), "uint8", "int3", scope="kernels")
     assert len(model.plan.biases) == 2
     path = tmp_path / "quantized.onnx"
     qwrap.export(model, path)
@@ -331,7 +331,7 @@ def test_branches_and_constant_operands_read_what_functions_return(
 ) -> None:
     model = qwrap.load(branching())
     config = QConfig(
-        activation=exact(activation), weight=exact(weight), method="minmax", only_if_faster=False
+        activation=exact(activation), weight=exact(weight), method="minmax", scope="kernels"
     )
     plan = qwrap.prepare(model, config)
     choices = torch.tensor(True), torch.tensor(False)

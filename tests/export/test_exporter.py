@@ -14,7 +14,7 @@ from qwrap.errors import ExportError, NotCalibratedError
 
 def calibrated(source, batches, config=None):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, config or qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, config or qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -57,7 +57,7 @@ def test_nothing_quantized_exports_the_float_model(small, quantized) -> None:
 
 def test_a_model_that_is_not_calibrated_is_refused_by_tensor(small, tmp_path: Path) -> None:
     model = qwrap.load(small.convs())
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     with pytest.raises(NotCalibratedError, match=r"tensor '\w+' has no scale yet; run"):
         qwrap.export(model, tmp_path / "q.onnx")
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_the_file_that_was_loaded_is_not_replaced(small, tmp_path: Path) -> None
     onnx.save(small.convs(), path)
     before = path.read_bytes()
     model = qwrap.load(path)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, small.batches(2), progress=False)
     with pytest.raises(ExportError, match="is the float model itself"):
         qwrap.export(model, tmp_path / ".." / tmp_path.name / "float.onnx")

@@ -120,9 +120,7 @@ def test_a_value_captured_by_a_branch_is_dequantized_inside(small, quantized) ->
 
 def test_codes_and_scales_say_what_the_weight_was(small, quantized) -> None:
     source = small.convs()
-    file = quantized(
-        source, config=qwrap.QConfig(only_if_faster=False, weight_method="minmax")
-    ).file()
+    file = quantized(source, config=qwrap.QConfig(scope="kernels", weight_method="minmax")).file()
     stored = {i.name: numpy_helper.to_array(i) for i in file.graph.initializer}
     weight = numpy_helper.to_array(source.graph.initializer[0])
     scale = np.abs(weight).max((1, 2, 3)) / 127
@@ -145,7 +143,7 @@ def test_a_float_constant_that_others_read_stays(small, quantized) -> None:
 
 def test_a_per_tensor_file_needs_no_axis(small, quantized) -> None:
     file = quantized(
-        small.convs(opset=11), config=qwrap.QConfig(only_if_faster=False, per_channel=False)
+        small.convs(opset=11), config=qwrap.QConfig(scope="kernels", per_channel=False)
     ).file()
     assert file.opset_import[0].version == 11
     assert not [a for n in nodes_of(file, "DequantizeLinear") for a in n.attribute]

@@ -90,7 +90,7 @@ LOWEST |= {t.name: 19 for t in FLOATS if t.bits == 8}
 
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_and_weights_of_one_type(small, tmp_path, name: str) -> None:
-    config = QConfig(activation=name, weight=name, only_if_faster=False, method="minmax")
+    config = QConfig(activation=name, weight=name, scope="kernels", method="minmax")
     made = Made(net(small), config, tmp_path, small.batches())
     assert made.opset == LOWEST.get(name, 21)
     assert len(made.plan.constants) == 4
@@ -266,7 +266,7 @@ def test_contrib_quantizers_leave_the_opset_alone(small, tmp_path, name: str, op
 
 
 def test_contrib_quantizers_fuse_as_those_of_onnx_do(small, quantized) -> None:
-    config = QConfig(contrib=True, only_if_faster=False)
+    config = QConfig(contrib=True, scope="kernels")
     result = quantized(small.convs(opset=11), config=config)
     assert result.operators()["QLinearConv"] == 2
     assert result.verify().deployed.differing == 0
@@ -276,7 +276,7 @@ def test_contrib_quantizers_fuse_as_those_of_onnx_do(small, quantized) -> None:
 
 def test_contrib_quantizers_stand_in_where_the_opset_cannot_rise(small, tmp_path) -> None:
     source = stuck(small)
-    config = QConfig(activation="uint16", only_if_faster=False)
+    config = QConfig(activation="uint16", scope="kernels")
     made = Made(source, config, tmp_path, small.batches())
     assert made.opset == 10
     assert "opset stays 10" in made.plan.changes[0]

@@ -71,10 +71,10 @@ def test_the_function_is_absorbed_again_and_the_file_stays_what_it_was(
 def test_calibrated_anew_it_has_the_ranges_of_the_float_model(small: Any, case: Any) -> None:
     source, path, _ = case
     batches = [5 * batch for batch in small.batches()]
-    config = qwrap.QConfig(method="minmax", only_if_faster=False)
+    config = qwrap.QConfig(method="minmax", scope="kernels")
     again, other = qwrap.load(path, config=config), qwrap.load(source)
     qwrap.calibrate(again, batches, progress=False)
-    qwrap.prepare(other, qwrap.QConfig(method="minmax", only_if_faster=False))
+    qwrap.prepare(other, qwrap.QConfig(method="minmax", scope="kernels"))
     qwrap.calibrate(other, batches, progress=False)
     ranges = [qwrap.Statistics.of(model).tensors["b"] for model in (again, other)]
     assert float(ranges[0].low) == float(ranges[1].low) == 0

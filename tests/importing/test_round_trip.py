@@ -34,7 +34,7 @@ PAIRS = [*(("uint8", t) for t in TYPES), ("int16", "int4"), ("float8e5m2", "int8
 def test_a_file_that_was_not_trained_comes_back_byte_for_byte(
     small, quantized: Callable, activation: str, weight: str
 ) -> None:
-    config = qwrap.QConfig(activation=activation, weight=weight, only_if_faster=False)
+    config = qwrap.QConfig(activation=activation, weight=weight, scope="kernels")
     made = quantized(small.convs(), config=config)
     model, back = returned(made.path)
     assert back == made.path.read_bytes()
@@ -92,7 +92,7 @@ def test_what_was_trained_is_all_that_changes_in_the_file(small, quantized: Call
 def test_prepare_starts_afresh_from_the_float_weights(small, quantized: Callable) -> None:
     made = quantized(small.convs())
     model = qwrap.load(made.path)
-    qwrap.prepare(model, qwrap.QConfig(activation="int8", only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(activation="int8", scope="kernels"))
     qwrap.calibrate(model, made.batches, progress=False)
     path = made.path.with_suffix(".again.onnx")
     qwrap.export(model, path)

@@ -41,7 +41,7 @@ def test_a_real_network_comes_back_byte_for_byte(
         for feed, _ in samples.val(name, 2)
     ]
     model = qwrap.load(samples.model_path(name)).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="minmax"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", method="minmax"))
     qwrap.calibrate(model, feeds, progress=False)
     qwrap.export(model, tmp_path / "made.onnx")
     back = imported.load(tmp_path / "made.onnx")

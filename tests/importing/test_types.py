@@ -60,7 +60,7 @@ WAYS += [(name, way) for name in ("u8, uint8", "u16, int4") for way in ("lsq+", 
 def test_what_was_trained_is_written_as_simulated(
     small: Any, quantized: Callable, imported: Any, name: str, training: str
 ) -> None:
-    made = quantized(small.convs(), config=QConfig(only_if_faster=False, **FORMATS[name]))
+    made = quantized(small.convs(), config=QConfig(scope="kernels", **FORMATS[name]))
     model = imported.load(made.path, config=QConfig(training=training))
     assert not model.plan.notes
     for batch in made.batches:
@@ -80,7 +80,7 @@ def test_what_was_trained_is_written_as_simulated(
 def test_integers_of_fewer_bits_than_their_carrier_are_told_by_their_codes(
     small: Any, quantized: Callable, weight: str
 ) -> None:
-    made = quantized(small.convs(), config=QConfig(weight=weight, only_if_faster=False))
+    made = quantized(small.convs(), config=QConfig(weight=weight, scope="kernels"))
     plan = qwrap.load(made.path).plan
     assert {str(c.spec.dtype) for c in plan.constants.values()} == {weight}
     assert all(c.spec.narrow_range for c in plan.constants.values())
@@ -89,7 +89,7 @@ def test_integers_of_fewer_bits_than_their_carrier_are_told_by_their_codes(
 def test_scales_that_are_powers_of_two_stay_so(
     small: Any, quantized: Callable, imported: Any
 ) -> None:
-    config = QConfig(only_if_faster=False, **FORMATS["powers of two"])
+    config = QConfig(scope="kernels", **FORMATS["powers of two"])
     made = quantized(small.convs(), config=config)
     model = imported.load(made.path, config=imported.learning())
     assert all(tensor.training == "tqt" for tensor in model.plan.sources().values())
@@ -110,7 +110,7 @@ def test_models_of_half_precision_come_back(small: Any, quantized: Callable, imp
     for value in (*source.graph.input, *source.graph.output):
         value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(element))
     batches = [batch.astype(element) for batch in small.batches()]
-    made = quantized(source, batches, QConfig(only_if_faster=False))
+    made = quantized(source, batches, QConfig(scope="kernels"))
     model = imported.load(made.path)
     assert not model.plan.notes
     imported.train(model, batches[0])

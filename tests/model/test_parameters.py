@@ -75,7 +75,7 @@ def test_a_chosen_scalar_is_trained_and_written(mixed: onnx.ModelProto, tmp_path
 
 def test_the_choice_outlives_prepare(mixed: onnx.ModelProto) -> None:
     model = qwrap.load(mixed, parameters=["w*"])
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert trained(model) == {"w[0]"}
 
 

@@ -129,7 +129,7 @@ def sigmoid_scale(small, gain: float, method: str = "minmax", dtype: str = "uint
     """The scale behind a Sigmoid of values from about -5 to 5 times ``gain``."""
     weights = {"w": np.eye(3).reshape(3, 3, 1, 1) * gain, "v": (4, 3, 1, 1)}
     model = qwrap.load(small.build(SIGMOID, weights)).eval()
-    config = qwrap.QConfig(only_if_faster=False, method=method, activation=dtype)
+    config = qwrap.QConfig(scope="kernels", method=method, activation=dtype)
     qwrap.prepare(model, config)
     qwrap.calibrate(model, small.batches(8), progress=False)
     return float(model.tap(ValuePoint("s")).scale)

@@ -16,7 +16,7 @@ from qwrap.model.points import UsePoint, ValuePoint
 
 def prepared(source, **settings):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 
@@ -280,7 +280,7 @@ def test_an_attention_mask_stretches_no_range(small, quantized, mask: float) -> 
     source = small.build(ATTENTION, weights, "float[N,5,32] x", "float[N,5,32] y")
     batches = small.batches(shape=(2, 5, 32))
     # This softmax magnifies what clipping costs; the extremes show whether the mask is left out.
-    result = quantized(source, batches, qwrap.QConfig(only_if_faster=False, method="minmax"))
+    result = quantized(source, batches, qwrap.QConfig(scope="kernels", method="minmax"))
     for key, (scale, _) in scales(result.model).items():
         assert (scale < 1).all(), key  # the largest value is about 10: 10 / 255
     (expected,) = onnxruntime.InferenceSession(source.SerializeToString()).run(

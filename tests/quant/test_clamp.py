@@ -22,7 +22,7 @@ def calibrated(small, node: str, **config):
         {"w1": (8, 3, 3, 3), "w2": (4, 8, 3, 3), **weights},
     )
     model = qwrap.load(source)
-    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **config))
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="kernels", **config))
     assert plan.nodes["/b"].role == "absorbed"
     qwrap.calibrate(model, small.batches(), progress=False)
     return model
@@ -90,7 +90,7 @@ def test_a_range_that_follows_sees_what_the_activation_function_lets_through(sma
 def test_in_float_and_while_observing_the_operator_is_computed(small) -> None:
     source = small.convs()
     model, floating = qwrap.load(source), qwrap.load(source)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     x = torch.from_numpy(small.batches(1)[0])
     assert torch.equal(model(x), floating(x))
     with qwrap.calibrating(model):

@@ -86,7 +86,7 @@ def test_every_8_bit_setting_is_exact(small, quantized, name: str) -> None:
     )
     weights = {"w1": (6, 3, 3, 3), "b1": (6,), "w2": (6, 6, 3, 3), "b2": (6,)}
     source = small.build(nodes, weights | {"w3": (6, 20), "b3": (20,)}, outputs="float[N,20] y")
-    result = quantized(source, config=qwrap.QConfig(only_if_faster=False, **SETTINGS[name]))
+    result = quantized(source, config=qwrap.QConfig(scope="kernels", **SETTINGS[name]))
     found = result.operators()
     between = found["QLinearAdd"] + found["QLinearSigmoid"]
     assert (found["QLinearConv"], between, found["QGemm"]) == (2, 1, 1), found
@@ -98,7 +98,7 @@ def test_every_8_bit_setting_is_exact(small, quantized, name: str) -> None:
 @pytest.mark.parametrize("name", ["uint16", "int16"])
 def test_16_bit_activations_run_as_specified(small, quantized, name: str) -> None:
     """onnxruntime fuses none of them: it computes in float between the pairs, and so do we."""
-    result = quantized(small.convs(), config=qwrap.QConfig(only_if_faster=False, activation=name))
+    result = quantized(small.convs(), config=qwrap.QConfig(scope="kernels", activation=name))
     kinds = {t.data_type for t in result.file().graph.initializer}
     assert getattr(TensorProto, name.upper()) in kinds
     assert result.file().opset_import[0].version == 21
@@ -163,7 +163,7 @@ def test_real_networks_are_exact(tmp_path, name: str, left: tuple[int, int], sma
         load.model_path(name),
         target,
         calibration=calibration,
-        config=qwrap.QConfig(only_if_faster=False),
+        config=qwrap.QConfig(scope="kernels"),
         progress=False,
     )
     small.session(target, tmp_path / "optimised.onnx")
@@ -215,7 +215,7 @@ def test_what_onnxruntime_fuses_unasked_is_simulated_as_fused(small, quantized, 
     weights = {"w": (6, 3, 1, 1), "u": (6, 3, 1, 1), "o": (4, 6, 1, 1), "p": (6, 6, 1, 1)}
     weights["six"] = np.array(0.4, np.float32)
     used = {k: v for k, v in weights.items() if f"{k})" in nodes}
-    config = qwrap.QConfig(only_if_faster=False, excluded=excluded, method="minmax")
+    config = qwrap.QConfig(scope="kernels", excluded=excluded, method="minmax")
     batches = small.batches(shape=(4, 3, 32, 32))
     source = small.build(nodes, used, "float[N,3,H,W] x")
     result = quantized(source, batches, config)
@@ -228,7 +228,7 @@ def test_an_excluded_add_rounds_as_the_kernel_that_onnxruntime_takes(small, tmp_
     nodes, excluded = NEIGHBOURS["a float Add between quantized layers"]
     weights = {"w": (6, 3, 1, 1), "u": (6, 3, 1, 1), "o": (4, 6, 1, 1)}
     model = qwrap.load(small.build(nodes, weights)).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, excluded=excluded))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", excluded=excluded))
     qwrap.calibrate(model, small.batches(), progress=False)
     for name, scale in (("a", 2**-5), ("b", 2**-5), ("c", 2**-4)):
         zero_point = torch.tensor([127], dtype=torch.int32)
@@ -243,9 +243,7 @@ def test_no_activation_is_absorbed_where_codes_lie_on_both_sides_of_zero(
     small, quantized, dtype: str
 ) -> None:
     """The kernel would clamp at the smallest code, which is no longer that of 0."""
-    config = qwrap.QConfig(
-        activation=qwrap.QuantSpec(dtype=dtype, symmetric=True), only_if_faster=False
-    )
+    config = qwrap.QConfig(activation=qwrap.QuantSpec(dtype=dtype, symmetric=True), scope="kernels")
     result = quantized(small.convs(), small.batches(), config)
     roles = {node.role for node in result.model.plan.nodes.values() if node.op_type == "Relu"}
     assert roles == {"float"}
@@ -254,7 +252,7 @@ def test_no_activation_is_absorbed_where_codes_lie_on_both_sides_of_zero(
 
 def test_the_training_mode_of_scales_that_follow_changes_no_kernel(small) -> None:
     model = qwrap.load(small.convs())
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, training="follow"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", training="follow"))
     qwrap.calibrate(model, small.batches(), progress=False)
     x = torch.from_numpy(small.batches()[0])
     found = []

@@ -12,14 +12,14 @@ def test_a_prepared_model_still_computes_in_float(small) -> None:
     x = torch.from_numpy(small.batches()[0])
     model = qwrap.load(small.convs())
     expected = model(x)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert torch.equal(model(x), expected)
 
 
 def test_parameters_stay_the_objects_that_an_optimizer_holds(small) -> None:
     model = qwrap.load(small.convs())
     before = dict(model.named_parameters())
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     after = dict(model.named_parameters())
     assert all(name.endswith(".gain") for name in after.keys() - before.keys())
     assert all(after[name] is parameter for name, parameter in before.items())
@@ -27,7 +27,7 @@ def test_parameters_stay_the_objects_that_an_optimizer_holds(small) -> None:
 
 def test_preparing_again_starts_afresh(small, quantized) -> None:
     model = quantized(small.convs()).model
-    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, excluded=["/a"]))
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="kernels", excluded=["/a"]))
     assert model.plan is plan
     assert plan.nodes["/a"].role == "float"
     x = torch.from_numpy(small.batches()[0])
@@ -42,7 +42,7 @@ def test_trained_weights_are_what_is_quantized(small) -> None:
         model.stored("w1").mul_(3)
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert torch.equal(model(x), expected)
 
 
@@ -64,7 +64,7 @@ def test_batch_normalization_is_folded_and_said_so(small) -> None:
     model = qwrap.load(source).eval()
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
-    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert "/n" not in plan.nodes
     assert any("BatchNormalization" in line for line in plan.changes)
     assert "changed:" in plan.summary()
@@ -73,14 +73,14 @@ def test_batch_normalization_is_folded_and_said_so(small) -> None:
 
 
 def test_a_setting_changed_afterwards_changes_nothing(small) -> None:
-    config = qwrap.QConfig(only_if_faster=False)
+    config = qwrap.QConfig(scope="kernels")
     model = qwrap.load(small.convs())
     qwrap.prepare(model, config)
     config.method = "minmax"
     config.exclude("Conv")
     qwrap.calibrate(model, small.batches(), progress=False)
     other = qwrap.load(small.convs())
-    qwrap.prepare(other, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(other, qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(other, small.batches(), progress=False)
     x = torch.from_numpy(small.batches()[0])
     assert torch.equal(model(x), other(x))
@@ -91,7 +91,7 @@ def test_a_refused_setting_leaves_a_model_that_works(small) -> None:
     x = torch.from_numpy(small.batches()[0])
     expected = model(x)
     with pytest.raises(ConfigError, match="no node has such a name"):
-        qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, excluded=["nothing"]))
+        qwrap.prepare(model, qwrap.QConfig(scope="kernels", excluded=["nothing"]))
     assert torch.equal(model(x), expected)
     with pytest.raises(ConfigError, match="not prepared"):
         plan_of(model)
@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_the_float_model_where_nothing_is_clamped(small)
     source = small.convs()
     model, floating = qwrap.load(source), qwrap.load(source)
     fine = {"activation": "uint16", "weight": "int16", "weight_method": "minmax"}
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="minmax", **fine))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", method="minmax", **fine))
     x = torch.from_numpy(small.batches()[0])
     qwrap.calibrate(model, [x], progress=False)
     for m in (model, floating):

@@ -18,7 +18,7 @@ from qwrap.quant.tables import RangeTable, TensorRange
 
 def prepared(source, **settings):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 
@@ -63,7 +63,7 @@ def test_another_percentile_too_and_the_models_own_settings_are_the_default(smal
 
 
 def test_the_users_own_config_is_not_touched(small) -> None:
-    config = qwrap.QConfig(only_if_faster=False)
+    config = qwrap.QConfig(scope="kernels")
     model = qwrap.load(small.convs()).eval()
     qwrap.prepare(model, config)
     qwrap.calibrate(model, small.batches(), progress=False)
@@ -261,7 +261,7 @@ def test_an_entry_of_another_size_is_refused_by_name_and_changes_nothing(small) 
 
 
 def test_what_the_user_set_goes_before_the_table(small) -> None:
-    config = qwrap.QConfig(only_if_faster=False)
+    config = qwrap.QConfig(scope="kernels")
     config.set("x", low=-1, high=1)
     model = qwrap.load(small.convs()).eval()
     qwrap.prepare(model, config)

@@ -17,7 +17,7 @@ from qwrap.quant.early_stop import EarlyStop
 
 def prepared(source, **settings) -> qwrap.WrappedModel:
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 

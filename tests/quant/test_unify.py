@@ -12,7 +12,7 @@ WEIGHTS = {"w": (4, 3, 1, 1), "v": (4, 3, 1, 1), "u": (4, 8, 1, 1)}
 @pytest.fixture
 def joined(small):
     model = qwrap.load(small.build(NODES, WEIGHTS))
-    plan = qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert plan.nodes["/c"].role == "integer"
     return lambda ranges: unify_joined(plan, model.graph, ranges)
 

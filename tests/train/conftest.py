@@ -21,7 +21,7 @@ def calibrated(small) -> Callable[..., qwrap.WrappedModel]:
         **settings: object,
     ) -> qwrap.WrappedModel:
         model = qwrap.load(source or small.convs())
-        qwrap.prepare(model, qwrap.QConfig(**{"only_if_faster": False, **settings}))
+        qwrap.prepare(model, qwrap.QConfig(**{"scope": "kernels", **settings}))
         qwrap.calibrate(model, batches or small.batches(), progress=False)
         return model
 

@@ -73,7 +73,7 @@ def test_preparing_again_keeps_normalizations_or_folds_them() -> None:
     assert model.substitute("/c0") is layer
     assert model.stored("layers.0.weight") is weight
     assert all(torch.equal(model.deployed(v), tensor) for v, tensor in deployed.items())
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert not model.replaced
     assert all(torch.equal(model.stored(v), tensor) for v, tensor in deployed.items())
 

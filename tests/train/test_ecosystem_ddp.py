@@ -46,7 +46,7 @@ def switched(model: qwrap.WrappedModel, step: int) -> None:
 def trained(source: bytes, wrap: Callable[..., torch.nn.Module], way: str, file: Path) -> Results:
     """Calibrate, train and export."""
     model = qwrap.load(onnx.load_from_string(source))
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, training=way))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", training=way))
     # Moving averages, at which "follow" starts, are not those of the whole batches.
     batches = data() if way == "follow" else [share(batch) for batch in data()]
     qwrap.calibrate(model, batches, progress=False)

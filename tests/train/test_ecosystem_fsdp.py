@@ -38,7 +38,7 @@ def share(batch: Tensor) -> Tensor:
 
 def prepared(source: bytes, way: str) -> qwrap.WrappedModel:
     model = qwrap.load(onnx.load_from_string(source))
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, training=way))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", training=way))
     return model
 
 

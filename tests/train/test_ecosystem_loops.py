@@ -237,7 +237,7 @@ def test_a_users_module_trains_and_is_resumed(small, calibrated, tmp_path, way: 
     assert all(p.grad is not None for p in user.parameters())
     torch.save(user.state_dict(), tmp_path / "user.pt")
     other = qwrap.load(small.convs())
-    qwrap.prepare(other, qwrap.QConfig(only_if_faster=False, training=way))
+    qwrap.prepare(other, qwrap.QConfig(scope="kernels", training=way))
     resumed = Users(other).train()
     resumed.load_state_dict(torch.load(tmp_path / "user.pt", weights_only=True))
     assert_same_state(user, resumed)

@@ -95,7 +95,7 @@ class Run:
 
 def prepared(source: onnx.ModelProto, settings: dict[str, Any]) -> qwrap.WrappedModel:
     model = qwrap.load(source)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 

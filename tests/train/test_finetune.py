@@ -117,7 +117,7 @@ def test_live_batch_normalization_keeps_its_statistics(small, data) -> None:
     norm = {name: rng.uniform(0.5, 2, 6) for name in ("gamma", "beta", "mean", "var")}
     source = small.build(nodes, {"w1": (6, 3, 3, 3), "w2": (4, 6, 1, 1)} | norm)
     model = qwrap.load(source)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, weight="int4", bn="live"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", weight="int4", bn="live"))
     qwrap.calibrate(model, data, progress=False)
     before = state(model)
     ((_, layer),) = live_layers(model)
@@ -344,7 +344,7 @@ def test_a_model_without_scales_is_refused(small, data) -> None:
     model = qwrap.load(small.convs())
     with pytest.raises(ConfigError, match="not prepared"):
         quiet(model, data)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     with pytest.raises(NotCalibratedError, match="no scale yet"):
         quiet(model, data)
     config = qwrap.QConfig()

@@ -32,7 +32,7 @@ descend = functools.partial(
 
 def calibrated(source: bytes, batches: list[np.ndarray], **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(onnx.load_from_string(source))
-    settings = {"only_if_faster": False, "weight": "int4", **settings}
+    settings = {"scope": "kernels", "weight": "int4", **settings}
     qwrap.prepare(model, qwrap.QConfig(**settings))
     qwrap.calibrate(model, batches, progress=False)
     return model

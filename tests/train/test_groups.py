@@ -19,7 +19,7 @@ def make(small):
     def make(training="lsq", **settings):
         source = small.convs()
         model = qwrap.load(source)
-        config = qwrap.QConfig(only_if_faster=False, training=training, **settings)
+        config = qwrap.QConfig(scope="kernels", training=training, **settings)
         if training == "lsq+":
             config.set("b", training="pact")
         qwrap.prepare(model, config)

@@ -37,7 +37,7 @@ class User(nn.Module):
 @pytest.fixture
 def make(small):
     def make(training="lsq", calibrated=True, **overrides):
-        config = qwrap.QConfig(only_if_faster=False, training=training)
+        config = qwrap.QConfig(scope="kernels", training=training)
         for name, way in {"x": training, **overrides}.items():  # of the input too
             config.set(name, training=way)
         model = qwrap.load(small.convs())
@@ -245,7 +245,7 @@ def test_a_schedule_freezes_live_batch_normalizations(small) -> None:
         "c = Conv(x, w) y = BatchNormalization(c, g, b, m, v)", {"w": (4, 3, 3, 3), **norm}
     )
     model = qwrap.load(source)
-    qwrap.prepare(model, qwrap.QConfig(bn="live", only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(bn="live", scope="kernels"))
     qwrap.calibrate(model, small.batches(), progress=False)
     (layer,) = [m for m in model.modules() if isinstance(m, LiveBatchNorm)]
     schedule = Schedule(model, 3)

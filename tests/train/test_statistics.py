@@ -17,7 +17,7 @@ from qwrap.train import Monitor, statistics, statistics_table
 def make(small):
     def make(training="lsq+", source=None, **settings):
         model = qwrap.load(source or small.convs())
-        config = qwrap.QConfig(only_if_faster=False, training=training, **settings)
+        config = qwrap.QConfig(scope="kernels", training=training, **settings)
         if settings.get("activation", "uint8") is not None:
             config.set("x", training=training)  # inputs are learned when asked for
         qwrap.prepare(model, config)
@@ -152,7 +152,7 @@ def test_several_models_are_told_apart(make) -> None:
 
 def test_a_model_that_is_not_calibrated_has_no_codes_to_look_at(small) -> None:
     model = qwrap.load(small.convs())
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     got = Monitor(model).statistics()
     assert np.isnan(got["scale/x"])
     assert not [key for key in got if key.startswith("codes")]

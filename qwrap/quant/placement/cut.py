@@ -27,7 +27,10 @@ SLACK = 1.2  # how much slower a whole network in integers may be than the faste
 
 
 def worth_it(
-    facts: Eligibility, candidates: Sequence[ir.Node], most: Collection[ir.Node]
+    facts: Eligibility,
+    candidates: Sequence[ir.Node],
+    most: Collection[ir.Node],
+    held: Collection[ir.Node] = (),
 ) -> list[ir.Node]:
     """Return those of ``candidates`` whose integer kernels make the whole graph fastest.
 
@@ -38,8 +41,14 @@ def worth_it(
     Where that leaves weights float, and the split ``most``, with as much as possible in integers,
     is hardly slower, that one is taken: the file is smaller, and between its first and its last
     convolution nothing is rounded but in integer kernels, which can be simulated exactly.
+
+    Args:
+        facts: the graph.
+        candidates: nodes that integer kernels can take.
+        most: those of them that would be taken if time did not matter.
+        held: those that are taken in any case.
     """
-    cut = _Cut(facts, candidates, MARGIN)
+    cut = _Cut(facts, candidates, MARGIN, held=held)
     chosen = cut.network.source_side()
     fastest = [node for node in candidates if cut.numbers[node] in chosen]
     if not any(n.op_type in facts.target.matrix for n in set(most) - set(fastest)):
@@ -65,7 +74,9 @@ class _Cut:
         candidates: Sequence[ir.Node],
         margin: float,
         forced: Collection[ir.Node] | None = None,
+        held: Collection[ir.Node] = (),
     ) -> None:
+        self.held = set(held)
         self.facts, self.graph = facts, facts.graph
         self.margin, self.forced, self.candidates = margin, forced, set(candidates)
         self.network = Network()
@@ -90,6 +101,8 @@ class _Cut:
         group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
         sizes = (node.op_type, inputs, output, weight, group, window)
         as_integer, as_float = integer_cost(*sizes) * self.margin, float_cost(*sizes)
+        if node in self.held:
+            as_float = NEVER
         if self.forced is not None and node in self.candidates:
             as_integer, as_float = (as_integer, NEVER) if node in self.forced else (NEVER, as_float)
         conv = self._joined_conv(node)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
+from qwrap.graph.index import bodies
 from qwrap.graph.nodes import STANDARD
 from qwrap.model.attributes import attributes_of
 from qwrap.model.layout import Layout
-from qwrap.ops.traits import PASS_THROUGH, WEIGHTED
+from qwrap.model.points import UsePoint
+from qwrap.ops.traits import PASS_THROUGH, QUANTIZED, WEIGHTED
 from qwrap.quant.bounds import bounds_of
 from qwrap.quant.placement.forms import REALS
 from qwrap.quant.placement.target import Target
@@ -18,6 +20,7 @@ NO_KERNEL = "no integer kernel"
 NOT_REAL = "not of a float type that can be quantized at this opset"
 QUANTIZED_ALREADY = "is quantized already"
 BOTH_COMPUTED = "both operands are activations: quantizing them costs more than the kernel saves"
+_CASTS = ("Cast", "CastLike")
 CLAMPED = ("Add", "Conv", "Gemm", "MatMul", "Mul")  # kernels whose output clamp absorbs a Relu
 # So neither the pool nor what reads it may be quantized.
 DILATED = "onnxruntime would fuse the dilated AveragePool into a kernel that refuses it"
@@ -30,8 +33,8 @@ class Eligibility:
         nodes: all nodes that run.
         barred: node key -> why it has to stay float, whatever it is.
         reals: types of the tensors that can be quantized.
-        one_sided: whether all codes of an activation can lie on one side of 0, as those of an
-            asymmetric type can, or else no kernel's clamp stands for an activation function.
+        may_absorb: whether the types of a node and of the activation behind it, which cuts at the
+            bounds given, let the one's clamp stand for the other.
     """
 
     def __init__(
@@ -41,11 +44,12 @@ class Eligibility:
         barred: Mapping[str, str],
         reals: Collection[ir.DataType] = REALS,
         *,
-        one_sided: bool = True,
+        may_absorb: Callable[[ir.Node, ir.Node, tuple[float, float]], bool] = lambda *_: True,
     ) -> None:
-        self.graph, self.values, self.target = layout.graph, layout.values, target
+        self.layout, self.target = layout, target
+        self.graph, self.values = layout.graph, layout.values
         self.nodes = [node for node, _ in layout.placed()]
-        self.barred, self.reals, self.one_sided = barred, reals, one_sided
+        self.barred, self.reals, self.may_absorb = barred, reals, may_absorb
 
     def obstacle(self, node: ir.Node) -> str | None:
         """Return why ``node`` cannot run in an integer kernel, None if it can."""
@@ -96,18 +100,42 @@ class Eligibility:
 
     def data_inputs(self, node: ir.Node) -> Iterator[ir.Value]:
         """Yield the computed inputs that an integer kernel reads as codes."""
-        yield from (v for v in self.operands(node) if not self.is_stored(v))
+        yield from (v for _, v in self.operand_inputs(node) if not self.is_stored(v))
 
     def operands(self, node: ir.Node) -> Iterator[ir.Value]:
         """Yield the inputs that an integer kernel reads as codes, constants included."""
-        if node.op_type == "Where":
-            chosen = node.inputs[1:]
-        elif node.op_type in self.target.matrix:
-            chosen = node.inputs[:2]
+        yield from (value for _, value in self.operand_inputs(node))
+
+    def operand_inputs(self, node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
+        """Yield the same with their indices; of what has no kernel, all that a pair can be on."""
+        inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
+        kind = node.op_type
+        if kind in self.target.matrix:
+            yield from (item for item in inputs if item[0] < 2)
+        elif kind in ("AveragePool", "Softmax"):
+            yield from (item for item in inputs if item[0] == 0)
+        elif kind in self.target.elementwise:
+            yield from (item for item in inputs if kind != "Where" or item[0] > 0)
         else:
-            one = node.op_type in ("AveragePool", "Softmax")
-            chosen = node.inputs[:1] if one else node.inputs
-        yield from (v for v in chosen if v is not None)
+            key = self.graph.node_key(node)
+            yield from (
+                (i, v)
+                for i, v in inputs
+                if self.is_real(v) and UsePoint(key, i) in self.layout.points
+            )
+
+    def pairs_obstacle(self, node: ir.Node) -> str | None:
+        """Return why there can be no pairs around ``node``, None if there can."""
+        if self._is_barred(node):
+            return self.barred[self.graph.node_key(node)]
+        if QUANTIZED.fullmatch(node.op_type):
+            return QUANTIZED_ALREADY
+        if any(True for _ in bodies(node)):
+            return "runs other nodes"
+        if _is_dilated_pool(node) or any(_is_dilated_pool(v.producer()) for v in node.inputs if v):
+            return DILATED
+        computes = any(True for _ in self.data_inputs(node)) and node.op_type not in _CASTS
+        return None if computes and any(self.is_real(v) for v in node.outputs) else NOT_REAL
 
     def moved_input(self, node: ir.Node) -> ir.Value | None:
         """Return the input whose values ``node`` only moves, None if it computes."""
@@ -133,9 +161,9 @@ class Eligibility:
         bounds = bounds_of(self.values, node)
         if bounds is None or not bounds[0] <= 0 <= bounds[1]:  # as every grid does
             return None
-        if 0 in bounds and not self.one_sided:
-            return None  # no scale can keep the codes beyond that end from standing for something
-        return producer if producer.op_type in CLAMPED else None
+        if producer.op_type not in CLAMPED or not self.may_absorb(producer, node, bounds):
+            return None
+        return producer
 
     def bias_add(self, node: ir.Node) -> ir.Node | None:
         """Return the Add of a constant vector behind a MatMul of known shape, if there is one."""

@@ -89,8 +89,8 @@ def carried_reals(config: QConfig, opset: int) -> frozenset[ir.DataType]:
 def _primitive_opset(config: QConfig) -> int:
     """Return the first opset with the operators of types that have no QuantizeLinear."""
     opsets = [0]
-    for spec in (config.activation_spec, config.weight_spec(0, 0)):
-        if spec is None or spec.dtype.is_standard:
+    for spec in (*config.activation_specs, *config.weight_specs(0, 0)):
+        if spec.dtype.is_standard:
             continue
         is_function = spec.dtype.function is not None
         opsets.append(max(FUNCTION_OPSET, spec.dtype.opset) if is_function else PRIMITIVE_OPSET)
@@ -99,8 +99,9 @@ def _primitive_opset(config: QConfig) -> int:
 
 def _packed_opset(config: QConfig) -> int:
     """Return the opset that stores a weight's indices in 4 bits, 0 if they need more."""
-    dtype = config.weight_spec(0, 0).dtype
-    return PACKED_OPSET if dtype.codebook and dtype.onnx_type == ir.DataType.UINT4 else 0
+    dtypes = [spec.dtype for spec in config.weight_specs(0, 0)]
+    packed = any(dtype.codebook and dtype.onnx_type == ir.DataType.UINT4 for dtype in dtypes)
+    return PACKED_OPSET if packed else 0
 
 
 def _lowest(needs: list[Need]) -> int:
@@ -117,8 +118,8 @@ def _lowest(needs: list[Need]) -> int:
 def _needs(config: QConfig, reals: set[ir.DataType]) -> Iterator[Need]:
     """Yield each format that may be written, with the operator it is written for."""
     for real in sorted(reals):
-        activation = config.activation_spec
-        for spec in _with_wide([] if activation is None else [activation], config):
+        activations = config.activation_specs
+        for spec in _with_wide(activations, config):
             if spec.dtype.is_standard:
                 form = Format.of(scaled_as(spec, real), real)
                 yield from ((form, op_type) for op_type in (QUANTIZE, DEQUANTIZE))
@@ -129,15 +130,15 @@ def _needs(config: QConfig, reals: set[ir.DataType]) -> Iterator[Need]:
             yield Format.of(spec, real), DEQUANTIZE
             if spec.scale_type == "float8e4m3fn":
                 yield Format(codes=ir.DataType.FLOAT8E4M3FN), DEQUANTIZE
-            if activation is not None and real == ir.DataType.FLOAT and spec.block_size is None:
+            if activations and real == ir.DataType.FLOAT and spec.block_size is None:
                 yield bias_format(spec), DEQUANTIZE
 
 
 def _weight_specs(config: QConfig) -> Iterator[QuantSpec]:
-    spec = config.weight_spec(0, 0)
-    yield spec
-    if spec.block_size is not None:  # where it is too large for a weight
-        yield replace(spec, block_size=None)
+    for spec in config.weight_specs(0, 0):
+        yield spec
+        if spec.block_size is not None:  # where it is too large for a weight
+            yield replace(spec, block_size=None)
 
 
 def _with_wide(specs: list[QuantSpec], config: QConfig) -> list[QuantSpec]:

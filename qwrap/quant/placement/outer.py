@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import FLOAT8E4M3FN, INT8, UINT8
-from qwrap.graph.index import bodies, walk_nodes
 from qwrap.quant.placement.eligibility import Eligibility
+from qwrap.quant.placement.paths import Paths
 
 EIGHT_BITS = 8
 
@@ -40,38 +39,12 @@ def outer_of(facts: Eligibility, layers: Collection[ir.Node]) -> Outer:
         facts: the graph.
         layers: its nodes with quantized weights.
     """
-    following: dict[ir.Node, list[ir.Node]] = defaultdict(list)
-    preceding: dict[ir.Node, list[ir.Node]] = defaultdict(list)
-    for before, after in _edges(facts.nodes):
-        following[before].append(after)
-        preceding[after].append(before)
-    behind, ahead = _reached(layers, following), _reached(layers, preceding)
+    paths = Paths(facts.nodes)
+    behind, ahead = paths.behind(layers), paths.ahead_of(layers)
     first = {node for node in facts.nodes if node not in behind}
     last = {node for node in facts.nodes if node not in ahead}
     known = frozenset(layers)
     return Outer(known & (first | last), frozenset((first - known) | last))
-
-
-def _edges(nodes: Iterable[ir.Node]) -> Iterable[tuple[ir.Node, ir.Node]]:
-    """Yield (node, node that depends on it); bodies stand between inputs and outputs of theirs."""
-    for node in nodes:
-        makers = [v.producer() for v in node.inputs if v is not None]
-        yield from ((maker, node) for maker in makers if maker is not None)
-        inner = [other for _, body in bodies(node) for other in walk_nodes(body)]
-        yield from ((other, node) for other in inner)
-        yield from ((maker, other) for maker in makers if maker is not None for other in inner)
-
-
-def _reached(start: Iterable[ir.Node], edges: Mapping[ir.Node, Iterable[ir.Node]]) -> set[ir.Node]:
-    """Return what lies one or more edges away."""
-    found: set[ir.Node] = set()
-    waiting = list(start)
-    while waiting:
-        for node in edges.get(waiting.pop(), ()):
-            if node not in found:
-                found.add(node)
-                waiting.append(node)
-    return found
 
 
 def at_8_bits(spec: QuantSpec) -> QuantSpec:

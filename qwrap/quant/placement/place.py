@@ -4,28 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 
 import onnx_ir as ir
 
-from qwrap.config import QConfig
+from qwrap.config import QConfig, QuantSpec
+from qwrap.dtypes import QuantType
 from qwrap.errors import ConfigError
+from qwrap.graph.nodes import STANDARD
 from qwrap.model.layout import Layout
-from qwrap.ops.traits import QUANTIZED
-from qwrap.quant.placement.cut import worth_it
+from qwrap.ops.traits import QUANTIZED, WEIGHTED
+from qwrap.quant.placement.conversions import Chosen, Tree, Use, choose_types
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
+from qwrap.quant.placement.nodes import QuantizedNodes
 from qwrap.quant.placement.opsets import carried_reals
 from qwrap.quant.placement.outer import at_8_bits, outer_of
 from qwrap.quant.placement.overrides import apply_overrides
+from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.target import ORT_CPU, Target
 from qwrap.quant.placement.trainable import choose_training
-from qwrap.quant.placement.weights_only import place_weights
-from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
+from qwrap.quant.placement.weights_only import place_weight, place_weights, warn_of_rounding
+from qwrap.quant.plan import (
+    BiasPlan,
+    ConstantPlan,
+    Conversion,
+    NodePlan,
+    QuantPlan,
+    Role,
+    TensorPlan,
+)
 
-TOO_DEAR = "an integer kernel would not pay for the conversions around it"
 NO_CLAMP = "its input comes out of an integer kernel as floats"
 UNMOVED = "stands among float nodes"
-ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 
 
 def place(
@@ -47,27 +58,21 @@ def place(
         without: node key -> reason why it has to stay float.
 
     Raises:
-        ConfigError: a selector of ``config.excluded`` fits no node, or one of
-            ``config.overrides`` no quantized tensor.
+        ConfigError: a selector of ``config.excluded`` or ``config.regions`` fits no node, or one
+            of ``config.overrides`` no quantized tensor.
     """
     strict = without is None
     without = dict(without or {})
+    types = Types(layout, config)
+    barred = types.left_float() | without | _excluded(layout, config)
     reals = carried_reals(config, layout.graph.opset)
-    spec = config.activation_spec
-    facts = Eligibility(
-        layout,
-        target,
-        {**without, **_excluded(layout, config)},
-        reals,
-        one_sided=spec is None or not (spec.symmetric and is_fusable(spec)),
-    )
-    specs = Specs(facts, config)
-    if config.activation_spec is None:
-        plan = place_weights(facts, specs)
+    facts = Eligibility(layout, target, barred, reals, may_absorb=partial(_may_absorb, types))
+    specs = Specs(facts, config, types)
+    if config.activation_specs:
+        plan = _Placement(facts, specs).plan()
     else:
-        placement = _Placement(facts, specs)
-        placement.decide()
-        plan = placement.plan()
+        plan = place_weights(facts, specs)
+    plan.notes += types.notes
     apply_overrides(plan, layout, config, strict=strict)
     choose_training(plan, layout.graph, config)
     plan.without = without
@@ -87,105 +92,50 @@ def _excluded(layout: Layout, config: QConfig) -> dict[str, str]:
     return found
 
 
+def _may_absorb(
+    types: Types, producer: ir.Node, activation: ir.Node, bounds: tuple[float, float]
+) -> bool:
+    """Whether the codes of a node can stand for the activation behind it.
+
+    They are of one type: that of the node, where nothing was said of the activation and it cannot
+    be quantized by itself. And where they end at 0, all of them can lie on one side of it, as those
+    of an asymmetric type can, or else no kernel's clamp stands for the activation.
+    """
+    spec, other = types.of(producer), types.of(activation)
+    if not (types.is_chosen(activation) or types.everything):
+        other = spec
+    if spec is None or other is None:
+        return spec is other
+    one_sided = not (spec.symmetric and is_fusable(spec))
+    return spec.dtype == other.dtype and (one_sided or 0 not in bounds)
+
+
 class _Placement:
     def __init__(self, facts: Eligibility, specs: Specs) -> None:
         self.graph, self.config, self.target = facts.graph, specs.config, facts.target
         self.facts, self.specs = facts, specs
-        self.slow = specs.slow()
-        self.odd: str | None = None
-        self.reasons: dict[ir.Node, str] = {}
-        self.integer: dict[ir.Node, None] = {}
-
-    # --- which nodes -----------------------------------------------------------------------------
-
-    def decide(self) -> None:
-        candidates = []
-        for node in self.facts.nodes:
-            reason = self.facts.obstacle(node)
-            if reason is None:
-                candidates.append(node)
-            else:
-                self.reasons[node] = reason
-        self.integer = dict.fromkeys(candidates)
-        self._drop_alone()
-        self.odd = self._odd_type()
-        self.slow = self.odd or self.slow
-        if self.config.only_if_faster and self.slow is None:
-            most = list(self.integer)
-            self.integer = dict.fromkeys(worth_it(self.facts, candidates, most))
-            self.reasons |= {n: TOO_DEAR for n in most if n not in self.integer}
-            self._drop_alone()
-
-    def _odd_type(self) -> str | None:
-        """Return why there are no integer kernels for the types of the graph, None if there are."""
-        values = [v for node in self.integer for v in self.facts.data_inputs(node)]
-        types = {self.graph.type_of(v).dtype for v in values} - {ir.DataType.FLOAT, None}
-        names = sorted(t.name.lower() for t in types if t is not None)
-        kind = " and ".join(names)
-        if not names:
-            return None
-        reason = f"onnxruntime has no integer kernels between tensors of {kind}"
-        if ir.DataType.FLOAT16 in types:
-            reason += (
-                ", and its optimiser rounds biases to products of two such scales, unless the "
-                "session option session.disable_quant_qdq is 1"
-            )
-        return reason
-
-    def _drop_alone(self) -> None:
-        while alone := [n for n in self.integer if not self._carries(n)]:
-            for node in alone:  # dropping one may leave its neighbours alone
-                del self.integer[node]
-                self.reasons[node] = ALONE
-
-    def _carries(self, node: ir.Node) -> bool:
-        """Whether a node has its own reason to be quantized, or stands between such nodes."""
-        if node.op_type in self.target.matrix:
-            return True
-        inputs = self.facts.data_inputs(node)
-        return any(map(self._from_integer, inputs)) and self._to_integer(node.outputs[0])
-
-    def _from_integer(self, value: ir.Value) -> bool:
-        """Whether the value comes out of an integer kernel, perhaps moved since."""
-        node = value.producer()
-        if node is None:
-            return False
-        if node in self.integer or self.facts.absorbed_by(node) in self.integer:
-            return True
-        data = self.facts.moved_input(node)
-        return data is not None and self._from_integer(data)
-
-    def _to_integer(self, value: ir.Value) -> bool:
-        """Whether an integer kernel reads the value, perhaps moved before."""
-        for user in value.consumers():
-            if user in self.integer and any(v is value for v in self.facts.operands(user)):
-                return True
-            goes_on = self.facts.moved_input(user) is value or (
-                self.facts.absorbed_by(user) in self.integer
-            )
-            if goes_on and any(map(self._to_integer, user.outputs)):
-                return True
-        return False
-
-    # --- the plan --------------------------------------------------------------------------------
+        self.nodes = QuantizedNodes(facts, specs)
+        self.integer, self.reasons = self.nodes.chosen, self.nodes.reasons
+        self.wanted: dict[ir.Value, None] = {}
+        self.chosen = Chosen()
 
     def plan(self) -> QuantPlan:
-        plan = QuantPlan(fused=self.slow is None)
+        plan = QuantPlan(fused=self.nodes.slow is None)
         if self.config.first_last_8bit:
             self._widen(plan)
-        if self.slow is not None and self.integer:
-            plan.notes.append(f"{self.slow}: it computes in float between the pairs")
-        for node in self.integer:
-            for value in self.facts.data_inputs(node):
-                self._add_tensor(plan, value)
-            self._add_output(plan, node)
+        if self.nodes.slow is not None and self.integer:
+            plan.notes.append(f"{self.nodes.slow}: it computes in float between the pairs")
+        self._find_tensors()
+        for value in self.wanted:
+            self._add_tensor(plan, value)
         for node in self.integer:
             self._add_constants(plan, node)
             self._add_bias_behind(plan, node)
-        for node in filter(self.facts.is_lookup, self.facts.nodes):
+        for node in self._lookups():
             self._add_lookup(plan, node)
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
+        warn_of_rounding(plan)
         return plan
 
     def _widen(self, plan: QuantPlan) -> None:
@@ -214,59 +164,145 @@ class _Placement:
             if self.graph.key(node.outputs[0]) in wide and node.inputs[0] is not None:
                 wide.add(self.graph.key(node.inputs[0]))
 
+    # --- tensors ---------------------------------------------------------------------------------
+
     def _source(self, value: ir.Value) -> ir.Value:
-        """Return the tensor whose scale ``value`` has."""
+        """Return the tensor that ``value`` was moved from."""
         node = value.producer()
         moved = None if node is None else self.facts.moved_input(node)
-        return self._source(moved) if moved is not None and self._from_integer(moved) else value
+        if moved is None or self.nodes.writer_of(moved) is None:
+            return value
+        return self._source(moved)
 
-    def _add_tensor(self, plan: QuantPlan, value: ir.Value) -> str:
-        """Quantize ``value``; return the key of the tensor whose scale it has."""
-        key = self.graph.key(value)
-        if key in plan.tensors:
-            return plan.tensors[key].source
+    def _find_tensors(self) -> None:
+        """Find the tensors that are quantized, and in which types."""
+        for node in self.integer:
+            for value in self.facts.data_inputs(node):
+                self._want(value)
+            for value in self._written(node):
+                self._want(value)
+        tables = {node.outputs[0]: self.specs.table(node) for node in self._lookups()}
+        roots = [v for v in (*self.wanted, *tables) if self._source(v) is v]
+        self.chosen = choose_types(
+            (self._tree(root), tables.get(root) or self._writer_spec(root))
+            for root in dict.fromkeys(roots)
+        )
+
+    def _want(self, value: ir.Value) -> None:
+        if value in self.wanted:
+            return
         node = value.producer()
-        moved = None if node is None else self.facts.moved_input(node)
-        if moved is not None and self._source(value) is not value:
-            source, fixed = self._add_tensor(plan, moved), None
-        else:
-            source, fixed = key, self.specs.fixed(node)
-        spec = plan.tensors[source].spec if source != key else self.specs.activation(value)
-        plan.tensors[key] = TensorPlan(spec=spec, source=source, fixed=fixed)
-        if node is not None and node.op_type == "Split" and source != key:
+        if node is not None and self._source(value) is not value:
+            moved = self.facts.moved_input(node)
+            assert moved is not None
+            self._want(moved)
+        self.wanted[value] = None
+        if node is not None and node.op_type == "Split" and self._source(value) is not value:
             for other in node.outputs:  # the kernel wants all of them quantized alike
-                self._add_tensor(plan, other)
-        return source
+                self._want(other)
 
-    def _add_output(self, plan: QuantPlan, node: ir.Node) -> None:
-        value = node.outputs[0]
-        users = value.consumers()
-        if len(users) == 1 and self.facts.absorbed_by(users[0]) is node:
-            value = users[0].outputs[0]
-        if node.op_type not in self.target.float_output or self._to_integer(value):
-            self._add_tensor(plan, value)
+    def _written(self, node: ir.Node) -> list[ir.Value]:
+        """Return the outputs of a quantized node that get pairs."""
+        if self.nodes.is_in_pairs(node):
+            return [v for v in node.outputs if v.name and self.facts.is_real(v)]
+        value = self.nodes.written_by(node)
+        always = node.op_type not in self.target.float_output or self.specs.types.everything
+        return [value] if always or self.nodes.readers_of(value) else []
+
+    def _writer_spec(self, value: ir.Value) -> QuantSpec | None:
+        """Return how what writes a value is quantized, None if it is float."""
+        writer = self.nodes.writer_of(value)
+        return None if writer is None else self.specs.of(writer)
+
+    def _tree(self, value: ir.Value) -> Tree:
+        tree = Tree(value)
+        for use in value.uses():
+            node, index = use.node, use.idx
+            if node in self.integer:
+                if (index, value) in self.facts.operand_inputs(node):
+                    tree.readers.append(((node, index), self.specs.of(node)))
+            elif index == 0 and self.facts.moved_input(node) is value:
+                outputs = [self._tree(v) for v in node.outputs if v in self.wanted]
+                asked = self.specs.of(node) if self.specs.types.is_chosen(node) else None
+                if outputs:
+                    tree.movers.append(((node, index), asked, outputs))
+        return tree
+
+    def _add_tensor(self, plan: QuantPlan, value: ir.Value) -> None:
+        key, node = self.graph.key(value), value.producer()
+        if key in plan.tensors or value not in self.chosen.bases:
+            return
+        spec, source, fixed = self.chosen.bases[value], key, None
+        if node is not None and self._source(value) is not value:
+            moved = self.facts.moved_input(node)
+            assert moved is not None
+            kind = self.chosen.received(moved, node, 0)
+            tensor = plan.tensors[self.graph.key(moved)]
+            source = tensor.source if kind is None else self._conversion_key(moved, kind)
+            spec = tensor.spec if kind is None else self._converted(moved, kind)[0]
+        else:
+            spec = self.specs.activation(value, spec)
+            fixed = self.specs.fixed(node, spec)
+        plan.tensors[key] = TensorPlan(
+            spec=spec, source=source, fixed=fixed, conversions=self._conversions(value)
+        )
+
+    # --- conversions -----------------------------------------------------------------------------
+
+    def _conversions(self, value: ir.Value) -> tuple[Conversion, ...]:
+        found = []
+        for kind in self.chosen.converted.get(value, {}):
+            spec, uses = self._converted(value, kind)
+            consumers = tuple((self.graph.node_key(node), index) for node, index in uses)
+            key = self._conversion_key(value, kind)
+            found.append(Conversion(key=key, spec=spec, consumers=consumers))
+        return tuple(found)
+
+    def _converted(self, value: ir.Value, kind: QuantType) -> tuple[QuantSpec, list[Use]]:
+        spec, uses = self.chosen.converted[value][kind]
+        return self.specs.activation(value, spec), uses
+
+    def _conversion_key(self, value: ir.Value, kind: QuantType) -> str:
+        key = f"{self.graph.key(value)}_convert"
+        if len(self.chosen.converted[value]) > 1:
+            key = f"{key}_{kind}"
+        while key in self.graph.values:
+            key += "_"
+        return key
+
+    # --- constants -------------------------------------------------------------------------------
 
     def _add_constants(self, plan: QuantPlan, node: ir.Node) -> None:
         key = self.graph.node_key(node)
-        operands = set(self.facts.operands(node))
+        operands = set(self.facts.operand_inputs(node))
+        known = WEIGHTED.get(node.op_type) if node.domain in STANDARD else None
         for index, value in enumerate(node.inputs):
             if value is None or not self.facts.is_stored(value):
                 continue
-            if node.op_type in self.target.matrix and index == 2:
-                if not self.specs.bias_as_codes(node):
-                    continue
-                x = node.inputs[0]
-                assert x is not None
-                plan.biases[key, 2] = BiasPlan(
-                    value=self.graph.key(value),
-                    activation=self._add_tensor(plan, x),
-                    weight=(key, 1),
-                )
-            elif value in operands:
-                spec = self.specs.activation(value)
-                if node.op_type in self.target.matrix:
+            if known is not None and index == known.bias:
+                self._add_bias(plan, node, index, value)
+            elif (index, value) in operands and known is not None and index == known.weight:
+                if not self.specs.types.keeps_weight(node):
                     spec = self.specs.weight(node)
+                    plan.constants[key, index] = ConstantPlan(
+                        value=self.graph.key(value), spec=spec
+                    )
+            elif (index, value) in operands:
+                spec = self.specs.operand(node, value)
                 plan.constants[key, index] = ConstantPlan(value=self.graph.key(value), spec=spec)
+
+    def _add_bias(self, plan: QuantPlan, node: ir.Node, index: int, bias: ir.Value) -> None:
+        """Store a bias as int32, where the accumulator has a scale."""
+        key, x = self.graph.node_key(node), node.inputs[0]
+        weight = (key, WEIGHTED[node.op_type].weight)
+        is_vector = self.graph.type_of(bias).rank == 1
+        if x is None or weight not in plan.constants or not is_vector:
+            return
+        read = plan.read_by(key, 0, self.graph.key(x))
+        if read is not None and self.specs.bias_as_codes(node):
+            plan.biases[key, index] = BiasPlan(
+                value=self.graph.key(bias), activation=read, weight=weight
+            )
 
     def _add_bias_behind(self, plan: QuantPlan, node: ir.Node) -> None:
         """Quantize the bias that a float Add brings to a MatMul, where onnxruntime joins the two.
@@ -275,7 +311,7 @@ class _Placement:
         and that one fuses only with an int32 bias.
         """
         add = self.facts.bias_add(node)
-        if add is None or self.odd is not None or not self.specs.has_kernel(node):
+        if add is None or self.nodes.odd is not None or not self.specs.has_kernel(node):
             return
         if add in self.integer:
             return
@@ -285,11 +321,18 @@ class _Placement:
         bias, x = add.inputs[index], node.inputs[0]
         assert bias is not None
         assert x is not None
+        read = plan.read_by(self.graph.node_key(node), 0, self.graph.key(x))
+        assert read is not None
         plan.biases[self.graph.node_key(add), index] = BiasPlan(
             value=self.graph.key(bias),
-            activation=self._add_tensor(plan, x),
+            activation=read,
             weight=(self.graph.node_key(node), 1),
         )
+
+    def _lookups(self) -> list[ir.Node]:
+        """Return the nodes that fetch rows of tables to be read as activations are."""
+        lookups = filter(self.facts.is_lookup, self.facts.nodes)
+        return [node for node in lookups if self.specs.types.of(node) is not None]
 
     def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
         key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
@@ -297,20 +340,30 @@ class _Placement:
         assert table is not None
         spec = self.specs.table(node)
         plan.constants[key, 0] = ConstantPlan(value=self.graph.key(table), spec=spec)
-        plan.tensors[output] = TensorPlan(spec=spec, source=output, table=(key, 0))
+        conversions = self._conversions(node.outputs[0])
+        plan.tensors[output] = TensorPlan(
+            spec=spec, source=output, table=(key, 0), conversions=conversions
+        )
 
     def _node_plan(self, plan: QuantPlan, node: ir.Node) -> NodePlan:
         if node in self.integer:
-            return NodePlan(node.op_type, "integer")
+            role: Role = "pairs" if self.nodes.is_in_pairs(node) else "integer"
+            return NodePlan(node.op_type, role, dtype=str(self.specs.of(node).dtype))
+        first = self.graph.key(node.outputs[0])
         if self.facts.absorbed_by(node) in self.integer:
-            if self.graph.key(node.outputs[0]) in plan.tensors:
-                return NodePlan(node.op_type, "absorbed")
+            if first in plan.tensors:
+                return NodePlan(node.op_type, "absorbed", dtype=str(plan.tensors[first].spec.dtype))
             return NodePlan(node.op_type, "float", NO_CLAMP)  # no codes to clamp
         moved = self.facts.moved_input(node)
-        follows = moved is not None and self._from_integer(moved)
-        outputs = {self.graph.key(v) for v in node.outputs if v.name}
-        if self.facts.is_lookup(node) or (follows and outputs & set(plan.tensors)):
-            return NodePlan(node.op_type, "moves")
+        follows = moved is not None and self.nodes.writer_of(moved) is not None
+        outputs = [self.graph.key(v) for v in node.outputs if v.name]
+        quantized = [key for key in outputs if key in plan.tensors]
+        is_lookup = self.facts.is_lookup(node) and self.specs.types.of(node) is not None
+        if is_lookup or (follows and quantized):
+            dtype = str(plan.tensors[quantized[0]].spec.dtype) if quantized else ""
+            return NodePlan(node.op_type, "moves", dtype=dtype)
+        if self.specs.types.of(node) is None:
+            return place_weight(plan, self.facts, self.specs, node)
         if QUANTIZED.fullmatch(node.op_type):
             return NodePlan(node.op_type, "float", QUANTIZED_ALREADY)
         if not any(self.graph.type_of(v).is_float for v in node.outputs):

@@ -15,6 +15,7 @@ from qwrap.quant.bounds import operator_qparams
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.forms import scaled_as
 from qwrap.quant.placement.outer import EIGHT_BITS, at_8_bits
+from qwrap.quant.placement.regions import Types
 
 LARGEST_ACCUMULATOR = 24  # bits of both operands; codes of a bias beyond would overflow int32
 
@@ -34,29 +35,34 @@ def is_fusable_weight(spec: QuantSpec) -> bool:
 class Specs:
     """The ``QuantSpec`` of every tensor that ``config`` has quantized in one graph.
 
+    What is asked of a node holds for all that it reads and writes.
+
     Attributes:
         wide_layers: matrix operators whose weight has 8 bits, whatever ``config`` says.
         wide_values: keys of the tensors, constants included, of which the same holds.
     """
 
-    def __init__(self, facts: Eligibility, config: QConfig) -> None:
+    def __init__(self, facts: Eligibility, config: QConfig, types: Types) -> None:
         """Check what can be told without the graph.
 
         Raises:
             ConfigError: activations are asked for in blocks, or with a scale per index.
         """
-        self.facts, self.graph, self.config = facts, facts.graph, config
+        self.facts, self.graph, self.config, self.types = facts, facts.graph, config, types
         self.wide_layers: set[ir.Node] = set()
         self.wide_values: set[str] = set()
-        spec = config.activation_spec
-        if spec is not None and (spec.axis is not None or spec.block_size is not None):
-            raise ConfigError(
-                f"activation={spec.dtype} with axis={spec.axis}, block_size={spec.block_size}: "
-                "activations are quantized per tensor; leave both out (weights can have them)"
-            )
+        for spec in config.activation_specs:
+            if spec.axis is not None or spec.block_size is not None:
+                raise ConfigError(
+                    f"activation={spec.dtype} with axis={spec.axis}, block_size={spec.block_size}: "
+                    "activations are quantized per tensor; leave both out (weights can have them)"
+                )
 
     def slow(self) -> str | None:
-        """Return why onnxruntime has no integer kernels for what is asked, None if it has."""
+        """Return why onnxruntime has no integer kernels for what is asked of the whole model.
+
+        None if it has.
+        """
         for what, spec, has_kernels in (
             ("activations", self.config.activation_spec, is_fusable),
             ("weights", self.config.weight_spec(None, 0), is_fusable_weight),
@@ -66,21 +72,28 @@ class Specs:
                 return f"onnxruntime has no integer kernels for {what} of {spec.dtype}{blocks}"
         return None
 
-    def activation(self, value: ir.Value) -> QuantSpec:
-        """Return how a computed tensor, or a constant operand beside one, is quantized."""
-        return self._scaled(self._asked(value), value)
+    def activation(self, value: ir.Value, spec: QuantSpec) -> QuantSpec:
+        """Return how a tensor is quantized, given what is asked of a node around it."""
+        return self._scaled(self._widened(value, spec), value)
 
-    def _asked(self, value: ir.Value) -> QuantSpec:
-        spec = self.config.activation_spec
+    def operand(self, node: ir.Node, value: ir.Value) -> QuantSpec:
+        """Return how ``node`` gets an input: a computed one, or a constant beside such."""
+        return self.activation(value, self.of(node))
+
+    def of(self, node: ir.Node) -> QuantSpec:
+        """Return what is asked of the inputs and outputs of a quantized node."""
+        spec = self.types.of(node)
         assert spec is not None
+        return spec
+
+    def _widened(self, value: ir.Value, spec: QuantSpec) -> QuantSpec:
         return at_8_bits(spec) if self.graph.key(value) in self.wide_values else spec
 
-    def fixed(self, node: ir.Node | None) -> tuple[float, int] | None:
+    def fixed(self, node: ir.Node | None, spec: QuantSpec) -> tuple[float, int] | None:
         """Return the scale and zero point that the kernel of ``node`` gives its output."""
         if node is None or node.op_type not in self.facts.target.dictated:
             return None
-        asked = self._asked(node.outputs[0])
-        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], asked)
+        qparams = operator_qparams(*OUTPUT_RANGES[node.op_type], spec)
         return float(qparams.scale), int(qparams.zero_point)
 
     def weight(self, node: ir.Node) -> QuantSpec:
@@ -102,23 +115,33 @@ class Specs:
     def has_kernel(self, node: ir.Node) -> bool:
         """Whether onnxruntime has an integer kernel for input and weight of a matrix operator."""
         x = node.inputs[0]
-        if self.config.activation_spec is None or x is None:
+        spec = self.types.of(node)
+        if spec is None or x is None or self.types.keeps_weight(node):
             return False
-        return is_fusable(self._asked(x)) and is_fusable_weight(self._asked_of_weight(node, None))
+        weight = self._asked_of_weight(node, None)
+        return is_fusable(self._widened(x, spec)) and is_fusable_weight(weight)
+
+    def has_types(self, node: ir.Node) -> bool:
+        """Whether onnxruntime has integer kernels for the types that are asked of a node."""
+        spec = self.types.of(node)
+        if node.op_type in self.facts.target.matrix:
+            return self.has_kernel(node)
+        return spec is not None and is_fusable(spec)
 
     def _asked_of_weight(self, node: ir.Node, axis: int | None) -> QuantSpec:
-        spec = self.config.weight_spec(axis, self.facts.block_axis(node))
+        spec = self.types.weight_of(node, axis, self.facts.block_axis(node))
         return at_8_bits(spec) if node in self.wide_layers else spec
 
     def table(self, node: ir.Node) -> QuantSpec:
         """Return how the constant table is quantized that ``node`` fetches rows of."""
         table = node.inputs[0]
         assert table is not None
-        if self.config.activation_spec is not None:
-            return self.activation(table)
-        spec = self.config.weight_spec(None)
+        asked = self.types.of(node)
+        if asked is not None:
+            return self.activation(table, asked)
+        spec = self.types.weight_of(node, None)
         if not is_fusable(spec):  # few bits want a scale for each row, or each block of a row
-            spec = self.config.weight_spec(0, len(self.facts.size_of(table)) - 1)
+            spec = self.types.weight_of(node, 0, len(self.facts.size_of(table)) - 1)
         return self._scaled(spec, table)
 
     def is_worth_it(self, value: ir.Value, spec: QuantSpec) -> bool:
@@ -149,7 +172,7 @@ class Specs:
         """
         x = node.inputs[0]
         assert x is not None
-        activation, weight = self.activation(x), self.weight(node)
+        activation, weight = self.operand(node, x), self.weight(node)
         bits = activation.dtype.bits + weight.dtype.bits
         plain = activation.dtype.is_standard and activation.dtype.is_integer
         plain = plain and weight.dtype.is_integer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwrap.config import Scope
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -18,6 +20,7 @@ class Target:
         float_output: matrix operators that also write float, without a pair on their output.
         lookup: operators that fetch rows of a constant table.
         least_table: elements from which storing a table as codes is worth a pair behind it.
+        scope: what is quantized where nothing else is said, see ``QConfig``.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Target:
     float_output: frozenset[str]
     lookup: frozenset[str]
     least_table: int
+    scope: Scope = "faster"
 
 
 # Measured with onnxruntime 1.31 on fused graphs (SessionOptions.optimized_model_filepath);

@@ -33,16 +33,24 @@ def place_weights(facts: Eligibility, specs: Specs) -> QuantPlan:
         layers = [node for node in facts.nodes if _has_weight(facts, node)]
         specs.wide_layers |= outer_of(facts, layers).layers
     for node in facts.nodes:
-        plan.nodes[facts.graph.node_key(node)] = _place(plan, facts, specs, node)
-    if any(n.role == "weights" and n.op_type == "MatMul" for n in plan.nodes.values()):
-        plan.notes.append(ROUNDED)
+        plan.nodes[facts.graph.node_key(node)] = place_weight(plan, facts, specs, node)
+    warn_of_rounding(plan)
     return plan
 
 
-def _place(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Node) -> NodePlan:
+def warn_of_rounding(plan: QuantPlan) -> None:
+    """Add a note, in place, where onnxruntime rounds what it multiplies with quantized weights."""
+    if any(n.role == "weights" and n.op_type == "MatMul" for n in plan.nodes.values()):
+        plan.notes.append(ROUNDED)
+
+
+def place_weight(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Node) -> NodePlan:
+    """Quantize the weight or table of a node whose activations are float; return how it runs."""
     key = facts.graph.node_key(node)
     if key in facts.barred:
         return NodePlan(node.op_type, "float", facts.barred[key])
+    if specs.types.keeps_weight(node):
+        return NodePlan(node.op_type, "float", "float32 was asked for its weight")
     if facts.is_lookup(node):
         return _place_table(plan, facts, specs, node)
     if node.op_type not in WEIGHTED or node.domain not in STANDARD:
@@ -81,6 +89,8 @@ def _place_table(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Nod
     plan.constants[key, 0] = ConstantPlan(value=facts.graph.key(table), spec=spec)
     if spec.dtype.is_integer and spec.dtype.bits == EIGHT_BITS and spec.axis is None:
         output = facts.graph.key(node.outputs[0])
+        if output in plan.tensors:  # in the type of what reads it
+            return NodePlan(node.op_type, "weights")
         plan.tensors[output] = TensorPlan(spec=spec, source=output, table=(key, 0))
         return NodePlan(node.op_type, "moves")
     return NodePlan(node.op_type, "weights")

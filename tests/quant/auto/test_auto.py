@@ -25,7 +25,7 @@ def heavy_tailed(count: int = 4, seed: int = 0) -> list[np.ndarray]:
 
 def calibrated(source, batches, **settings):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, activation="uint4", **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", activation="uint4", **settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -64,7 +64,7 @@ def test_tensors_of_unlike_needs_take_unlike_methods(small) -> None:
         inputs="float[N,3,8,8] x, float[N,3,8,8] z",
     )
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="auto"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", method="auto"))
     qwrap.calibrate(model, [(x, z)], progress=False)
     found = scales(model)
     assert found["x"] < 30 / 255 < 40 / 255 < found["z"]
@@ -88,7 +88,7 @@ def test_an_outlier_counts_as_much_as_its_reader_lets_it(small) -> None:
 
 def test_one_tensor_can_be_automatic_among_others_that_are_not(small) -> None:
     source, batches = small.build(NODES, WEIGHTS), heavy_tailed()
-    config = qwrap.QConfig(only_if_faster=False, activation="uint4", method="minmax")
+    config = qwrap.QConfig(scope="kernels", activation="uint4", method="minmax")
     config.set("b", method="auto")
     model = qwrap.load(source).eval()
     qwrap.prepare(model, config)
@@ -123,7 +123,7 @@ def test_biases_leave_no_trace_of_the_trials(small) -> None:
     source = small.build(NODES.replace("(x, w1)", "(x, w1, b1)"), weights)
     model = calibrated(source, heavy_tailed(), method="auto")
     chosen = dict(model.plan.methods)
-    plain = qwrap.QConfig(only_if_faster=False, activation="uint4")
+    plain = qwrap.QConfig(scope="kernels", activation="uint4")
     for key, method in chosen.items():
         plain.set(key, method=method)
     other = qwrap.load(source).eval()
@@ -143,7 +143,7 @@ def decide_with_others(rank: int, world: int, folder: str) -> None:
     state = torch.load(f"{folder}/state", weights_only=True)
     batches = torch.load(f"{folder}/batches", weights_only=True)
     model = qwrap.load(f"{folder}/model.onnx").eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, activation="uint4"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", activation="uint4"))
     model.load_state_dict(state)
     samples = qwrap.quant.auto.samples.Samples(32)
     for batch in batches if rank == 1 else []:  # process 0 has none
@@ -152,7 +152,7 @@ def decide_with_others(rank: int, world: int, folder: str) -> None:
     qwrap.rescale(model, method="auto")
     torch.save({"scales": scales(model), "methods": model.plan.methods}, f"{folder}/{rank}")
     model = qwrap.load(f"{folder}/model.onnx").eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, activation="uint4", method="auto"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", activation="uint4", method="auto"))
     qwrap.calibrate(model, batches[2 * rank : 2 * rank + 2], progress=False)
     torch.save({"scales": scales(model), "methods": model.plan.methods}, f"{folder}/shares {rank}")
     dist.destroy_process_group()

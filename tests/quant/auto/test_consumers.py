@@ -16,7 +16,7 @@ RANGES = [(-1.0, 1.0), (-3.0, 3.0)]
 
 def prepared(source):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     return model
 
 
@@ -114,7 +114,7 @@ def test_masked_outputs_do_not_drown_the_others(small) -> None:
     mask = np.where(np.arange(8) < 2, -3.4e38, 0).astype(np.float32)
     weights = {"w": np.eye(3).reshape(3, 3, 1, 1), "v": (4, 3, 1, 1), "m": mask}
     model = qwrap.load(small.build(nodes, weights)).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     assert "a" in model.plan.tensors
     a = torch.from_numpy(small.batches()[0])[..., 2:]
     expected = [relative(rounded(a, span), a) for span in RANGES]

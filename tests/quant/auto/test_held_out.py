@@ -9,7 +9,7 @@ from qwrap.quant.auto.held_out import HeldOut
 
 def calibrated(small, source):
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, small.batches(), progress=False)
     return model
 

@@ -14,7 +14,7 @@ from qwrap.quant.auto.samples import JOINED, JOINED_BYTES, Samples
 
 def calibrated(small, batches, **settings):
     model = qwrap.load(small.convs()).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -41,7 +41,7 @@ def test_none_are_kept_where_none_are_wanted(small) -> None:
 
 def test_the_users_own_loop_may_reuse_its_buffer(small) -> None:
     model = qwrap.load(small.convs()).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     buffer, batches = torch.empty(2, 3, 8, 8), small.batches()
     with qwrap.calibrating(model):
         for batch in batches:

@@ -38,7 +38,7 @@ def share(batches: list[Any], rank: int) -> list[Any]:
 
 def prepared(source: bytes, **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(source_of(source)).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 

@@ -1,7 +1,7 @@
 """What is worth an integer kernel, on layers at both ends of the scale."""
 
 import qwrap
-from qwrap.quant.placement.place import TOO_DEAR
+from qwrap.quant.placement.nodes import TOO_DEAR
 
 
 def roles(small, nodes: str, weights: dict, **config: object) -> dict[str, str]:
@@ -25,7 +25,7 @@ def test_a_wide_convolution_pays_for_its_conversions(small) -> None:
 
 def test_a_lone_narrow_one_does_not_and_says_so(small) -> None:
     assert roles(small, NARROW, NARROW_WEIGHTS) == {"/y": TOO_DEAR}
-    assert roles(small, NARROW, NARROW_WEIGHTS, only_if_faster=False) == {"/y": "integer"}
+    assert roles(small, NARROW, NARROW_WEIGHTS, scope="kernels") == {"/y": "integer"}
 
 
 def test_a_narrow_one_joins_the_wide_ones_around_it(small) -> None:

@@ -113,7 +113,7 @@ def test_an_input_that_comes_in_later_makes_no_layer_a_first_one(small) -> None:
     made = {"w1": (6, 6), "w2": (6, 6), "w3": (6, 6)}
     inputs = "float[N,6] x, float[N,6] mask"
     source = small.build(nodes, made, inputs, "float[N,6] y", 21)
-    _, plan = prepared(source, config(only_if_faster=False))
+    _, plan = prepared(source, config(scope="kernels"))
     types = {name: str(spec.dtype) for name, spec in weights(plan).items()}
     assert types == {"w1": "int8", "w2": "int4", "w3": "int8"}
 
@@ -243,7 +243,7 @@ def test_a_bias_behind_the_first_and_last_product_verifies(small, quantized, act
     made = {"w1": (6, 6), "w2": (6, 6), "w3": (6, 6), "b1": (6,), "b2": (6,), "b3": (6,)}
     source = small.build(nodes, made, "float[4,6] x", "float[4,6] y", 21)
     batches = small.batches(3, (4, 6))
-    made = quantized(source, batches, config(activation, only_if_faster=False))
+    made = quantized(source, batches, config(activation, scope="kernels"))
     report = made.verify()
     assert report.passed(), report
     assert made.operators()["QGemm"] == 1  # the last product with its bias

@@ -15,7 +15,7 @@ from qwrap.model.points import UsePoint, ValuePoint
 
 
 def config_with(*overrides, **settings) -> qwrap.QConfig:
-    config = qwrap.QConfig(only_if_faster=False, **settings)
+    config = qwrap.QConfig(scope="kernels", **settings)
     for selector, words in overrides:
         config.set(selector, **words)
     return config

@@ -8,7 +8,7 @@ from qwrap.errors import ConfigError, UnsupportedOpError
 
 
 def plan_for(model, **settings):
-    return qwrap.prepare(qwrap.load(model), qwrap.QConfig(only_if_faster=False, **settings))
+    return qwrap.prepare(qwrap.load(model), qwrap.QConfig(scope="kernels", **settings))
 
 
 def test_a_residual_add_is_quantized_on_both_inputs_and_the_output(small) -> None:
@@ -166,7 +166,7 @@ def test_a_scalar_operand_is_stored_as_a_code(small, quantized, number) -> None:
     nodes = "a = Conv(x, w) b = Mul(a, c) y = Conv(b, v)"
     weights = {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1), "c": np.asarray(number)}
     result = quantized(
-        small.build(nodes, weights), config=qwrap.QConfig(only_if_faster=False, excluded=[])
+        small.build(nodes, weights), config=qwrap.QConfig(scope="kernels", excluded=[])
     )
     assert result.verify().deployed.differing == 0
     assert result.operators()["Mul"] == 0

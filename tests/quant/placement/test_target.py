@@ -184,7 +184,7 @@ def test_a_clip_is_absorbed(small, quantized, low: float, high: float, activatio
     nodes = "a = Conv(x, w1) b = Clip(a, lo, hi) y = Conv(b, w2)"
     weights = {"w1": (6, 3, 3, 3), "w2": (4, 6, 3, 3)}
     ends = {"lo": np.array(low, np.float32), "hi": np.array(high, np.float32)}
-    config = qwrap.QConfig(only_if_faster=False, activation=activation, method="minmax")
+    config = qwrap.QConfig(scope="kernels", activation=activation, method="minmax")
     result = quantized(small.build(nodes, weights | ends), config=config)
     found = result.operators()
     assert (found["QLinearConv"], found["Clip"]) == (2, 0), found

@@ -20,7 +20,7 @@ def test_the_scale_of_a_graph_input_is_learned_when_asked_for_or_coarse(
 ) -> None:
     weights = {"w1": (8, 3, 3, 3), "w2": (4, 8, 3, 3)}
     model = qwrap.load(small.build("a = Conv(x, w1) y = Conv(a, w2)", weights, opset=21))
-    config = qwrap.QConfig(activation=activation, training=training, only_if_faster=False)
+    config = qwrap.QConfig(activation=activation, training=training, scope="kernels")
     if asked is not None:
         config.set("x", training=asked)
     plan = qwrap.prepare(model, config)

@@ -18,7 +18,7 @@ from qwrap.quant.statistics.fingerprint import Fingerprint
 
 def prepared(source) -> qwrap.WrappedModel:
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     return model
 
 
@@ -202,7 +202,7 @@ def test_a_trained_constant_node_counts(small) -> None:
     nodes = "c = Constant<value = float[3,1,1] {1, 2, 3}>() m = Mul(x, c) y = Conv(m, w)"
     source = small.build(nodes, {"w": (4, 3, 1, 1)})
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     before = Fingerprint.of(model)
     with torch.no_grad():
         model.stored("c").mul_(2)

@@ -26,7 +26,7 @@ NUMBERS = ("axis", "count", "masked", "nonfinite", "batches", "bins")
 
 def prepared(source, **settings) -> qwrap.WrappedModel:
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 

@@ -91,7 +91,7 @@ def file_from_cache(small, folder, table: RangeTable) -> onnx.ModelProto:
 
 def test_quantize_static_takes_its_scales_from_a_table_of_ours(small, tmp_path) -> None:
     model = qwrap.load(small.convs()).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, method="minmax"))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", method="minmax"))
     qwrap.calibrate(model, small.batches(), progress=False)
     table = RangeTable.of(model)
     made = file_from_cache(small, tmp_path, table)

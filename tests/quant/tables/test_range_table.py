@@ -15,7 +15,7 @@ from qwrap.quant.tables import FORMS, RangeTable, TensorRange
 
 def calibrated(source: onnx.ModelProto, batches, **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     qwrap.calibrate(model, batches, progress=False)
     return model
 
@@ -55,7 +55,7 @@ def test_a_model_that_is_not_calibrated_has_no_table(small) -> None:
     model = qwrap.load(small.convs())
     with pytest.raises(ConfigError, match="not prepared"):
         RangeTable.of(model)
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     with pytest.raises(NotCalibratedError, match="'x' has no scale yet"):
         RangeTable.of(model)
 

@@ -12,7 +12,7 @@ from qwrap.quant.tables import FORMS, RangeTable
 
 def prepared(source: onnx.ModelProto, **settings: object) -> qwrap.WrappedModel:
     model = qwrap.load(source).eval()
-    qwrap.prepare(model, qwrap.QConfig(only_if_faster=False, **settings))
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     return model
 
 

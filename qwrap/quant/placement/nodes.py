@@ -1,0 +1,156 @@
+"""Which nodes are quantized, and for the rest why not."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwrap.quant.placement.cut import cost_of, worth_it
+from qwrap.quant.placement.eligibility import Eligibility
+from qwrap.quant.placement.specs import Specs
+
+TOO_DEAR = "an integer kernel would not pay for the conversions around it"
+ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
+WEIGHTS_ALONE = "only its weight is quantized"
+NOTHING_TO_GAIN = 50_000.0  # nanoseconds a run; what a call of onnxruntime costs by itself
+
+
+class QuantizedNodes:
+    """The nodes that are quantized, with all that they read and write.
+
+    Attributes:
+        chosen: the nodes, in the order of the graph.
+        reasons: of other nodes, why they are not.
+        slow: why onnxruntime has no integer kernels for what is asked of the whole model, None if
+            it has.
+        odd: the same, where it is for the types of the graph.
+    """
+
+    def __init__(self, facts: Eligibility, specs: Specs) -> None:
+        self.facts, self.specs, self.target = facts, specs, facts.target
+        self.graph, self.config, self.types = facts.graph, specs.config, specs.types
+        self.reasons: dict[ir.Node, str] = {}
+        self.chosen: dict[ir.Node, None] = {}
+        self.slow = specs.slow()
+        if self.config.scope is None and self._is_for_all():
+            self.types.everything = True
+        self._find_candidates()
+        self._drop_alone()
+        self.odd = self._odd_type()
+        self.slow = self.odd or self.slow
+        scope = self.config.scope or self.target.scope
+        if scope == "faster" and not self.types.everything and self.slow is None:
+            self._drop_dear()
+            self._drop_alone()
+
+    def _is_for_all(self) -> bool:
+        """Whether the target wants all in integers, or the user wants something and speed cannot.
+
+        Regions say that the user does.
+        """
+        if self.target.scope == "all":
+            return True
+        if not self.types.any or self.config.activation_spec is None or self.slow is not None:
+            return False
+        candidates = [node for node in self.facts.nodes if self.facts.obstacle(node) is None]
+        fastest = worth_it(self.facts, candidates, candidates)
+        saved = cost_of(self.facts, candidates, ()) - cost_of(self.facts, candidates, fastest)
+        return saved < NOTHING_TO_GAIN
+
+    def _find_candidates(self) -> None:
+        for node in self.facts.nodes:
+            reason = self.facts.obstacle(node)
+            if (
+                reason is not None
+                and self.types.everything
+                and self.facts.moved_input(node) is None
+            ):
+                # An absorbed activation is no node of its own; that is told only once all are.
+                reason = self.facts.pairs_obstacle(node)
+            if reason is None and self.types.of(node) is None:
+                reason = WEIGHTS_ALONE
+            if reason is None:
+                self.chosen[node] = None
+            else:
+                self.reasons[node] = reason
+        for node in [n for n in self.chosen if self.facts.absorbed_by(n) in self.chosen]:
+            del self.chosen[node]
+
+    def _drop_dear(self) -> None:
+        """Leave in float what would not be faster, unless it was asked for."""
+        asked = [node for node in self.chosen if self.types.is_asked(node)]
+        kernels = [node for node in self.chosen if self.specs.has_types(node)]
+        held = [node for node in kernels if self.types.is_asked(node)]
+        fast = {*worth_it(self.facts, kernels, kernels, held), *asked}
+        self.reasons |= {node: TOO_DEAR for node in self.chosen if node not in fast}
+        self.chosen = {node: None for node in self.chosen if node in fast}
+
+    def _odd_type(self) -> str | None:
+        """Return why there are no integer kernels for the types of the graph, None if there are."""
+        values = [v for node in self.chosen for v in self.facts.data_inputs(node)]
+        types = {self.graph.type_of(v).dtype for v in values} - {ir.DataType.FLOAT, None}
+        names = sorted(t.name.lower() for t in types if t is not None)
+        kind = " and ".join(names)
+        if not names:
+            return None
+        reason = f"onnxruntime has no integer kernels between tensors of {kind}"
+        if ir.DataType.FLOAT16 in types:
+            reason += (
+                ", and its optimiser rounds biases to products of two such scales, unless the "
+                "session option session.disable_quant_qdq is 1"
+            )
+        return reason
+
+    def _drop_alone(self) -> None:
+        while alone := [n for n in self.chosen if not self._carries(n)]:
+            for node in alone:  # dropping one may leave its neighbours alone
+                del self.chosen[node]
+                self.reasons[node] = ALONE
+
+    def _carries(self, node: ir.Node) -> bool:
+        """Whether a node has its own reason to be quantized, or stands between such nodes."""
+        if node.op_type in self.target.matrix or self.types.everything or self.types.is_asked(node):
+            return True
+        kind = self.specs.of(node).dtype
+        inputs = self.facts.data_inputs(node)
+        before = [self.writer_of(v) for v in inputs]
+        if not any(w is not None and self.specs.of(w).dtype == kind for w in before):
+            return False
+        return any(self.specs.of(r).dtype == kind for r in self.readers_of(node.outputs[0]))
+
+    def is_in_pairs(self, node: ir.Node) -> bool:
+        """Whether a quantized node has no kernel, whatever the types."""
+        return node in self.chosen and self.facts.obstacle(node) is not None
+
+    def writer_of(self, value: ir.Value) -> ir.Node | None:
+        """Return the quantized node that a value comes out of, perhaps moved since."""
+        node = value.producer()
+        if node is None:
+            return None
+        producer = self.facts.absorbed_by(node)
+        for maker in (node, producer):
+            if maker in self.chosen:
+                return maker
+        data = self.facts.moved_input(node)
+        return None if data is None else self.writer_of(data)
+
+    def readers_of(self, value: ir.Value) -> list[ir.Node]:
+        """Return the quantized nodes that read a value, perhaps moved before."""
+        found: list[ir.Node] = []
+        for user in value.consumers():
+            if user in self.chosen and any(v is value for v in self.facts.operands(user)):
+                found.append(user)
+                continue
+            goes_on = self.facts.moved_input(user) is value or (
+                self.facts.absorbed_by(user) in self.chosen
+            )
+            if goes_on:
+                found += [reader for output in user.outputs for reader in self.readers_of(output)]
+        return found
+
+    def written_by(self, node: ir.Node) -> ir.Value:
+        """Return the first value that a node's kernel writes: behind an absorbed activation."""
+        value = node.outputs[0]
+        users = value.consumers()
+        if len(users) == 1 and self.facts.absorbed_by(users[0]) is node:
+            return users[0].outputs[0]
+        return value
