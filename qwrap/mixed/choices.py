@@ -6,20 +6,20 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from qwrap.config import QConfig, QuantSpec
+from qwrap.config import FLOATS, QConfig, QuantSpec, Scope
 from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.placement.eligibility import Eligibility
+from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import QuantPlan
-from qwrap.quant.prepare import plan_of, prepare
+from qwrap.quant.prepare import config_of, plan_of, prepare
 
-FLOATS = ("float32", "float16")
 By = Literal["layer", "node", "block"]
 Asked = str | QuantSpec
 _JOINED = ("Concat",)  # what joins several branches belongs to none of them
@@ -120,7 +120,8 @@ def groups_of(
 
     Args:
         model: a wrapped model; a copy is prepared.
-        config: what else the model will be quantized with; what it excludes is in no group.
+        config: what else the model will be quantized with; what it excludes, and what a region of
+            it speaks of, is in no group.
         choices: of each group with a stored weight. Where there is none, choices that differ in the
             type of weights alone are the same, and the first of them stands for all.
         by: "layer": an operator with a stored weight, with what follows it up to the next such
@@ -131,21 +132,27 @@ def groups_of(
             any Block as in "layer".
 
     Raises:
-        ConfigError: there is nothing to choose between, or ``by`` is none of these.
+        ConfigError: there is nothing to choose between or for, or ``by`` is none of these.
     """
     choices = tuple(dict.fromkeys(choices))
     if len(choices) < 2:
         raise ConfigError(f"choices={[str(c) for c in choices]}: give two or more to choose from")
     if by not in get_args(By):
         raise ConfigError(f"by={by!r}: choose one of {get_args(By)}")
-    return _Grouping(all_quantized(model, config)).groups(choices, by)
+    groups = _Grouping(all_quantized(model, config)).groups(choices, by)
+    if not groups:
+        raise ConfigError(
+            "there is nothing to choose for: no node can be quantized that config does not exclude "
+            "and no region of it speaks of; qwrap.prepare(model).summary() says why"
+        )
+    return groups
 
 
 def all_quantized(model: WrappedModel, config: QConfig | None = None) -> WrappedModel:
     """Return a copy of ``model``, prepared so that all is quantized that can be."""
     config = copy.deepcopy(config) if config else QConfig()
     prepared = copy.deepcopy(model)
-    prepare(prepared, replace(config, only_if_faster=False))
+    prepare(prepared, replace(config, scope=_scope(config)))
     return prepared
 
 
@@ -158,11 +165,16 @@ def config_with(config: QConfig, groups: Sequence[Group], assignment: Assignment
     """
     check_assignment(groups, assignment)
     result = copy.deepcopy(config)
-    set_region: Any = result.set
+    result.scope = _scope(config)
     for group in groups:
         activation, weight = _as_asked(config, assignment[group.name])
-        set_region(list(group.nodes), activation=activation, weight=weight)
+        result.set(list(group.nodes), activation=activation, weight=weight)
     return result
+
+
+def _scope(config: QConfig) -> Scope:
+    """Return what the groups are made of: the search, not an estimate, says what is worth it."""
+    return "all" if config.scope == "all" else "kernels"
 
 
 def _as_asked(config: QConfig, choice: Choice) -> tuple[Asked, Asked]:
@@ -194,6 +206,27 @@ def check_assignment(groups: Sequence[Group], assignment: Assignment) -> None:
             )
 
 
+def everywhere(groups: Sequence[Group], choice: Choice) -> dict[str, Choice]:
+    """Return the assignment of ``choice`` to all groups that have it or its type of activations.
+
+    Others stay float, or, where they cannot, take their first choice.
+
+    Raises:
+        ConfigError: no group has it; ``FLOAT`` is taken for what comes nearest all the same.
+    """
+    if choice != FLOAT and not any(choice in group.choices for group in groups):
+        offered = dict.fromkeys(str(c) for group in groups for c in group.choices)
+        raise ConfigError(f"no group has the choice {choice}; there are {', '.join(offered)}")
+    return {group.name: _nearest(group, choice) for group in groups}
+
+
+def _nearest(group: Group, choice: Choice) -> Choice:
+    if choice in group.choices:
+        return choice
+    alike = [c for c in group.choices if c.activation == choice.activation]
+    return (*alike, *(c for c in group.choices if c == FLOAT), *group.choices)[0]
+
+
 class _Grouping:
     """Puts the quantized nodes of a prepared model into groups."""
 
@@ -203,6 +236,8 @@ class _Grouping:
         self.weights = _weights_of(self.plan)
         self.leader: dict[ir.Node, ir.Node] = {}
         self.order = {node: i for i, node in enumerate(self.facts.nodes)}
+        self.types = Types(model.layout, config_of(model))
+        self.settled = self.types.left_float().keys()
 
     def groups(self, choices: Sequence[Choice], by: By) -> list[Group]:
         for node in self.facts.nodes:
@@ -218,6 +253,8 @@ class _Grouping:
 
     def _is_member(self, node: ir.Node) -> bool:
         key = self.graph.node_key(node)
+        if key in self.settled or self.types.is_asked(node):
+            return False
         role = self.plan.nodes[key].role
         return role in ("integer", "pairs", "weights", "absorbed") or key in self.weights
 

@@ -6,7 +6,15 @@ import pytest
 
 import qwrap
 from qwrap.errors import ConfigError
-from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Group, check_assignment, groups_of
+from qwrap.mixed.choices import (
+    CHOICES,
+    FLOAT,
+    Choice,
+    Group,
+    check_assignment,
+    config_with,
+    groups_of,
+)
 
 RESIDUAL = """
     c1 = Conv<pads=[1,1,1,1]>(x, w1)
@@ -83,6 +91,45 @@ def test_excluded_nodes_are_in_no_group(small: Any) -> None:
     assert "/c2" not in members
     assert "/c1" in members
     assert model.plan is None  # a copy was prepared
+
+
+def test_what_the_user_has_settled_is_in_no_group(small: Any) -> None:
+    config = qwrap.QConfig()
+    config.set("/c2", activation="uint16")
+    config.set("/c3", activation="float32")
+    model = qwrap.load(small.build(RESIDUAL, WEIGHTS))
+    members = {key for group in groups_of(model, config) for key in group.nodes}
+    assert members == {"/c1", "/r1", "/a", "/c4", "/k", "/y"}
+    config.set("*", activation="uint16")
+    with pytest.raises(ConfigError, match="nothing to choose for"):
+        groups_of(model, config)
+
+
+def test_each_group_has_the_types_of_its_choice(small: Any) -> None:
+    model = qwrap.load(small.build(RESIDUAL, WEIGHTS))
+    groups = groups_of(model)
+    assignment = {group.name: CHOICES[0] for group in groups}
+    assignment |= {"/c2": CHOICES[1], "/k": FLOAT}
+    plan = qwrap.prepare(model, config_with(qwrap.QConfig(), groups, assignment))
+    assert {key: node.dtype for key, node in plan.nodes.items()} == {
+        "/c1": "uint8",
+        "/r1": "uint8",
+        "/c2": "uint16",
+        "/a": "uint16",
+        "/p": "uint8",
+        "/c3": "uint8",
+        "/c4": "uint8",
+        "/k": "",
+        "/y": "uint8",
+    }
+
+
+def test_types_of_the_config_keep_all_that_it_says_of_them(small: Any) -> None:
+    config = qwrap.QConfig(weight=qwrap.QuantSpec(dtype="int8", reduce_range=True))
+    groups = groups_of(qwrap.load(small.build(RESIDUAL, WEIGHTS)))
+    result = config_with(config, groups, {group.name: CHOICES[0] for group in groups})
+    assert [region.weight for region in result.regions] == [config.weight] * len(groups)
+    assert not config.regions
 
 
 def test_without_a_weight_choices_that_differ_in_its_type_alone_are_one(small: Any) -> None:
