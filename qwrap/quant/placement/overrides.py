@@ -57,6 +57,8 @@ def _groups(plan: QuantPlan) -> dict[Group, list[str]]:
     for constant in plan.constants.values():
         groups.setdefault(("constant", constant.value), [constant.value])
     for key, tensor in plan.tensors.items():
+        if tensor.source not in plan.tensors:
+            continue  # moved from a conversion, whose scale follows from that of its tensor
         table = plan.tensors[tensor.source].table
         group = ("tensor", tensor.source)
         if table is not None:

@@ -25,6 +25,8 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
     """
     tables = {tensor.table for tensor in plan.tensors.values()}
     for key, tensor in plan.tensors.items():
+        if tensor.source not in plan.tensors:
+            continue  # moved from a conversion, which has the scale
         source = plan.tensors[tensor.source]
         way = _asked(tensor.source, source.override, source.spec, config)
         said = source.override is not None and source.override.training is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwrap.config import QuantSpec
 from qwrap.errors import TableError
-from qwrap.model.points import UsePoint, ValuePoint
+from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
@@ -125,7 +125,7 @@ class RangeTable(Mapping[str, TensorRange]):
         """
         plan, ranges = plan_of(model), dict[str, TensorRange]()
         for key, tensor in plan.tensors.items():
-            stub = model.tap(ValuePoint(tensor.source))
+            stub = model.tap(plan.point_of(tensor.source))
             assert isinstance(stub, Stub)
             ranges[key] = TensorRange.from_qparams(stub.qparams, stub.spec)
         for key, after in _absorbed(model).items():
