@@ -131,13 +131,10 @@ class FilePlan:
             )
 
     def _is_fused(self) -> bool:
-        """Whether there are kernels for the types of the file: for those of most of its nodes."""
-        kinds = Counter(n.dtype for n in self.plan.nodes.values() if n.role == "integer")
-        main = next((kind for kind, _ in kinds.most_common(1)), None)
+        """Whether there are kernels for the types of the file, or for some if it mixes them."""
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
-        specs = [spec for spec in specs if main in (None, str(spec.dtype))]
         weights = [constant.spec for constant in self.plan.constants.values()]
-        return all(map(is_fusable, specs)) and all(map(is_fusable_weight, weights))
+        return (not specs or any(map(is_fusable, specs))) and all(map(is_fusable_weight, weights))
 
     # --- nodes -----------------------------------------------------------------------------------
 
