@@ -40,7 +40,7 @@ class Made:
 
 def make(random: Random, folder: Path) -> Made | None:
     """Return a random model, quantized and exported; None where a region has no way to its end."""
-    source = RandomModel(random, random.randrange(2, 9))
+    source = RandomModel(random, random.randrange(2, 13))
     config = random_config(random, source)
     model = qwrap.load(source.proto).eval()
     try:
@@ -251,15 +251,27 @@ def simulations_agree(made: Made) -> None:
     rounded = ROUNDED in made.plan.notes
     for level in (report.specification, *([] if rounded else [report.deployed])):
         for tensor in level.tensors:
-            # Rounding differs by 1.8e-7 of a value: in 16 bits that moves one code in fifty.
-            share = 0.02 if "16" in tensor.dtype else 0.0
             where = f"{level.name} {tensor}"
-            assert tensor.worst_step <= 1, where
-            assert tensor.differing <= max(2, 3 * share * tensor.elements), where
+            share = _share(tensor.dtype)
+            # What is inside of bodies is not isolated: there a difference travels on.
+            assert tensor.worst_step <= 1 or made.source.has_bodies, where
+            assert tensor.differing <= max(2, share * tensor.elements), where
         for output in level.outputs:
-            assert output.sqnr > 60, f"{level.name} {output}"
+            assert output.sqnr > LEAST_SQNR, f"{level.name} {output}"
     if made.plan.fused and _all_have_kernels(made):
         assert report.deployed.differing == 0, str(report)
+
+
+def _share(dtype: str) -> float:
+    """Return what share of the codes of a type may differ, by a step, for float rounding alone.
+
+    Float operators differ by 1.8e-7 of a value, which is 0.01 steps of 16 bits: one code in fifty
+    is so near to a tie. Averages of codes of 4 bits are often ties themselves.
+    """
+    return 0.06 if "16" in dtype else 0.01 if "4" in dtype else 0.0
+
+
+LEAST_SQNR = 60  # dB of a float output: a step of 8 bits in one element of a few hundred
 
 
 def _all_have_kernels(made: Made) -> bool:
@@ -287,7 +299,9 @@ def gradients_arrive(made: Made) -> None:
     for batch in made.source.batches():
         outputs = model(**{name: torch.from_numpy(array) for name, array in batch.items()})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        sum(output.square().sum() for output in outputs).backward()
+        loss = sum(output.square().sum() for output in outputs)
+        if loss.requires_grad:  # not so in a branch that has nothing to learn
+            loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, missing
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

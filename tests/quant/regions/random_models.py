@@ -50,6 +50,10 @@ class RandomModel:
             self._grow()
         self.proto = self._finish(main)
 
+    @property
+    def has_bodies(self) -> bool:
+        return any(node.op_type in ("If", "Loop") for node in self.proto.graph.node)
+
     def batches(self, count: int = 2) -> Iterator[dict[str, np.ndarray]]:
         for number in range(count):
             yield {
@@ -65,7 +69,7 @@ class RandomModel:
             return random.integers(0, TABLE[0], shape)
         return random.normal(0, 1, shape).astype(np.float32)
 
-    # --- parts ---------------------------------------------------------------------------------------
+    # --- parts ------------------------------------------------------------------------------------
 
     def _add_input(self, name: str, shape: Shape, kind: int = TensorProto.FLOAT) -> str:
         self._inputs[name] = kind, shape
@@ -105,7 +109,7 @@ class RandomModel:
             return None
         return self.random.choice(found[-3:] if self.random.random() < 0.6 else found)
 
-    # --- nodes ---------------------------------------------------------------------------------------
+    # --- nodes ------------------------------------------------------------------------------------
 
     def _grow(self) -> None:
         kind = self.random.choice((
@@ -218,7 +222,7 @@ class RandomModel:
         elif kind == "Identity":
             self._add(kind, [x], shape)
 
-    # --- bodies --------------------------------------------------------------------------------------
+    # --- bodies -----------------------------------------------------------------------------------
 
     def _body_graph(self, name: str, start: str, extra: Body) -> onnx.GraphProto:
         """Return a body whose one output has the shape of ``start``, which it reads."""
@@ -272,7 +276,7 @@ class RandomModel:
         trips = self._store(np.array(2, np.int64))
         self._add("Loop", [trips, "", x], shape, body=graph)
 
-    # --- the whole -----------------------------------------------------------------------------------
+    # --- the whole --------------------------------------------------------------------------------
 
     def _finish(self, main: Body) -> onnx.ModelProto:
         read = set(_read(main.nodes))
