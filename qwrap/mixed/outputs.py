@@ -74,14 +74,19 @@ class Output:
         rows = known.numel() / known.shape[self.class_axis] if known.numel() else 0.0
         return Reference(wanted, known, rows, there, p)
 
-    def distance(self, found: Tensor, reference: Reference) -> tuple[float, float]:
+    def distance(self, found: Tensor, wanted: Tensor | Reference) -> tuple[float, float]:
         """Return by how much ``found`` is off, and what that is relative to.
 
         The quotient of the two, each added up over batches, is the measure.
 
+        Args:
+            found: the output.
+            wanted: the float model's; for many comparisons, what ``reference`` makes of it.
+
         Raises:
             InputError: ``found`` holds NaN where the float output has none.
         """
+        reference = self.reference(wanted) if isinstance(wanted, Tensor) else wanted
         scale = reference.scale
         if found.shape != reference.wanted.shape:  # where values decide on shapes
             return scale, scale
