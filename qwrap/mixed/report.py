@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from qwrap.config import QConfig
 from qwrap.errors import ConfigError, QwrapError, StatisticsError
 from qwrap.graph.save import check_target, replace_file
 from qwrap.mixed.choices import Choice, Group, config_with
+from qwrap.mixed.linear import LinearCost
 from qwrap.mixed.pareto import EVERYWHERE, Measured, Point
+from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.state import (
     measured_from_json,
     measured_to_json,
@@ -48,6 +50,8 @@ class SearchResult:
         model: simulates the chosen point, trained if that was asked for; None if the result was
             read from a file.
         tuned: what ``model`` is measured at after training; None without.
+        sensitivity: what groups lose alone; None if the result was read from a file.
+        costs: what choices cost, by name of the cost; empty if the result was read from a file.
     """
 
     chosen: Point
@@ -59,7 +63,9 @@ class SearchResult:
     asked: str
     config: QConfig | None = None
     model: WrappedModel | None = None
-    tuned: Measured | None = field(default=None)
+    tuned: Measured | None = None
+    sensitivity: Sensitivity | None = None
+    costs: Mapping[str, LinearCost] = field(default_factory=dict)
 
     @property
     def plan(self) -> QuantPlan | None:
@@ -227,7 +233,7 @@ class SearchResult:
     # --- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, all of it or nothing; without the model and the base settings.
+        """Write a JSON file, all of it or nothing: the points, not what they were found by.
 
         Raises:
             ExportError: the folder does not exist or cannot be written to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -171,7 +172,8 @@ def search(
             return state.measured(assignment, lambda: evaluator.measure(assignment))
 
         explorer = Explorer(groups, prices.costs, asked.along, LossModel(found.losses), evaluate)
-        points_found, chosen = _explored(explorer, prices, asked, of_float)
+        alone = LinearCost(name="loss", of=found.losses)
+        points_found, chosen = _explored(explorer, alone, prices, asked, of_float)
     result = SearchResult(
         chosen=chosen,
         front=front_of(points_found, asked.along),
@@ -182,6 +184,8 @@ def search(
         asked=asked.text,
         config=config,
         model=evaluator.calibrated(chosen.assignment),
+        sensitivity=found,
+        costs=prices.costs,
     )
     if finetune is not None and result.model is not None:
         train(result.model, calibration, steps=finetune, held_out=held, progress=progress)
@@ -249,28 +253,38 @@ class Asked:
 
 
 def _explored(
-    explorer: Explorer, prices: Prices, asked: Asked, of_float: Measured
+    explorer: Explorer, alone: LinearCost, prices: Prices, asked: Asked, of_float: Measured
 ) -> tuple[list[Point], Point]:
     """Return the points that were evaluated, and the one that is asked for."""
     accepts = asked.accepts(of_float)
     explorer.ends()
     explorer.lay_out(asked.points)
-    _settle(explorer, asked, accepts)
+    _settle(explorer, alone, asked, accepts)
     if prices.is_timed:
         front = front_of(explorer.points, asked.along)
         seconds = prices.time([point.assignment for point in front])
         prices.learn([(p.assignment, s) for p, s in zip(front, seconds, strict=True)])
         explorer.reprice(prices.costs)
         explorer.lay_out(asked.points, rounds=0)
-        _settle(explorer, asked, accepts)
+        _settle(explorer, alone, asked, accepts)
     chosen = choose(
         explorer.points, asked.along, asked.limits(explorer.costs, explorer.groups), accepts
     )
     return _timed(explorer, prices, asked, chosen)
 
 
-def _settle(explorer: Explorer, asked: Asked, accepts: Callable[[Measured], bool] | None) -> None:
-    explorer.settle(asked.limits(explorer.costs, explorer.groups))
+def _settle(
+    explorer: Explorer,
+    alone: LinearCost,
+    asked: Asked,
+    accepts: Callable[[Measured], bool] | None,
+) -> None:
+    """Look for the best within the budget, the greedy order's included, in place."""
+    limits = asked.limits(explorer.costs, explorer.groups)
+    if limits:
+        with contextlib.suppress(ConfigError):  # the greedy order may miss what there is
+            explorer.greedily(alone, limits)
+    explorer.settle(limits)
     if accepts is not None:
         explorer.press(accepts)
 
