@@ -197,7 +197,7 @@ def measure_metric(
     """
     first = trials[0].carrier
     first.switch(())
-    reference = _checked("the float model", metric(first.model))
+    reference = checked("the float model", metric(first.model))
     bar = tqdm(trials, "sensitivity", unit="run", disable=None if progress else True)
     found: dict[tuple[str, Choice], float] = {}
     with _writing(book), closing(bar):
@@ -214,12 +214,17 @@ def _measure(trial: Trial, metric: Metric, reference: float, tally: Tally) -> No
     value = reference
     if trial.points:
         trial.carrier.switch(trial.points)
-        value = _checked(str(trial), metric(trial.carrier.model))
+        value = checked(str(trial), metric(trial.carrier.model))
         trial.carrier.switch(())
     tally.add([(reference - value, 1.0)])
 
 
-def _checked(what: str, value: object) -> float:
+def checked(what: str, value: object) -> float:
+    """Return what a metric said of a model, as a number.
+
+    Raises:
+        InputError: it is none, or not finite.
+    """
     try:
         number = float(value)  # type: ignore[arg-type]  # what is no number raises
     except (TypeError, ValueError) as error:
