@@ -16,6 +16,20 @@ Use = tuple[str, int]
 """A node and the index of an input."""
 
 
+Ends = tuple[float | None, float | None]
+"""The smallest and largest value of a range, None where it is what was observed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """What the user said of the range of a constant: one number, or one for each channel."""
+
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    zero_point: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What some readers of a quantized tensor get instead: its codes in another type.
@@ -27,6 +41,7 @@ class Conversion:
         outputs: which graph outputs it is.
         fixed: scale and zero point that the user dictates, None to derive them from the tensor's.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
     """
@@ -37,6 +52,7 @@ class Conversion:
     outputs: tuple[int, ...] = ()
     fixed: tuple[float, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
 
@@ -58,6 +74,7 @@ class TensorPlan:
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
         conversions: what some of its readers get in another type, one for each type.
@@ -68,6 +85,7 @@ class TensorPlan:
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
     conversions: tuple[Conversion, ...] = ()
@@ -90,6 +108,7 @@ class ConstantPlan:
         value: initialiser.
         spec: its type and axis.
         override: what the user said of it, None for nothing.
+        given: its range, if the user said it by name; precedes ``override``.
         training: how its scale moves in training, see ``QConfig``.
         shared: key in ``QuantPlan.constants`` of the reader whose scale this one has too, None
             for a scale of its own.
@@ -98,6 +117,7 @@ class ConstantPlan:
     value: str
     spec: QuantSpec
     override: RangeOverride | None = None
+    given: Numbers | None = None
     training: Training = "fixed"
     shared: tuple[str, int] | None = None
 
@@ -180,6 +200,17 @@ class QuantPlan:
         if key in self.tensors:
             return ValuePoint(key)
         return next(c.points[0] for _, c in self.conversions() if c.key == key)
+
+    def spec_of(self, key: str) -> QuantSpec:
+        """Return the type of a tensor or conversion."""
+        if key in self.tensors:
+            return self.tensors[key].spec
+        return next(c.spec for _, c in self.conversions() if c.key == key)
+
+    def table_of(self, tensor: TensorPlan) -> Use | None:
+        """Return where the constant is read whose scale a tensor has, None if it has another."""
+        source = self.tensors.get(tensor.source)  # else a conversion, which has its own
+        return None if source is None else source.table
 
     def read_by(self, node: str, index: int, value: str) -> str | None:
         """Return the key of the scale that ``node`` reads ``value`` with, None if it has none."""

@@ -89,8 +89,8 @@ class Types:
 
     @property
     def any(self) -> bool:
-        """Whether there are regions at all."""
-        return bool(self.config.regions)
+        """Whether there are regions at all, or tensors that were named."""
+        return bool(self.config.regions or self.config.tensors)
 
     def is_asked(self, node: ir.Node) -> bool:
         """Whether it was said of a node that it is quantized, in whatever types."""
