@@ -10,6 +10,8 @@ from typing import Any, Literal
 from qwrap.config import QuantSpec, RangeOverride, Training
 from qwrap.dtypes import INT8, UINT8
 from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.dictionary import Overrides, to_overrides
 
 Role = Literal["integer", "pairs", "weights", "moves", "absorbed", "float"]
 Use = tuple[str, int]
@@ -292,6 +294,24 @@ class QuantPlan:
             counts = ", ".join(f"{a} to {b} {n}" for (a, b), n in found.most_common())
             lines.append(f"converted: {counts} tensors")
         return lines
+
+    def to_overrides(self, model: WrappedModel | None = None) -> Overrides:
+        """Return what the plan says of every tensor, as onnxruntime's ``TensorQuantOverrides``.
+
+        Biases are not in it: their scales follow. Types are members of onnxruntime's ``QuantType``.
+        ``QConfig.from_overrides(plan.to_overrides(model), scope="named")`` gives the same file.
+
+        Args:
+            model: the calibrated model, for its scales and zero points: numpy arrays without
+                dimensions, as onnxruntime wants them; of a constant with channels, one dictionary
+                for each.
+
+        Raises:
+            ConfigError: onnxruntime's dictionary cannot say it: a type that it has not, scales in
+                blocks, a tensor that is converted to two types.
+            NotCalibratedError: ``model`` is not calibrated.
+        """
+        return to_overrides(self, model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries and lists."""
