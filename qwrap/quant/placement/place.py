@@ -238,21 +238,31 @@ class _Placement:
         always = node.op_type not in self.target.float_output or self.specs.types.everything
         return [value] if always or self.nodes.readers_of(value) else []
 
-    def _tree(self, value: ir.Value) -> Tree:
-        named = self.specs.named
-        tree = Tree(value, pinned=named.is_pinned(value), converted=named.converted(value))
+    def _tree(self, value: ir.Value, moved: bool = False) -> Tree:
+        """Return what becomes of a quantized tensor.
+
+        Args:
+            value: the tensor.
+            moved: whether it was moved from one of which it was said who reads it in which type.
+                As with onnxruntime's tool, that then holds for its readers, regions apart.
+        """
+        named, types = self.specs.named, self.specs.types
+        said = named.is_pinned(value)
+        tree = Tree(value, pinned=said or moved, converted=named.converted(value))
         for use in value.uses():
             node, index = use.node, use.idx
             received = tree.converted if named.receives(node, value) else None
             if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
-                outputs = [self._tree(v) for v in node.outputs if v in self.wanted]
+                outputs = [self._tree(v, tree.pinned) for v in node.outputs if v in self.wanted]
                 if outputs:
-                    asked = None if tree.pinned else self._asked_of_mover(node, outputs)
+                    asked = None if said else self._asked_of_mover(node, outputs)
                     tree.movers.append(((node, index), received or asked, outputs))
                     continue
             if received is not None:
                 tree.readers.append(((node, index), received))
-            elif not tree.pinned and self._is_read(node, index, value):
+            elif said or (moved and not types.is_chosen(node)):
+                continue
+            elif self._is_read(node, index, value):
                 tree.readers.append(((node, index), self.specs.of(node)))
         return tree
 
