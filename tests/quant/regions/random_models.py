@@ -69,7 +69,7 @@ class RandomModel:
             return random.integers(0, TABLE[0], shape)
         return random.normal(0, 1, shape).astype(np.float32)
 
-    # --- parts ------------------------------------------------------------------------------------
+    # --- parts -----------------------------------------------------------------------------------
 
     def _add_input(self, name: str, shape: Shape, kind: int = TensorProto.FLOAT) -> str:
         self._inputs[name] = kind, shape
@@ -109,7 +109,7 @@ class RandomModel:
             return None
         return self.random.choice(found[-3:] if self.random.random() < 0.6 else found)
 
-    # --- nodes ------------------------------------------------------------------------------------
+    # --- nodes -----------------------------------------------------------------------------------
 
     def _grow(self) -> None:
         kind = self.random.choice((
@@ -222,7 +222,7 @@ class RandomModel:
         elif kind == "Identity":
             self._add(kind, [x], shape)
 
-    # --- bodies -----------------------------------------------------------------------------------
+    # --- bodies ----------------------------------------------------------------------------------
 
     def _body_graph(self, name: str, start: str, extra: Body) -> onnx.GraphProto:
         """Return a body whose one output has the shape of ``start``, which it reads."""
@@ -276,7 +276,7 @@ class RandomModel:
         trips = self._store(np.array(2, np.int64))
         self._add("Loop", [trips, "", x], shape, body=graph)
 
-    # --- the whole --------------------------------------------------------------------------------
+    # --- the whole -------------------------------------------------------------------------------
 
     def _finish(self, main: Body) -> onnx.ModelProto:
         read = set(_read(main.nodes))
