@@ -1,0 +1,130 @@
+"""The types of tensors: no other choice needs fewer conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import onnx_ir as ir
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwrap.config import QuantSpec
+from qwrap.quant.placement.conversions import Chosen, Tree, choose_types
+
+KINDS = ("uint8", "int8", "uint16", "uint4")
+
+
+def spec_of(kind: str) -> QuantSpec:
+    return QuantSpec(dtype=kind, symmetric=False)
+
+
+@dataclass
+class Plain:
+    """A tensor: the types of its readers, and (asked type or None, outputs) of what moves it."""
+
+    readers: list[str]
+    movers: list[tuple[str | None, list[Plain]]] = field(default_factory=list)
+
+
+kinds = st.sampled_from(KINDS)
+leaves = st.builds(Plain, st.lists(kinds, min_size=1, max_size=3))
+plains = st.recursive(
+    leaves,
+    lambda inner: st.builds(
+        Plain,
+        st.lists(kinds, max_size=2),
+        st.lists(
+            st.tuples(st.none() | kinds, st.lists(inner, min_size=1, max_size=2)),
+            min_size=1,
+            max_size=2,
+        ),
+    ),
+    max_leaves=4,
+)
+
+
+def tree_of(plain: Plain) -> Tree:
+    tree = Tree(ir.Value(name="t"))
+    for kind in plain.readers:
+        tree.readers.append(((ir.Node("", "Sigmoid", [tree.value]), 0), spec_of(kind)))
+    for asked, outputs in plain.movers:
+        use = ir.Node("", "Split", [tree.value]), 0
+        spec = None if asked is None else spec_of(asked)
+        tree.movers.append((use, spec, [tree_of(output) for output in outputs]))
+    return tree
+
+
+def movers(plain: Plain) -> Iterator[tuple[str | None, list[Plain]]]:
+    for mover in plain.movers:
+        yield mover
+        for output in mover[1]:
+            yield from movers(output)
+
+
+def conversions(plain: Plain, base: str, types: Iterator[str]) -> int:
+    """How many conversions there are, with the type of each mover next in ``types``."""
+    read, below = set(plain.readers), 0
+    for _, outputs in plain.movers:
+        kind = next(types)
+        read.add(kind)
+        below += sum(conversions(output, kind, types) for output in outputs)
+    return len(read - {base}) + below
+
+
+def fewest(plain: Plain, written: str | None) -> int:
+    options = [[asked] if asked else KINDS for asked, _ in movers(plain)]
+    bases = [written] if written else KINDS
+    return min(
+        conversions(plain, base, iter(types)) for base in bases for types in product(*options)
+    )
+
+
+def count(chosen: Chosen) -> int:
+    return sum(len(found) for found in chosen.converted.values())
+
+
+@given(plain=plains, written=st.none() | kinds)
+def test_no_choice_of_types_needs_fewer_conversions(plain: Plain, written: str | None) -> None:
+    chosen = choose_types([(tree_of(plain), written and spec_of(written))])
+    assert count(chosen) == fewest(plain, written)
+
+
+@given(plain=plains, written=st.none() | kinds)
+def test_every_reader_gets_the_type_that_it_asks_for(plain: Plain, written: str | None) -> None:
+    tree = tree_of(plain)
+    chosen = choose_types([(tree, written and spec_of(written))])
+    waiting = [tree]
+    while waiting:
+        found = waiting.pop()
+        base = chosen.bases[found.value].dtype
+        for (node, index), spec in found.readers:
+            assert (chosen.received(found.value, node, index) or base) == spec.dtype
+        for (node, index), spec, outputs in found.movers:
+            kind = chosen.received(found.value, node, index) or base
+            assert spec is None or kind == spec.dtype
+            assert all(chosen.bases[output.value].dtype == kind for output in outputs)
+            waiting += outputs
+
+
+def test_what_float_nodes_write_has_the_widest_type_that_is_asked_for() -> None:
+    tree = tree_of(Plain(["uint8", "uint16", "uint8"]))
+    chosen = choose_types([(tree, None)])
+    assert str(chosen.bases[tree.value].dtype) == "uint16"
+    ((kind, (_, uses)),) = chosen.converted[tree.value].items()
+    assert (str(kind), len(uses)) == ("uint8", 2)
+
+
+def test_values_are_moved_in_fewer_bits_where_conversions_are_as_many() -> None:
+    inner = Plain(["uint8"])
+    tree = tree_of(Plain([], [(None, [inner])]))
+    chosen = choose_types([(tree, spec_of("uint16"))])
+    output = tree.movers[0][2][0].value
+    assert str(chosen.bases[output].dtype) == "uint8"
+    assert count(chosen) == 1
+
+
+def test_a_tensor_is_converted_once_for_all_that_read_the_type() -> None:
+    chosen = choose_types([(tree_of(Plain(["int8"] * 3)), spec_of("uint8"))])
+    assert count(chosen) == 1
