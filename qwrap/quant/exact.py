@@ -20,6 +20,7 @@ from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
 from qwrap.quant.clamp import Clamp
+from qwrap.quant.live import live_layers
 from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import NodePlan, QuantPlan
@@ -93,7 +94,8 @@ class _Lowering:
             in_kernel = isinstance(point, UsePoint) and self._is_constant(point, kernels)
             if not on_output and not in_kernel:
                 taps[point] = self.model.tap(point)
-        for key in self.model.replaced.keys() - kernels.keys():  # as deployed, in training mode too
+        live = (key for key, _ in live_layers(self.model) if key not in kernels)
+        for key in live:  # as deployed, in training mode too
             function = function_of_node(self.model, key)
             assert function is not None
             kernels[key] = function
@@ -112,6 +114,8 @@ class _Lowering:
         """
         if planned.role == "integer" or node.op_type not in ORT_CPU.elementwise or node.domain:
             return planned.role == "integer"
+        if self.graph.node_key(node) in self.plan.half:  # casts stand between it and the pairs
+            return False
         values = [*node.inputs[self._first(node) :], node.outputs[0]]
         return all(v is not None and self.graph.key(v) in self.plan.tensors for v in values)
 

@@ -16,6 +16,7 @@ from qwrap.model.layout import Layout
 from qwrap.ops.traits import QUANTIZED, WEIGHTED
 from qwrap.quant.placement.conversions import Chosen, Tree, Use, choose_types
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
+from qwrap.quant.placement.half import place_half
 from qwrap.quant.placement.nodes import QuantizedNodes
 from qwrap.quant.placement.opsets import carried_reals
 from qwrap.quant.placement.outer import at_8_bits, outer_of
@@ -73,6 +74,7 @@ def place(
     else:
         plan = place_weights(facts, specs)
     plan.notes += types.notes
+    place_half(plan, layout, types, without)
     apply_overrides(plan, layout, config, strict=strict)
     choose_training(plan, layout.graph, config)
     plan.without = without
