@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +18,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 import qwrap
 from qwrap.quant.half import half_nodes
 from qwrap.rounding import through_half
+
+SHARED = os.environ.get("QWRAP_SHARED", "")
 
 
 def half_model(small, *selectors: str, nodes: str | None = None, **weights: object):
@@ -150,3 +156,68 @@ def test_a_layer_in_float16_has_no_live_batch_normalization(small) -> None:
     model(x).sum().backward()
     qwrap.train.fold_batch_norm(model)
     assert {key for key, _ in half_nodes(model)} == {"/c"}
+
+
+def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - other).sum()))
+
+
+@pytest.mark.skipif(not SHARED, reason="needs the shared models")
+def test_a_layer_of_a_transformer_in_float16_is_what_onnxruntime_runs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    tokens = {name: np.ones((2, 16), np.int64) for name in names}
+    tokens |= {"input_ids": rng.integers(0, 900, (2, 16))}
+    model = qwrap.load(Path(SHARED) / "models" / "minilm_l6.onnx").eval()
+    config = qwrap.QConfig(activation=None, excluded=["MatMul", "Gather"])
+    config.set("m.encoder.layer.2", activation="float16")
+    inputs = {key: torch.from_numpy(value) for key, value in tokens.items()}
+    with torch.no_grad():
+        float32 = model(**inputs).numpy()
+        plan = qwrap.prepare(model, config)
+        qwrap.calibrate(model, [tokens], progress=False)
+        qwrap.export(model, tmp_path / "half.onnx")
+        mine = model(**inputs).numpy()
+    assert {"MatMul", "Softmax", "Erf"} <= {plan.nodes[key].op_type for key in plan.half}
+    file = onnx.load(tmp_path / "half.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    runtime = onnxruntime.InferenceSession(tmp_path / "half.onnx").run(None, tokens)[0]
+    # Some fifty roundings of 2^-11, 66 dB each at worst, in one layer of six; onnxruntime leaves
+    # most of them out.
+    assert sqnr(runtime, mine) > 55
+    assert 55 < sqnr(float32, mine) < 90
+
+
+@pytest.mark.skipif(not SHARED, reason="needs the shared models")
+def test_a_convolutional_network_with_a_stage_in_float16(tmp_path: Path) -> None:
+    model = qwrap.load(Path(SHARED) / "models" / "resnet20_cifar10.onnx").eval()
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(0, 1, (4, 3, 32, 32)).astype(np.float32) for _ in range(2)]
+    convs = [key for key, node in model.graph.nodes.items() if node.op_type == "Conv"]
+    config = qwrap.QConfig(scope="kernels")
+    config.set(convs[9], to=convs[12], activation="float16")
+    plan = qwrap.prepare(model, config)
+    qwrap.calibrate(model, batches, progress=False)
+    qwrap.export(model, tmp_path / "half.onnx")
+    assert sum(plan.nodes[key].op_type == "Conv" for key in plan.half) == 4
+    report = qwrap.verify(model, tmp_path / "half.onnx", batches, progress=False)
+    assert any("float16" in note for note in report.notes)
+    seen = {t.name: t for t in report.deployed.tensors}
+    producers = {
+        v: n
+        for n, v in ((k, model.graph.key(node.outputs[0])) for k, node in model.graph.nodes.items())
+    }
+    before = [
+        t
+        for name, t in seen.items()
+        if name in producers and list(model.graph.nodes).index(producers[name]) < 9
+    ]
+    assert before
+    assert all(t.differing == 0 for t in before)
+    again = qwrap.load(tmp_path / "half.onnx")
+    qwrap.export(again, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "half.onnx").read_bytes()
+    x = torch.from_numpy(batches[0])
+    with torch.no_grad():
+        mine, theirs = model(x).numpy(), again.eval()(x).numpy()
+    assert sqnr(mine, theirs) > 25  # roundings that fall apart, through the layers of 8 bits behind
