@@ -20,7 +20,6 @@ class QuantizedNodes:
     Attributes:
         chosen: the nodes, in the order of the graph.
         reasons: of other nodes, why they are not.
-        everything: whether nodes without a kernel are too.
         slow: why onnxruntime has no integer kernels for what is asked of the whole model, None if
             it has.
         odd: the same, where it is for the types of the graph.
@@ -32,26 +31,29 @@ class QuantizedNodes:
         self.reasons: dict[ir.Node, str] = {}
         self.chosen: dict[ir.Node, None] = {}
         self.slow = specs.slow()
-        self.everything = self.config.scope == "all" or (
-            self.config.scope is None and self._is_for_all()
-        )
+        if self.config.scope is None and self._is_for_all():
+            self.types.everything = True
         self._find_candidates()
         self._drop_alone()
         self.odd = self._odd_type()
         self.slow = self.odd or self.slow
         scope = self.config.scope or self.target.scope
-        if scope == "faster" and not self.everything and self.slow is None:
+        if scope == "faster" and not self.types.everything and self.slow is None:
             self._drop_dear()
             self._drop_alone()
 
     def _is_for_all(self) -> bool:
         """Whether the target wants all in integers, or the user wants something and speed cannot.
 
-        Regions say that the user does.
+        Regions that are quantized in types of their own say that the user does.
         """
         if self.target.scope == "all":
             return True
-        if not self.types.any or self.config.activation_spec is None or self.slow is not None:
+        if (
+            not self.types.has_activations
+            or self.config.activation_spec is None
+            or self.slow is not None
+        ):
             return False
         candidates = [node for node in self.facts.nodes if self.facts.obstacle(node) is None]
         fastest = worth_it(self.facts, candidates, candidates)
@@ -61,7 +63,11 @@ class QuantizedNodes:
     def _find_candidates(self) -> None:
         for node in self.facts.nodes:
             reason = self.facts.obstacle(node)
-            if reason is not None and self.everything and self.facts.moved_input(node) is None:
+            if (
+                reason is not None
+                and self.types.everything
+                and self.facts.moved_input(node) is None
+            ):
                 # An absorbed activation is no node of its own; that is told only once all are.
                 reason = self.facts.pairs_obstacle(node)
             if reason is None and self.types.of(node) is None:
@@ -106,7 +112,7 @@ class QuantizedNodes:
 
     def _carries(self, node: ir.Node) -> bool:
         """Whether a node has its own reason to be quantized, or stands between such nodes."""
-        if node.op_type in self.target.matrix or self.everything or self.types.is_asked(node):
+        if node.op_type in self.target.matrix or self.types.everything or self.types.is_asked(node):
             return True
         kind = self.specs.of(node).dtype
         inputs = self.facts.data_inputs(node)

@@ -99,10 +99,13 @@ def _may_absorb(
 ) -> bool:
     """Whether the codes of a node can stand for the activation behind it.
 
-    They are of one type; and where they end at 0, all of them can lie on one side of it, as those
+    They are of one type: that of the node, where nothing was said of the activation and it cannot
+    be quantized by itself. And where they end at 0, all of them can lie on one side of it, as those
     of an asymmetric type can, or else no kernel's clamp stands for the activation.
     """
     spec, other = types.of(producer), types.of(activation)
+    if not (types.is_chosen(activation) or types.everything):
+        other = spec
     if spec is None or other is None:
         return spec is other
     one_sided = not (spec.symmetric and is_fusable(spec))
@@ -205,7 +208,7 @@ class _Placement:
         if self.nodes.is_in_pairs(node):
             return [v for v in node.outputs if v.name and self.facts.is_real(v)]
         value = self.nodes.written_by(node)
-        always = node.op_type not in self.target.float_output or self.nodes.everything
+        always = node.op_type not in self.target.float_output or self.specs.types.everything
         return [value] if always or self.nodes.readers_of(value) else []
 
     def _writer_spec(self, value: ir.Value) -> QuantSpec | None:

@@ -46,6 +46,7 @@ class Types:
 
     Attributes:
         notes: what to know of regions that overlap, one line each.
+        everything: whether nodes without a kernel are quantized too.
     """
 
     def __init__(self, layout: Layout, config: QConfig) -> None:
@@ -56,6 +57,7 @@ class Types:
         """
         self.config = config
         self.notes: list[str] = []
+        self.everything = config.scope == "all"
         self._nodes = {layout.graph.node_key(node): node for node, _ in layout.placed()}
         self._wishes: dict[ir.Node, Wish] = {}
         selection = _Selection(layout, self._nodes)
@@ -86,9 +88,9 @@ class Types:
             before.append((region, nodes))
 
     @property
-    def any(self) -> bool:
-        """Whether there are regions at all."""
-        return bool(self.config.regions)
+    def has_activations(self) -> bool:
+        """Whether some region says of what type activations are quantized."""
+        return any(self.is_chosen(node) for node in self._wishes)
 
     def is_asked(self, node: ir.Node) -> bool:
         """Whether it was said of a node that it is quantized, in whatever types."""
