@@ -126,12 +126,23 @@ class _Lowering:
         return producer
 
     def _fits(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
+        """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32.
+
+        What was placed for another target may have none here, or no pair behind it.
+        """
         key, written = self.graph.node_key(node), written_by(self.plan, self.graph, node)
+        if node.op_type in ORT_CPU.matrix:
+            if (key, WEIGHTED[node.op_type].weight) not in self.plan.constants:
+                return False
+        elif node.op_type not in ORT_CPU.elementwise:
+            return False
         inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
         read = [self.plan.read_by(key, i, self.graph.key(v)) for i, v in inputs]
         scales = self.plan.scales()
-        specs = [scales[k].spec for k in (*read, source_of(self.plan, self.graph, written)) if k]
+        source = source_of(self.plan, self.graph, written)
+        if source is None and node.op_type not in ORT_CPU.float_output:
+            return False
+        specs = [scales[k].spec for k in (*read, source) if k]
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable

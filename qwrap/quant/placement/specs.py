@@ -61,8 +61,10 @@ class Specs:
     def slow(self) -> str | None:
         """Return why onnxruntime has no integer kernels for what is asked of the whole model.
 
-        None if it has.
+        None if it has; what another target has not is refused.
         """
+        if not self.facts.target.is_cpu:
+            return None
         for what, spec, has_kernels in (
             ("activations", self.config.activation_spec, is_fusable),
             ("weights", self.config.weight_spec(None, 0), is_fusable_weight),
@@ -105,6 +107,8 @@ class Specs:
         weight = node.inputs[1]
         assert weight is not None
         axis = self.facts.weight_axis(node, stacked=not self.has_kernel(node))
+        if not self.facts.target.has_channels(node.op_type):
+            axis = None
         spec = self._asked_of_weight(node, axis)
         if spec.block_size is not None and spec.axis is not None:
             size = self.facts.size_of(weight)[spec.axis]
@@ -113,19 +117,23 @@ class Specs:
         return self._scaled(spec, weight)
 
     def has_kernel(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has an integer kernel for input and weight of a matrix operator."""
+        """Whether the target has an integer kernel for input and weight of a matrix operator."""
         x = node.inputs[0]
         spec = self.types.of(node)
         if spec is None or x is None or self.types.keeps_weight(node):
             return False
-        weight = self._asked_of_weight(node, None)
+        weight, target = self._asked_of_weight(node, None), self.facts.target
+        if not target.is_cpu:
+            return target.supports(node.op_type, str(spec.dtype), str(weight.dtype))
         return is_fusable(self._widened(x, spec)) and is_fusable_weight(weight)
 
     def has_types(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has integer kernels for the types that are asked of a node."""
+        """Whether the target has integer kernels for the types that are asked of a node."""
         spec = self.types.of(node)
         if node.op_type in self.facts.target.matrix:
             return self.has_kernel(node)
+        if not self.facts.target.is_cpu:
+            return spec is not None and self.facts.target.supports(node.op_type, str(spec.dtype))
         return spec is not None and is_fusable(spec)
 
     def _asked_of_weight(self, node: ir.Node, axis: int | None) -> QuantSpec:
