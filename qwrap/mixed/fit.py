@@ -336,7 +336,8 @@ class _Rates:
             return float(guesses[0]), False
         table = np.array([[float(kind in readers) for kind in kinds] for readers in rows])
         times = np.array(observed)
-        off = _GUESS_OFF[0] * guesses + _GUESS_OFF[1]
+        # Some kernels are many times slower between layouts that they were not made for.
+        off = _GUESS_OFF[0] * np.maximum(guesses, np.abs(times).max()) + _GUESS_OFF[1]
         noise = _SHARE_NOISE[0] * np.abs(times) + _SHARE_NOISE[1]
         return max(float(posterior(guesses, off, table, times, noise)[0]), 0.0), True
 

@@ -121,7 +121,9 @@ def opened(
             raise ModelError(f"{path.name}: onnxruntime refuses the file: {error}") from error
 
 
-def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kernel]:
+def kernels_of(
+    path: Path, feed: Feed, threads: int, folder: Path, seconds: float = PROFILED
+) -> list[Kernel]:
     """Return the kernels that run a file, in order, with the time that each takes.
 
     Args:
@@ -129,6 +131,7 @@ def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kerne
         feed: graph input -> array.
         threads: as in ``latencies``.
         folder: for files of a moment.
+        seconds: how long to run it, about.
 
     Raises:
         ModelError: onnxruntime refuses the file.
@@ -139,7 +142,7 @@ def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kerne
     once = max(min(_burst(session, feed, FEWEST)), MICROSECOND)
     graph = onnx.load(optimised, load_external_data=False).graph
     most = MOST_EVENTS // max(1, len(graph.node))
-    count = max(FEWEST_PROFILED, min(most, int(PROFILED / once)))
+    count = max(FEWEST_PROFILED, min(most, int(seconds / once)))
     for _ in range(count):
         _run(session, feed)
     profile = Path(session.end_profiling())
