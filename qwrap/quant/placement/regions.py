@@ -88,9 +88,9 @@ class Types:
             before.append((region, nodes))
 
     @property
-    def any(self) -> bool:
-        """Whether there are regions at all."""
-        return bool(self.config.regions)
+    def has_activations(self) -> bool:
+        """Whether some region says of what type activations are quantized."""
+        return any(self.is_chosen(node) for node in self._wishes)
 
     def is_asked(self, node: ir.Node) -> bool:
         """Whether it was said of a node that it is quantized, in whatever types."""
