@@ -26,11 +26,13 @@ from qwrap.mixed.choices import (
     all_quantized,
     check_assignment,
 )
+from qwrap.mixed.correction import corrected
 from qwrap.mixed.cost import shapes_seen
 from qwrap.mixed.estimate import estimated_parts
-from qwrap.mixed.fit import Parts, Timed, corrected, fitted
+from qwrap.mixed.fit import fitted
 from qwrap.mixed.origin import Origin
 from qwrap.mixed.owners import Border, Owners
+from qwrap.mixed.parts import Parts, Timed
 from qwrap.mixed.profiling import Feed, kernels_of, latencies
 from qwrap.mixed.samples import sample_assignments
 from qwrap.mixed.table_file import Content, read, write
@@ -39,6 +41,7 @@ from qwrap.model.wrapped import WrappedModel
 
 ROUNDS = 8
 MIXES = 12
+PROFILED = 0.04  # seconds for each round
 
 
 @dataclass(slots=True)
@@ -244,7 +247,8 @@ class _Bench:
             walls = latencies(paths, self.feed, self.threads, rounds, bar.update)
             profiles = []
             for path in paths if profile else ():
-                profiles.append(kernels_of(path, self.feed, self.threads, folder))
+                seconds = PROFILED * rounds
+                profiles.append(kernels_of(path, self.feed, self.threads, folder, seconds))
                 bar.update()
         return trials, walls, profiles
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from qwrap.mixed.choices import Choice, Group, everywhere
 from qwrap.mixed.cost import all_choices
-from qwrap.mixed.fit import Pair, types_at
 from qwrap.mixed.owners import Border
+from qwrap.mixed.parts import Pair, types_at
 
 _STAYS = 0.5  # chance that a group has the choice of the one before it
 _COVERING = 2 / 3  # share of the mixtures that look for conversions which no other has
