@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan
+from qwrap.quant.plan import ConstantPlan, Conversion
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
@@ -237,7 +237,7 @@ def _set_tables(model: WrappedModel) -> None:
 # --- conversions ---------------------------------------------------------------------------------
 
 
-def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
+def _set_conversions(model: WrappedModel, given: Mapping[str, QParams]) -> None:
     """Give each conversion the scale that suits what the codes before it stand for, in place.
 
     A wider type gets the range of all codes: its grid then holds each of them exactly wherever
@@ -245,7 +245,20 @@ def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
     for a tensor of that type, from what was observed, within what there are codes for.
     """
     plan = plan_of(model)
-    found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    left = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    known = set(plan.tensors)
+    while left:  # what was moved in another type may be converted again
+        ready = [item for item in left if item[0] in known]
+        known |= {conversion.key for _, conversion in ready}
+        left = [item for item in left if item not in ready]
+        _set_conversions_of(model, ready, given)
+
+
+def _set_conversions_of(
+    model: WrappedModel, found: Iterable[tuple[str, Conversion]], known: Mapping[str, QParams]
+) -> None:
+    """Set conversions, given with the key of the scale before them, which is set."""
+    plan = plan_of(model)
     given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
     spans = _narrower_spans(model, [(base, c.spec) for base, c in given])
     for (_, conversion), span in zip(given, spans, strict=True):
