@@ -58,13 +58,13 @@ def _groups(plan: QuantPlan) -> dict[Group, list[str]]:
     groups: dict[Group, list[str]] = {}
     for constant in plan.constants.values():
         groups.setdefault(("constant", constant.value), [constant.value])
+    for _, conversion in plan.conversions():
+        groups["conversion", conversion.key] = [conversion.key]
     for key, tensor in plan.tensors.items():
-        if tensor.source not in plan.tensors:
-            continue  # moved from a conversion, whose scale follows from that of its tensor
-        table = plan.tensors[tensor.source].table
-        group = ("tensor", tensor.source)
-        if table is not None:
-            group = ("constant", plan.constants[table].value)
+        source = plan.tensors.get(tensor.source)
+        group = ("conversion" if source is None else "tensor", tensor.source)
+        if source is not None and source.table is not None:
+            group = ("constant", plan.constants[source.table].value)
         groups.setdefault(group, []).append(key)
     return groups
 
