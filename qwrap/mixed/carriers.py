@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from tqdm import tqdm
 
 from qwrap.config import QConfig
-from qwrap.errors import ConfigError
-from qwrap.mixed.choices import FLOATS, Choice, Group
+from qwrap.mixed.choices import Choice, Group, config_with
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
@@ -87,28 +86,26 @@ def as_prepared(model: WrappedModel, batches: Iterable[Any], samples: Samples) -
 
 def calibrated(
     model: WrappedModel,
-    config: QConfig,
-    choices: Sequence[Choice],
+    configs: Mapping[Choice, QConfig],
     batches: Iterable[Any],
     samples: Samples,
     *,
     progress: bool,
 ) -> list[Carrier]:
-    """Return a copy for each of ``choices``, prepared and calibrated; all data is read once.
+    """Return a copy for each choice, prepared and calibrated; all data is read once.
 
     Args:
         model: what to copy, prepared or not.
-        config: what else it is to be quantized with.
-        choices: none of them float.
+        configs: how to prepare the copies.
         batches: as for ``calibrate``.
         samples: takes in the first ones, in place.
         progress: show a bar on a terminal.
 
     Raises:
-        ConfigError: a choice cannot be prepared.
+        ConfigError: a copy cannot be prepared so.
         InputError: a batch does not fit, or there is none.
     """
-    copies = {choice: _prepared(model, config, choice) for choice in choices}
+    copies = {choice: _prepared(model, config) for choice, config in configs.items()}
     divisible = is_divisible(model)
     total, off = count_batches(batches), None if progress else True
     with torch.no_grad(), ExitStack() as stack:
@@ -125,40 +122,27 @@ def calibrated(
     return [Carrier(choice, copied) for choice, copied in copies.items()]
 
 
-def _prepared(model: WrappedModel, config: QConfig, choice: Choice) -> WrappedModel:
+def _prepared(model: WrappedModel, config: QConfig) -> WrappedModel:
     copied = copy.deepcopy(model).eval()
-    prepare(copied, config_for(config, choice))
+    prepare(copied, config)
     return copied
 
 
-def config_for(config: QConfig, choice: Choice) -> QConfig:
-    """Return ``config`` with all that has a kernel in the types of ``choice``.
+def configs_of(
+    config: QConfig, groups: Sequence[Group], choices: Sequence[Choice]
+) -> dict[Choice, QConfig]:
+    """Return for each choice ``config`` with all ``groups`` in it.
 
     Raises:
-        ConfigError: only activations, or activations of float16, are to be quantized.
+        ConfigError: no region can have a choice.
     """
-    if choice.activation == "float16" or choice.weight in FLOATS:
-        raise ConfigError(
-            f"choice {choice}: sensitivity is known of quantized weights, and of activations of "
-            "an integer type or float32"
-        )
-    spec, weight = config.activation_spec, config.weight_spec(None, 0)
-    same = spec is not None and spec.dtype.name == choice.activation
-    return replace(
-        copy.deepcopy(config),
-        activation=None
-        if choice.activation in FLOATS
-        else config.activation
-        if same
-        else choice.activation,
-        weight=config.weight if weight.dtype.name == choice.weight else choice.weight,
-        only_if_faster=False,
-        kept_samples=config.kept_samples if _is_auto(config) else 0,
-    )
-
-
-def _is_auto(config: QConfig) -> bool:
-    return "auto" in (config.method, *(override.method for _, override in config.overrides))
+    every = [replace(group, choices=tuple(choices)) for group in groups]
+    names = [group.name for group in groups]
+    found = {c: config_with(config, every, dict.fromkeys(names, c)) for c in choices}
+    methods = {config.method, *(override.method for _, override in config.overrides)}
+    for asked in found.values():
+        asked.kept_samples = config.kept_samples if "auto" in methods else 0
+    return found
 
 
 def _share_weights(models: Sequence[WrappedModel]) -> None:
@@ -176,43 +160,57 @@ def _share_weights(models: Sequence[WrappedModel]) -> None:
 
 def switches_of(carrier: Carrier, groups: Iterable[Group]) -> dict[str, frozenset[Point]]:
     """Return for each group the stubs on what its nodes read and make."""
-    model = carrier.model
-    plan = plan_of(model)
-    biases: dict[str, list[Point]] = {}
-    for (node, index), bias in plan.biases.items():  # an Add may have the bias of a MatMul
-        biases.setdefault(bias.weight[0], []).append(UsePoint(node, index))
+    plan = plan_of(carrier.model)
     constants: dict[str, list[Point]] = {}
     for node, index in plan.constants:
         constants.setdefault(node, []).append(UsePoint(node, index))
-    return {
-        group.name: frozenset(
-            point
-            for key in group.nodes
-            for point in (
-                *_activations(model, plan, key),
-                *constants.get(key, ()),
-                *biases.get(key, ()),
-            )
-        )
-        for group in groups
-    }
+    for (node, index), bias in plan.biases.items():  # an Add may have the bias of a MatMul
+        constants.setdefault(bias.weight[0], []).append(UsePoint(node, index))
+    found: dict[str, frozenset[Point]] = {}
+    for group in groups:
+        points: set[Point] = set()
+        for key in group.nodes:
+            points.update(constants.get(key, ()), _activations(carrier.model, plan, key))
+        found[group.name] = frozenset(points)
+    return found
 
 
 def _activations(model: WrappedModel, plan: QuantPlan, key: str) -> Iterator[Point]:
+    """Yield the stubs on what a node reads and makes, conversions and what they are made of."""
     node, planned = model.graph.nodes[key], plan.nodes.get(key)
     if planned is None or planned.role == "float":
         return
-    for value in (*node.inputs, *node.outputs):
-        if value is not None and value.name:
-            tensor = plan.tensors.get(model.graph.key(value))
-            if tensor is not None:
-                yield ValuePoint(tensor.source)
+    uses = [(v, i) for i, v in enumerate(node.inputs) if v is not None]
+    for value, index in (*uses, *((v, None) for v in node.outputs if v.name)):
+        tensor = plan.tensors.get(model.graph.key(value))
+        if tensor is None:
+            continue
+        yield from _made_of(plan, tensor.source)
+        if index is not None and tensor.read_by(key, index) is not None:
+            yield UsePoint(key, index)
+
+
+def _made_of(plan: QuantPlan, source: str) -> Iterator[Point]:
+    """Yield the stub of a scale; of a conversion's, also that of the tensor."""
+    for base, conversion in plan.conversions():
+        if conversion.key == source:
+            yield from conversion.points
+            yield from _made_of(plan, plan.tensors[base].source)
+            return
+    yield ValuePoint(source)
 
 
 def tensors_of(carrier: Carrier) -> dict[str, frozenset[Point]]:
-    """Return the stubs of every tensor with a scale of its own; a bias goes with its weight."""
+    """Return the stubs of every tensor with a scale of its own.
+
+    A bias goes with its weight, and a conversion with the tensor that is converted.
+    """
     plan = plan_of(carrier.model)
     found: dict[str, set[Point]] = {key: {ValuePoint(key)} for key in plan.sources()}
+    for key, conversion in plan.conversions():
+        for point in _made_of(plan, plan.tensors[key].source):
+            if isinstance(point, ValuePoint):
+                found[point.value].update(conversion.points)
     for (node, index), constant in plan.constants.items():
         found.setdefault(constant.value, set()).add(UsePoint(node, index))
     for (node, index), bias in plan.biases.items():

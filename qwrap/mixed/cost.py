@@ -12,10 +12,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qwrap.config import QConfig
+from qwrap.config import FLOATS, QConfig
 from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError, InputError
-from qwrap.mixed.choices import FLOATS, Assignment, Choice, Group, all_quantized, config_with
+from qwrap.mixed.choices import Assignment, Choice, Group, all_quantized, config_with, everywhere
 from qwrap.mixed.stored import Identity, StoredSizes
 from qwrap.model.attributes import attributes_of
 from qwrap.model.wrapped import WrappedModel
@@ -117,19 +117,6 @@ def all_choices(groups: Sequence[Group]) -> list[Choice]:
     if not groups:
         raise ConfigError("there are no groups: nothing of the model can be quantized")
     return list(dict.fromkeys(choice for group in groups for choice in group.choices))
-
-
-def everywhere(groups: Sequence[Group], choice: Choice) -> dict[str, Choice]:
-    """Return the assignment of ``choice`` to all groups that have it or one like it.
-
-    Where a group has no such choice, one with the same type of activations stands for it, else its
-    first one.
-    """
-    found = {}
-    for group in groups:
-        near = [c for c in group.choices if c.activation == choice.activation]
-        found[group.name] = choice if choice in group.choices else (near or group.choices)[0]
-    return found
 
 
 def prepared_with(

@@ -22,8 +22,8 @@ Key = tuple[str, Choice]
 Look = Callable[[Tensor, Tensor], None]
 """Called with the gradient of a tensor and the tensor."""
 
-_Rounding = tuple[Switch, list[Key]]
-"""What rounds a tensor, and the parts it belongs to."""
+_Rounding = tuple[Switch, Switch | None, list[Key]]
+"""What rounds a tensor, what has rounded it before if it is a conversion, the parts it is in."""
 
 _Change = tuple[Mapping[int, Switch], list[Key]]
 """What rounds some inputs of a node, by their index, and the parts it belongs to."""
@@ -119,7 +119,8 @@ def probes_of(
     for carrier in carriers:
         points, nodes = _owners(carrier, own)
         for point, keys in points.items():
-            on_points.setdefault(point, []).append((carrier.tap(point), keys))
+            before = _before(carrier, point)
+            on_points.setdefault(point, []).append((carrier.tap(point), before, keys))
         for (node, indices), keys in nodes.items():
             own_taps = {i: carrier.tap(UsePoint(node, i)) for i in indices}
             on_nodes.setdefault(node, []).append((own_taps, keys))
@@ -133,7 +134,7 @@ def probes_of(
             continue
         for switches, keys in changes:  # a gradient of the constant itself, of all samples at once
             for index, switch in switches.items():
-                on_points.setdefault(UsePoint(node, index), []).append((switch, keys))
+                on_points.setdefault(UsePoint(node, index), []).append((switch, None, keys))
     taps: dict[Point, Callable[[Tensor], Tensor]] = {
         point: _OnTensor(roundings, products, divides=_may_divide(model, point))
         for point, roundings in on_points.items()
@@ -145,7 +146,8 @@ def _owners(
     carrier: Carrier, own: Mapping[str, Mapping[Choice, frozenset[Point]]]
 ) -> tuple[dict[Point, list[Key]], dict[tuple[str, tuple[int, ...]], list[Key]]]:
     """Return which parts own each activation, and each set of constants that one node reads."""
-    tensors = plan_of(carrier.model).tensors
+    plan = plan_of(carrier.model)
+    stored = plan.constants.keys() | plan.biases.keys()
     on_points: dict[Point, list[Key]] = {}
     on_nodes: dict[tuple[str, tuple[int, ...]], list[Key]] = {}
     for name, by_choice in own.items():
@@ -153,10 +155,10 @@ def _owners(
         key = name, carrier.choice
         constants: dict[str, list[int]] = {}
         for point in sorted(points, key=str):
-            if isinstance(point, UsePoint):
+            if isinstance(point, UsePoint) and (point.node, point.index) in stored:
                 constants.setdefault(point.node, []).append(point.index)
                 continue
-            table = tensors[point.value].table
+            table = plan.tensors[point.value].table if isinstance(point, ValuePoint) else None
             # What is looked up in a rounded table is not rounded again.
             if table is None or UsePoint(*table) not in points:
                 on_points.setdefault(point, []).append(key)
@@ -165,12 +167,21 @@ def _owners(
     return on_points, on_nodes
 
 
+def _before(carrier: Carrier, point: Point) -> Switch | None:
+    """Return what rounds the tensor that the conversion at ``point`` is made of, if it is one."""
+    plan = plan_of(carrier.model)
+    for key, conversion in plan.conversions():
+        if point in conversion.points:
+            return carrier.tap(plan.point_of(plan.tensors[key].source))
+    return None
+
+
 def _may_divide(model: WrappedModel, point: Point) -> bool:
     """Return whether the first axis of a tensor may be that of samples, as far as is known.
 
     It is not where its size is known and that of the graph inputs is not.
     """
-    if isinstance(point, UsePoint):
+    if not isinstance(point, ValuePoint):
         return False
     kinds = [model.graph.type_of(value).shape for value in model.graph.inputs]
     open_inputs = any(shape and not isinstance(shape[0], int) for shape in kinds)
@@ -197,8 +208,9 @@ class _OnTensor:
         return probe(x, self._look)
 
     def _look(self, gradient: Tensor, x: Tensor) -> None:
-        for tap, keys in self._roundings:
-            error = torch.where(counting(x), _rounded(tap, x) - x, 0.0)
+        for tap, before, keys in self._roundings:
+            known = x if before is None else _rounded(before, x)
+            error = torch.where(counting(x), _rounded(tap, known) - known, 0.0)
             self._products.add(keys, gradient, error, divides=self._divides)
 
 

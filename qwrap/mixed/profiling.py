@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ FEWEST = 3  # runs in a burst
 FASTEST = 0.1  # share of the runs that counts: other work on the machine only ever adds
 PROFILED = 0.4  # seconds
 FEWEST_PROFILED = 24  # runs
-FAST = 0.25  # share of the profiled runs that counts
+FAST = 0.25  # share of the profiled runs of each kernel that counts
 MOST_EVENTS = 40_000  # of kernels in one profile; onnxruntime keeps a million at most
 OPEN = 1 << 30  # bytes of files that are open at a time
 MICROSECOND = 1e-6
@@ -74,7 +75,9 @@ def latencies(
 ) -> list[float]:
     """Return seconds of one run of each file, the mean of the fastest tenth of the runs.
 
-    Files are timed in turns, each for a moment, so that drift of the machine meets them all.
+    Files are timed in turns, each for a moment, so that drift of the machine meets them all. With
+    one thread it is processor time, which passes only while this thread runs: at rest it is that
+    of the wall clock, and with other work on the machine it stays nearer to it.
 
     Args:
         paths: of the files.
@@ -90,11 +93,12 @@ def latencies(
     found: list[float] = []
     for some in _fitting(paths):
         sessions = [opened(path, threads) for path in some]
+        clock = _clock(threads)
         counts = [_runs_in_a_burst(session, feed) for session in sessions]
         times: list[list[float]] = [[] for _ in sessions]
         for _ in range(rounds):
             for session, count, own in zip(sessions, counts, times, strict=True):
-                own.extend(_burst(session, feed, count))
+                own.extend(_burst(session, feed, count, clock))
                 step()
         found += [_of_the_fastest(own) for own in times]
     return found
@@ -200,14 +204,25 @@ def _runs_in_a_burst(session: onnxruntime.InferenceSession, feed: Feed) -> int:
     return max(FEWEST, int(BURST / max(once, MICROSECOND)))
 
 
-def _burst(session: onnxruntime.InferenceSession, feed: Feed, count: int) -> list[float]:
+def _burst(
+    session: onnxruntime.InferenceSession,
+    feed: Feed,
+    count: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     _run(session, feed)  # caches still hold the weights of the session before
     given, times = dict(feed), []
     for _ in range(count):
-        start = time.perf_counter()
+        start = clock()
         session.run(None, given)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times
+
+
+def _clock(threads: int) -> Callable[[], float]:
+    """Return what tells the seconds that a run takes: of its thread, if it has only one."""
+    fine = time.get_clock_info("thread_time").resolution <= MICROSECOND
+    return time.thread_time if threads == 1 and fine else time.perf_counter
 
 
 def _of_the_fastest(times: Sequence[float]) -> float:
@@ -226,41 +241,35 @@ class _Time:
 
 
 def _read(events: Sequence[Mapping[str, Any]]) -> dict[str, _Time]:
-    """Return the time of each node, by name: the mean over the fastest runs."""
-    runs = [e for e in events if e["name"] == "model_run"]
-    fast = _fastest(runs[1:] or runs)
+    """Return the time of each node in a run, by name: of its fastest runs, without its insides."""
+    starts = [e["ts"] for e in events if e["name"] == "model_run"]
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     kernels.sort(key=lambda e: (e["ts"], -e["dur"]))
-    totals: dict[str, float] = defaultdict(float)
+    runs: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     about: dict[str, tuple[str, bool]] = {}
-    which = 0
     around: list[tuple[int, str]] = []  # end and name of the kernels that the present one is in
     for event in kernels:
         start, name = event["ts"], event["name"].removesuffix("_kernel_time")
-        while which < len(fast) and fast[which][1] < start:
-            which += 1
-        if which == len(fast) or start < fast[which][0]:
-            continue
+        run = bisect.bisect_right(starts, start)
         while around and around[-1][0] <= start:
             around.pop()
         inner = bool(around) and _holds(about[around[-1][1]][0])
         took = event["dur"] + 0.5  # the profiler cuts off the fraction of a microsecond
-        totals[name] += took
+        runs[name][run] += took
         if inner:
-            totals[around[-1][1]] -= took
+            runs[around[-1][1]][run] -= took
         about[name] = event["args"]["op_name"], inner
         around.append((start + event["dur"], name))
     return {
-        name: _Time(about[name][0], max(total, 0.0) * MICROSECOND / len(fast), about[name][1])
-        for name, total in totals.items()
+        name: _Time(about[name][0], _fast(list(times.values())) * MICROSECOND, about[name][1])
+        for name, times in runs.items()
     }
 
 
-def _fastest(runs: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Return begin and end of the fastest runs, in order."""
-    count = max(1, int(len(runs) * FAST))
-    some = sorted(runs, key=lambda run: run["dur"])[:count]
-    return sorted((run["ts"], run["ts"] + run["dur"]) for run in some)
+def _fast(times: Sequence[float]) -> float:
+    """Return the mean of the fastest runs: other work on the machine only ever adds."""
+    count = max(1, int(len(times) * FAST))
+    return max(statistics.fmean(sorted(times)[:count]), 0.0)
 
 
 def _holds(op_type: str) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qwrap.mixed.choices import Choice, Group
-from qwrap.mixed.cost import all_choices, everywhere
+from qwrap.mixed.choices import Choice, Group, everywhere
+from qwrap.mixed.cost import all_choices
 
 _STAYS = 0.5  # chance that a group has the choice of the one before it
 

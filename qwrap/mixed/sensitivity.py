@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError, InputError
 from qwrap.graph.save import check_target
 from qwrap.mixed.analysis import Analysis, parts_of_groups, parts_of_tensors
-from qwrap.mixed.carriers import as_prepared, calibrated, own_choice
+from qwrap.mixed.carriers import as_prepared, calibrated, configs_of, own_choice
 from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Group, groups_of
 from qwrap.mixed.measured import Metric
 from qwrap.mixed.outputs import MEASURES, Measure, check_measure
@@ -63,7 +64,8 @@ def sensitivity(
             scale of its own, weight (with the bias that goes with it) or activation.
         groups: what is quantized at a time instead, with the choices that they have.
         choices: types to quantize with, as "uint8/int8" or ``Choice``. By default those of a
-            prepared model, with the scales it has; else ``CHOICES``.
+            prepared model, with the scales it has, and with its regions, which are listed under
+            the types of the model at large; else ``CHOICES``.
         config: what else the model is to be quantized with, where ``choices`` are given or it is
             float; by default what it was prepared with.
         method: "measured" or "fisher".
@@ -104,18 +106,22 @@ def sensitivity(
         _check_groups(model, groups)
     wanted = _wanted(model, choices, groups)
     kept = Samples(samples, ROOM)
+    found = groups
+    if found is None:
+        each = "node" if by == "tensor" else by
+        # what regions speak of is settled, but in a model as it is it hurts like the rest
+        asked = replace(base, regions=[], tensors={}) if is_own else base
+        found = groups_of(model, asked, (*wanted, FLOAT), each)
     if is_own:
         carriers = [as_prepared(model, batches, kept)]
     else:
-        carriers = calibrated(model, base, wanted, batches, kept, progress=progress)
+        configs = configs_of(base, found, wanted)
+        carriers = calibrated(model, configs, batches, kept, progress=progress)
     if not kept.batches:
         raise InputError(f"the first batch alone has more than {ROOM >> 20} MiB; give smaller ones")
-    if groups is not None:
-        parts = parts_of_groups(carriers, groups, drop_empty=False)
-    elif by == "tensor":
+    if by == "tensor" and groups is None:
         parts = parts_of_tensors(carriers)
     else:
-        found = groups_of(model, base, (*wanted, FLOAT), by)
         parts = parts_of_groups(carriers, found, drop_empty=is_own)
     analysis = Analysis(
         carriers=carriers,

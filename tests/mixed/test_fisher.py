@@ -32,7 +32,7 @@ def rounded(proto: onnx.ModelProto, choice: Choice, batches: Any) -> dict[str, n
     model = qwrap.load(proto).eval()
     qwrap.prepare(
         model,
-        qwrap.QConfig(activation=choice.activation, weight=choice.weight, only_if_faster=False),
+        qwrap.QConfig(activation=choice.activation, weight=choice.weight, scope="kernels"),
     )
     qwrap.calibrate(model, batches, progress=False)
     x = torch.from_numpy(np.concatenate(batches))

@@ -47,7 +47,7 @@ def data(small: Any) -> list[np.ndarray]:
 
 
 def config(choice: Choice) -> qwrap.QConfig:
-    return qwrap.QConfig(activation=choice.activation, weight=choice.weight, only_if_faster=False)
+    return qwrap.QConfig(activation=choice.activation, weight=choice.weight, scope="kernels")
 
 
 def run_all(model: qwrap.WrappedModel, batches: list[np.ndarray]) -> np.ndarray:
