@@ -20,7 +20,7 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan
+from qwrap.quant.plan import ConstantPlan, Ends
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
@@ -128,6 +128,7 @@ def set_activations(
         stub.set_qparams(qparams, limit_of(model, key, qparams))
         fixed[key] = span_of(qparams, stub.spec)
         exact[fixed[key], stub.spec] = qparams
+    ranges = {key: with_ends(span, plan.tensors[key].ends) for key, span in ranges.items()}
     wanted = dict(ranges)
     for key, span in ranges.items():
         spec = stub_at(model, ValuePoint(key)).spec
@@ -150,6 +151,12 @@ def activation_qparams(model: WrappedModel, key: str, span: Range) -> QParams:
     return cut_to_bounds(
         model, key, _operator_qparams(model, key, span, spec) or _spread(span, spec)
     )
+
+
+def with_ends(span: Range, ends: Ends) -> Range:
+    """Return a range with the end that the user said in place of what was observed."""
+    low, high = (own if said is None else said for own, said in zip(span, ends, strict=True))
+    return min(low, high), max(low, high)
 
 
 def _spread(span: Range, spec: QuantSpec) -> QParams:
@@ -247,8 +254,11 @@ def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
     plan = plan_of(model)
     found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
     given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
-    spans = _narrower_spans(model, [(base, c.spec) for base, c in given])
-    for (_, conversion), span in zip(given, spans, strict=True):
+    narrower = _narrower_spans(model, [(base, c.spec) for base, c in given])
+    for i, (base, conversion) in enumerate(given):
+        low, high = span_of(base.qparams, base.spec)
+        if i in narrower:
+            low, high = max(low, narrower[i][0]), min(high, narrower[i][1])
         override = conversion.override
         if conversion.fixed is not None:
             scale, zero_point = conversion.fixed
@@ -256,14 +266,14 @@ def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
         elif override is not None and has_range(override):
             qparams = qparams_of(conversion.key, override, conversion.spec)
         else:
+            span = with_ends((low, high), conversion.ends)
             qparams = known.get(conversion.key) or _spread(span, conversion.spec)
         stub_at(model, conversion.points[0]).set_qparams(qparams)
 
 
-def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> list[Range]:
-    """Return for stubs and the specs of conversions behind them what those should cover."""
+def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> dict[int, Range]:
+    """Return what narrower conversions should cover, by index, from what the stubs observed."""
     plan, ways = plan_of(model), ways_of(model)
-    spans = [span_of(base.qparams, base.spec) for base, _ in given]
     narrower = [
         (i, base.name, base.observer, spec)
         for i, (base, spec) in enumerate(given)
@@ -281,9 +291,8 @@ def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) ->
         [ways[name][1] for _, name, _, _ in narrower],
         config_of(model).margin,
     )
-    for (i, *_), chosen in zip(narrower, map(_numbers, ranges), strict=True):
-        spans[i] = max(spans[i][0], chosen[0]), min(spans[i][1], chosen[1])
-    return spans
+    chosen = map(_numbers, ranges)
+    return {i: span for (i, *_), span in zip(narrower, chosen, strict=True)}
 
 
 # --- constants -----------------------------------------------------------------------------------
@@ -299,12 +308,37 @@ def set_constants(model: WrappedModel) -> None:
 
 def _constant_qparams(model: WrappedModel, constant: ConstantPlan, spec: QuantSpec) -> QParams:
     override = constant.override or RangeOverride()
-    if has_range(override):
+    if constant.given is not None and constant.given.scale is not None:
+        return given_qparams(constant, spec)
+    if constant.given is None and has_range(override):
         return qparams_of(constant.value, override, spec)  # one scale, for all channels
     config = config_of(model)
     method = override.method if override.method in WEIGHT_METHODS else config.weight_method
     low, high = choose_weight_range(deployed(model, constant.value), spec, method)
+    if constant.given is not None:
+        low, high = _said(constant.given.low, low), _said(constant.given.high, high)
     return choose_qparams(low, high, spec)
+
+
+def _said(ends: tuple[float, ...] | None, observed: Tensor) -> Tensor:
+    """Return one end of the ranges of a constant: what was said of it, if anything was."""
+    if ends is None:
+        return observed
+    return torch.tensor(ends, dtype=observed.dtype).expand_as(observed)
+
+
+def given_qparams(constant: ConstantPlan, spec: QuantSpec) -> QParams:
+    """Return the scales and zero points that were said of a constant.
+
+    Args:
+        constant: has ``given`` scales.
+        spec: how it is quantized.
+    """
+    assert constant.given is not None
+    scale, zero_point = constant.given.scale, constant.given.zero_point
+    assert scale is not None
+    stored = round_scale(torch.tensor(scale, dtype=torch.float32), spec).to(torch.float32)
+    return QParams(stored, torch.tensor(zero_point, dtype=torch.int32), spec.axis)
 
 
 @torch.no_grad()
@@ -327,17 +361,24 @@ def warn_of_enlarged(model: WrappedModel) -> None:
     """Warn of scales that the user gave and that had to be enlarged for a bias."""
     for bias in plan_of(model).biases.values():
         override = plan_of(model).constants[bias.weight].override
+        constant = plan_of(model).constants[bias.weight]
         stub = stub_at(model, UsePoint(*bias.weight))
-        if override is not None and override.scale is not None:
+        if constant.given is not None and constant.given.scale is not None:
+            given = given_qparams(constant, stub.spec).scale
+        elif override is not None and override.scale is not None:
             given = qparams_of(stub.name, override, stub.spec).scale
-            largest = float(stub.scale.max())
-            if largest > float(given):
-                warnings.warn(
-                    f"weight {stub.name!r}: scale={override.scale} would let codes of bias "
-                    f"{bias.value!r} overflow int32; it was enlarged to {largest:g}",
-                    QwrapWarning,
-                    stacklevel=2,
-                )
+        else:
+            continue
+        enlarged = stub.scale > given
+        if enlarged.any():
+            first = int(enlarged.nonzero()[0])
+            warnings.warn(
+                f"weight {stub.name!r}: scale={float(given[min(first, given.numel() - 1)]):g} "
+                f"would let codes of bias {bias.value!r} overflow int32; it was enlarged to "
+                f"{float(stub.scale[first]):g}",
+                QwrapWarning,
+                stacklevel=2,
+            )
 
 
 def stub_at(model: WrappedModel, point: Point) -> Stub:
