@@ -27,6 +27,7 @@ from qwrap.mixed.interactions import LossModel
 from qwrap.mixed.linear import LinearCost
 from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, front_of
 from qwrap.mixed.prices import Prices
+from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
 from qwrap.mixed.sensitivity import sensitivity
 from qwrap.mixed.state import State
@@ -149,17 +150,23 @@ def search(
         progress=progress,
     )
     asked.check(prices.costs, groups)
-    found = sensitivity(
-        wrapped,
-        calibration,
-        groups=groups,
-        config=config,
-        method=method,
-        measure=measure,
-        samples=samples,
-        seed=seed,
-        resume=_beside(resume, "sensitivity") if method == "measured" else None,
-        progress=progress,
+
+    def analysed() -> Sensitivity:
+        return sensitivity(
+            wrapped,
+            calibration,
+            groups=groups,
+            config=config,
+            method=method,
+            measure=measure,
+            samples=samples,
+            seed=seed,
+            resume=_beside(resume, "sensitivity") if method == "measured" else None,
+            progress=progress,
+        )
+
+    found: Sensitivity = state.step(
+        "sensitivity", analysed, read=Sensitivity.from_dict, write=Sensitivity.to_dict
     )
     evaluator = Evaluator(wrapped, groups, config, calibration, held, measure, metric)
     of_float = state.measured("float", evaluator.of_float)
