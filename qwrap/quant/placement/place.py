@@ -253,7 +253,8 @@ class _Placement:
             node, index = use.node, use.idx
             received = tree.converted if named.receives(node, value) else None
             if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
-                outputs = [self._tree(v, tree.pinned) for v in node.outputs if v in self.wanted]
+                results = [v for v in node.outputs if v in self.wanted]
+                outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]
                 if outputs:
                     asked = None if said else self._asked_of_mover(node, outputs)
                     tree.movers.append(((node, index), received or asked, outputs))
