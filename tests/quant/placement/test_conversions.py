@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import onnx_ir as ir
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwrap
 from qwrap.config import QuantSpec
+from qwrap.dtypes import quant_type
 from qwrap.quant.placement.conversions import Chosen, Tree, choose_types
 
 KINDS = ("uint8", "int8", "uint16", "uint4")
@@ -63,17 +67,31 @@ def movers(plain: Plain) -> Iterator[tuple[str | None, list[Plain]]]:
             yield from movers(output)
 
 
-def conversions(plain: Plain, base: str, types: Iterator[str]) -> int:
+def bits(kind: str) -> int:
+    return quant_type(kind).bits
+
+
+def widest(plain: Plain) -> int:
+    """The most bits that is asked for of a tensor, or of what it is moved to."""
+    asked = [bits(kind) for kind in plain.readers]
+    for kind, outputs in plain.movers:
+        asked += [bits(kind)] if kind else map(widest, outputs)
+    return max(asked, default=0)
+
+
+def conversions(plain: Plain, base: str, types: Iterator[str]) -> float:
     """How many conversions there are, with the type of each mover next in ``types``."""
-    read, below = set(plain.readers), 0
-    for _, outputs in plain.movers:
+    read, below = set(plain.readers), 0.0
+    for asked, outputs in plain.movers:
         kind = next(types)
         read.add(kind)
+        if not asked and bits(kind) < min(bits(base), max(map(widest, outputs))):
+            below += math.inf  # a reader asks for what would be lost
         below += sum(conversions(output, kind, types) for output in outputs)
     return len(read - {base}) + below
 
 
-def fewest(plain: Plain, written: str | None) -> int:
+def fewest(plain: Plain, written: str | None) -> float:
     options = [[asked] if asked else KINDS for asked, _ in movers(plain)]
     bases = [written] if written else KINDS
     return min(
@@ -128,3 +146,18 @@ def test_values_are_moved_in_fewer_bits_where_conversions_are_as_many() -> None:
 def test_a_tensor_is_converted_once_for_all_that_read_the_type() -> None:
     chosen = choose_types([(tree_of(Plain(["int8"] * 3)), spec_of("uint8"))])
     assert count(chosen) == 1
+
+
+def test_nothing_is_moved_in_fewer_bits_than_its_readers_ask_for(small: Any) -> None:
+    nodes = (
+        "a = Conv<pads=[1,1,1,1]>(x, w1) y = Conv(a, w2) m = MaxPool<kernel_shape=[2,2]>(a) "
+        "z = Conv(m, w3)"
+    )
+    weights = {"w1": (6, 3, 3, 3), "w2": (4, 6, 3, 3), "w3": (4, 6, 3, 3)}
+    model = qwrap.load(small.build(nodes, weights, outputs="float[N,4,6,6] y, float[N,4,5,5] z"))
+    config = qwrap.QConfig(scope="all")
+    config.set("/y", activation="int4")
+    config.set("/z", activation="uint16")
+    plan = qwrap.prepare(model, config)
+    kinds = {key: str(tensor.spec.dtype) for key, tensor in plan.tensors.items()}
+    assert kinds["m"] in ("uint8", "uint16")  # through int4 it would cost as many conversions
