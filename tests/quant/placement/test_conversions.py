@@ -161,3 +161,40 @@ def test_nothing_is_moved_in_fewer_bits_than_its_readers_ask_for(small: Any) -> 
     plan = qwrap.prepare(model, config)
     kinds = {key: str(tensor.spec.dtype) for key, tensor in plan.tensors.items()}
     assert kinds["m"] in ("uint8", "uint16")  # through int4 it would cost as many conversions
+
+
+def test_what_float_nodes_move_is_not_converted_for_them(small: Any) -> None:
+    nodes = "a = Conv(x, w) t = Transpose<perm=[0,1,3,2]>(x) y = Conv(t, w)"
+    model = qwrap.load(
+        small.build(nodes, {"w": (3, 3, 1, 1)}, outputs="float[N,3,8,8] a, float[N,3,8,8] y")
+    )
+    config = qwrap.QConfig(scope="kernels")
+    config.set("/y", activation="uint16")
+    plan = qwrap.prepare(model, config)
+    assert plan.nodes["/t"].role == "float"
+    assert not plan.tensors["x"].conversions
+    assert plan.tensors["t"].source == "t"
+
+
+def test_what_was_moved_from_a_conversion_is_converted_again(small: Any, quantized: Any) -> None:
+    nodes = (
+        "a = Conv(x, w) m = Transpose<perm=[0,1,3,2]>(a) y = Conv(m, w) z = Conv(m, w) "
+        "u = Conv(a, w)"
+    )
+    source = small.build(
+        nodes,
+        {"w": (3, 3, 1, 1)},
+        outputs="float[N,3,8,8] y, float[N,3,8,8] z, float[N,3,8,8] u",
+    )
+    config = qwrap.QConfig(scope="kernels")
+    config.set(["/m", "/y"], activation="uint16")
+    config.set("/z", activation="uint4")
+    made = quantized(source, config=config)
+    plan = made.model.plan
+    assert plan.tensors["m"].source == "a_convert"
+    assert {str(c.spec.dtype) for _, c in plan.conversions()} == {"uint16", "uint4"}
+    assert made.verify().specification.worst_step <= 1
+    narrow = made.model.tap(plan.point_of("m_convert"))
+    wide = made.model.tap(plan.point_of("a_convert"))
+    # 4 bits of the same range, or of what calibration saw within it
+    assert float(narrow.scale) * 15 <= float(wide.scale) * 65535 * (1 + 1e-6)

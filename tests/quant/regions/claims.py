@@ -37,9 +37,9 @@ class Made:
         return self.model.plan
 
 
-def make(random: Random, folder: Path) -> Made | None:
+def make(random: Random, folder: Path, count: int | None = None) -> Made | None:
     """Return a random model, quantized and exported; None where a region has no way to its end."""
-    source = RandomModel(random, random.randrange(2, 13))
+    source = RandomModel(random, count or random.randrange(2, 13))
     config = random_config(random, source)
     model = qwrap.load(source.proto).eval()
     try:
