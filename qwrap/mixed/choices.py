@@ -53,7 +53,7 @@ class Choice:
         return self.activation in FLOATS and self.weight in FLOATS
 
     def __str__(self) -> str:
-        same = self.activation == self.weight
+        same = self.activation == self.weight and self.activation in FLOATS
         return self.activation if same else f"{self.activation}/{self.weight}"
 
     @classmethod
