@@ -195,9 +195,10 @@ def switches_of(carrier: Carrier, groups: Iterable[Group]) -> dict[str, frozense
 
 def _activations(model: WrappedModel, plan: QuantPlan, key: str) -> Iterator[Point]:
     """Yield the stubs on what a node reads and makes, conversions and what they are made of."""
-    node, planned = model.graph.nodes[key], plan.nodes.get(key)
+    planned = plan.nodes.get(key)
     if planned is None or planned.role == "float":
         return
+    node = model.graph.nodes[key]
     uses = [(v, i) for i, v in enumerate(node.inputs) if v is not None]
     for value, index in (*uses, *((v, None) for v in node.outputs if v.name)):
         tensor = plan.tensors.get(model.graph.key(value))

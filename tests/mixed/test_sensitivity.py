@@ -423,3 +423,18 @@ def test_gradients_know_conversions(small: Any) -> None:
     for name in ("x", "r1", "w1", "w3", "w4"):  # not the weight of 4 bits: that is no small error
         # 32 x 24 products, whose squares spread by one and a half of their mean
         assert found.losses[name, U8] == pytest.approx(measured.losses[name, U8], rel=0.3), name
+
+
+def test_a_quantized_file_is_looked_at_with_the_scales_it_has(small: Any, tmp_path: Path) -> None:
+    batches = data(small)
+    model = qwrap.load(chain(small)).eval()
+    qwrap.prepare(model, config(U8))
+    qwrap.calibrate(model, batches, progress=False)
+    qwrap.export(model, tmp_path / "chain.onnx")
+    again = qwrap.load(tmp_path / "chain.onnx").eval()
+    mine, its = (
+        qwrap.sensitivity(m, batches, by="tensor", measure="error", progress=False)
+        for m in (model, again)
+    )
+    for name in ("x", "r1", "r2"):  # weights in the file are rounded for good
+        assert its.losses[name, U8] == pytest.approx(mine.losses[name, U8], rel=0.2)
