@@ -24,6 +24,7 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
+from qwrap.targets import Target
 from qwrap.train.distill import Distillation
 from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
@@ -43,6 +44,7 @@ __all__ = [
     "SearchResult",
     "Sensitivity",
     "Statistics",
+    "Target",
     "TensorRange",
     "WrappedModel",
     "calibrate",

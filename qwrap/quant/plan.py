@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from qwrap.config import QuantSpec, RangeOverride, Training
 from qwrap.dtypes import INT8, UINT8
 from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.dictionary import Overrides, to_overrides
 
 Role = Literal["integer", "pairs", "weights", "moves", "absorbed", "float"]
 Use = tuple[str, int]
 """A node and the index of an input."""
+
+
+Ends = tuple[float | None, float | None]
+"""The smallest and largest value of a range, None where it is what was observed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """What the user said of the range of a constant: one number, or one for each channel."""
+
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    zero_point: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class Conversion:
         outputs: which graph outputs it is.
         fixed: scale and zero point that the user dictates, None to derive them from the tensor's.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
     """
@@ -37,6 +54,7 @@ class Conversion:
     outputs: tuple[int, ...] = ()
     fixed: tuple[float, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
 
@@ -58,6 +76,7 @@ class TensorPlan:
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
         conversions: what some of its readers get in another type, one for each type.
@@ -68,6 +87,7 @@ class TensorPlan:
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
     conversions: tuple[Conversion, ...] = ()
@@ -90,6 +110,7 @@ class ConstantPlan:
         value: initialiser.
         spec: its type and axis.
         override: what the user said of it, None for nothing.
+        given: its range, if the user said it by name; precedes ``override``.
         training: how its scale moves in training, see ``QConfig``.
         shared: key in ``QuantPlan.constants`` of the reader whose scale this one has too, None
             for a scale of its own.
@@ -98,6 +119,7 @@ class ConstantPlan:
     value: str
     spec: QuantSpec
     override: RangeOverride | None = None
+    given: Numbers | None = None
     training: Training = "fixed"
     shared: tuple[str, int] | None = None
 
@@ -127,13 +149,31 @@ class NodePlan:
             in float from a quantized weight, "moves" codes without computing, "absorbed" into its
             producer's kernel, or "float".
         reason: why, for "float".
-        dtype: name of the type of its inputs and outputs, empty where they are float.
+        dtype: name of the type of its inputs and outputs, empty where they are as in the graph;
+            "float16" for a float node that computes in half precision.
     """
 
     op_type: str
     role: Role
     reason: str = ""
     dtype: str = ""
+
+    def in_half(self) -> NodePlan:
+        """Return the same node as one that computes in float16."""
+        return replace(self, reason="", dtype="float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfPlan:
+    """Which tensors of a node are of float16; the node computes with that precision.
+
+    Attributes:
+        inputs: indices of the inputs that it reads so.
+        outputs: indices of the outputs that it makes so.
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -145,6 +185,7 @@ class QuantPlan:
         constants: (node key, input index) -> plan of a weight or constant operand.
         biases: (node key, input index) -> plan of a bias.
         nodes: node key -> how it runs.
+        half: node key -> what of it is in float16, see ``HalfPlan``.
         changes: what was rewritten in the graph before placement, one line each.
         without: node key -> why calibration returned the node to float.
         notes: what to know about the plan as a whole, one line each.
@@ -156,6 +197,7 @@ class QuantPlan:
     constants: dict[tuple[str, int], ConstantPlan] = field(default_factory=dict)
     biases: dict[tuple[str, int], BiasPlan] = field(default_factory=dict)
     nodes: dict[str, NodePlan] = field(default_factory=dict)
+    half: dict[str, HalfPlan] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -187,6 +229,17 @@ class QuantPlan:
         while (source := self.tensors[key].source) != key:
             key = made_of.get(source, source)
         return key
+
+    def spec_of(self, key: str) -> QuantSpec:
+        """Return the type of a tensor or conversion."""
+        if key in self.tensors:
+            return self.tensors[key].spec
+        return next(c.spec for _, c in self.conversions() if c.key == key)
+
+    def table_of(self, tensor: TensorPlan) -> Use | None:
+        """Return where the constant is read whose scale a tensor has, None if it has another."""
+        source = self.tensors.get(tensor.source)  # else a conversion, which has its own
+        return None if source is None else source.table
 
     def read_by(self, node: str, index: int, value: str) -> str | None:
         """Return the key of the scale that ``node`` reads ``value`` with, None if it has none."""
@@ -236,6 +289,9 @@ class QuantPlan:
             label = "in pairs" if role == "pairs" or not (role != "integer" or self.fused) else role
             if counts:
                 lines.append(f"{label + ':':10s} {', '.join(counts)}")
+        if self.half:
+            kinds = sorted(Counter(self.nodes[key].op_type for key in self.half).items())
+            lines.append(f"{'float16:':10s} {', '.join(f'{op} {n}' for op, n in kinds)}")
         lines += self._types()
         lines.append(
             f"quantized: {len(self.sources())} activations, "
@@ -246,7 +302,7 @@ class QuantPlan:
             lines.append("auto:      " + ", ".join(f"{method} {n}" for method, n in chosen))
         reasons: dict[str, list[str]] = {}
         for key, node in self.nodes.items():
-            if node.role == "float":
+            if node.role == "float" and key not in self.half:
                 reasons.setdefault(f"{node.op_type}: {node.reason}", []).append(key)
         for reason, keys in sorted(reasons.items()):
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
@@ -269,6 +325,24 @@ class QuantPlan:
             lines.append(f"converted: {counts} tensors")
         return lines
 
+    def to_overrides(self, model: WrappedModel | None = None) -> Overrides:
+        """Return what the plan says of every tensor, as onnxruntime's ``TensorQuantOverrides``.
+
+        Biases are not in it: their scales follow. Types are members of onnxruntime's ``QuantType``.
+        ``QConfig.from_overrides(plan.to_overrides(model), scope="named")`` gives the same file.
+
+        Args:
+            model: the calibrated model, for its scales and zero points: numpy arrays without
+                dimensions, as onnxruntime wants them; of a constant with channels, one dictionary
+                for each.
+
+        Raises:
+            ConfigError: onnxruntime's dictionary cannot say it: a type that it has not, scales in
+                blocks, a tensor that is converted to two types.
+            NotCalibratedError: ``model`` is not calibrated.
+        """
+        return to_overrides(self, model)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries and lists."""
         return {
@@ -276,6 +350,7 @@ class QuantPlan:
             "constants": [[*key, _plain(plan)] for key, plan in self.constants.items()],
             "biases": [[*key, _plain(plan)] for key, plan in self.biases.items()],
             "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
+            "half": {key: _plain(plan) for key, plan in self.half.items()},
             "changes": list(self.changes),
             "without": dict(self.without),
             "notes": list(self.notes),
@@ -288,7 +363,7 @@ def _underflows(spec: QuantSpec) -> bool:
     return spec.scale_type == "float16" and spec.dtype.is_integer and spec.dtype.bits > 8
 
 
-def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan) -> dict[str, Any]:
+def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan | HalfPlan) -> dict[str, Any]:
     result = asdict(plan)
     for part in (result, *result.get("conversions", ())):
         if "spec" in part:

@@ -57,9 +57,7 @@ class Eligibility:
             return self.barred[self.graph.node_key(node)]
         if node.domain not in STANDARD:
             return NO_KERNEL
-        if _is_dilated_pool(node) or any(
-            _is_dilated_pool(v.producer()) for v in self.operands(node)
-        ):
+        if is_dilated_pool(node) or any(is_dilated_pool(v.producer()) for v in self.operands(node)):
             return DILATED
         if node.op_type in self.target.matrix:
             return self._matrix_obstacle(node)
@@ -76,17 +74,19 @@ class Eligibility:
         if x is None or weight is None or not self.is_real(x):
             return NOT_REAL
         if not self.is_stored(weight):
-            return self._weight_obstacle(x, weight)
+            return self._weight_obstacle(node, x, weight)
         if self.is_stored(x):
             return "both inputs are constants"
         if bias is not None and not self.is_stored(bias):
             return "its bias is computed at run time"
         return self._gemm_obstacle(node, bias) if node.op_type == "Gemm" else None
 
-    def _weight_obstacle(self, x: ir.Value, weight: ir.Value) -> str:
+    def _weight_obstacle(self, node: ir.Node, x: ir.Value, weight: ir.Value) -> str | None:
         producer = weight.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
             return "its weight is quantized already"
+        if not self.target.is_cpu and node.op_type == "MatMul" and self.is_real(weight):
+            return None  # of two activations
         computed = self.values.is_computed(x)
         return BOTH_COMPUTED if computed else "its weight is computed at run time"
 
@@ -132,7 +132,7 @@ class Eligibility:
             return QUANTIZED_ALREADY
         if any(True for _ in bodies(node)):
             return "runs other nodes"
-        if _is_dilated_pool(node) or any(_is_dilated_pool(v.producer()) for v in node.inputs if v):
+        if is_dilated_pool(node) or any(is_dilated_pool(v.producer()) for v in node.inputs if v):
             return DILATED
         computes = any(True for _ in self.data_inputs(node)) and node.op_type not in _CASTS
         return None if computes and any(self.is_real(v) for v in node.outputs) else NOT_REAL
@@ -226,5 +226,6 @@ class Eligibility:
         return tuple(self.values.stored[self.graph.key(value)].shape.numpy())
 
 
-def _is_dilated_pool(node: ir.Node | None) -> bool:
+def is_dilated_pool(node: ir.Node | None) -> bool:
+    """Whether a node is an AveragePool with dilations."""
     return node is not None and node.op_type == "AveragePool" and "dilations" in node.attributes
