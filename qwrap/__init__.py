@@ -7,6 +7,12 @@ from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
+from qwrap.mixed.budget import Budget
+from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.ranking import Sensitivity
+from qwrap.mixed.report import SearchResult
+from qwrap.mixed.search import search
+from qwrap.mixed.sensitivity import sensitivity
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
@@ -24,13 +30,18 @@ from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
+    "Budget",
+    "Choice",
     "Distillation",
+    "Group",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
     "QwrapError",
     "QwrapWarning",
     "RangeTable",
+    "SearchResult",
+    "Sensitivity",
     "Statistics",
     "TensorRange",
     "WrappedModel",
@@ -50,5 +61,7 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
+    "search",
+    "sensitivity",
     "verify",
 ]

@@ -85,6 +85,39 @@ def test_excluded_nodes_keep_their_float_weights(tmp_path: Path, data: Path) -> 
     assert not dequantized & {weights["/head/Gemm"], weights["/narrow/narrow.0/Conv"]}
 
 
+def test_set_gives_nodes_other_types_and_converts_between(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "q.onnx"
+    asked = ("--set", "/separable/separable.3/*=uint16", "--set", "/stem/*=/int4", "--verify", 0)
+    done = run("quantize", model_path(), "-o", path, "--calibration", data, *asked)
+    assert done.exit_code == 0, done.output
+    assert "converted" in done.stdout
+    graph = onnx.load(path).graph
+    codes = {i.name: i.data_type for i in graph.initializer}
+    made = {n.output[0]: n for n in graph.node}
+    types = {
+        node.name: [codes[made[node.input[0]].input[2]], codes[made[node.input[1]].input[0]]]
+        for node in graph.node
+        if node.op_type in {"Conv", "Gemm"}
+    }
+    uint8, int8, uint16, int4 = 2, 3, 4, 22
+    assert types["/separable/separable.3/Conv"] == [uint16, int8]
+    assert types["/stem/stem.0/Conv"] == [uint8, int4]
+    assert types["/head/Gemm"] == [uint8, int8]
+
+
+@pytest.mark.parametrize("text", ["/head/*", "=uint16", "/head/*=", "/head/*=/"])
+def test_a_region_that_says_nothing_is_a_mistake(tmp_path: Path, text: str) -> None:
+    done = run("quantize", model_path(), "-o", tmp_path / "q.onnx", "--set", text)
+    assert f"--set '{text}'" in mistake(done)
+
+
+def test_a_region_of_unknown_nodes_is_a_mistake_with_the_nearest_name(
+    tmp_path: Path, data: Path
+) -> None:
+    arguments = ("-o", tmp_path / "q.onnx", "--calibration", data, "--set", "/haed/Gemm=uint16")
+    assert "'/head/Gemm'" in mistake(run("quantize", model_path(), *arguments))
+
+
 def test_quantize_shows_the_plan_and_how_close_the_simulation_is(quantized: Done) -> None:
     for line in ("integer    Add 1, Conv 7, Gemm 1", "absorbed   Clip 3, Relu 4"):
         assert line in quantized.stdout

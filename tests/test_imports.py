@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
+    "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},

@@ -14,10 +14,10 @@ from typer.core import TyperGroup
 import qwrap
 from qwrap.cli.inspection import file_size, inspect_model, print_inspection
 from qwrap.cli.plan import print_plan
+from qwrap.cli.settings import config_of, weight_type
 from qwrap.cli.verification import FirstBatches, Thresholds, verify_summary
-from qwrap.config import METHODS, QuantSpec
+from qwrap.config import METHODS
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
-from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError, ExportError, QwrapError
 from qwrap.graph.save import check_target
 from qwrap.quant.tables import FORMS
@@ -77,7 +77,6 @@ MinSqnr = Annotated[
         metavar="DB", help="Exit 1 if the quantized outputs are further from the float ones."
     ),
 ]
-NO_ACTIVATIONS = "none"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Activation = Annotated[
     str | None,
@@ -149,6 +148,16 @@ Exclude = Annotated[
         help="Leave nodes of this name or operator type float; repeatable.",
     ),
 ]
+Regions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NODES=TYPES",
+        help="Quantize nodes in other types, by name, pattern, operator type, Block or tensor: "
+        "'/encoder/layer.3/*=uint16', 'Conv=uint8/int4' with a type for weights, 'fc=/int4' with "
+        "that alone, 'a to b=float32' for all between two nodes; repeatable, later ones win.",
+    ),
+]
 Finetune = Annotated[
     int | None,
     typer.Option(
@@ -159,20 +168,6 @@ Finetune = Annotated[
         "some hundreds of steps. Kept only where held-out batches come closer.",
     ),
 ]
-
-
-def _weight(name: str | None, block_size: int | None) -> str | QuantSpec | None:
-    if block_size is None:
-        return name
-    return QuantSpec(dtype=quant_type(name or "int8"), block_size=block_size)
-
-
-def _config(**asked: Any) -> qwrap.QConfig:
-    """Return the settings asked for; a default has one home, so None is left to ``QConfig``."""
-    settings = {key: value for key, value in asked.items() if value is not None}
-    if settings.get("activation") == NO_ACTIVATIONS:
-        settings["activation"] = None
-    return qwrap.QConfig(**settings)
 
 
 @app.command()
@@ -199,6 +194,7 @@ def quantize(
     percentile: Percentile = None,
     scope: Scope = None,
     exclude: Exclude = None,
+    regions: Regions = None,
     finetune: Finetune = None,
     verify: Annotated[
         int,
@@ -209,9 +205,10 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL with the ranges that calibration data shows."""
-    config = _config(
+    config = config_of(
+        regions,
         activation=activation,
-        weight=_weight(weight, block_size),
+        weight=weight_type(weight, block_size),
         contrib=contrib,
         per_channel=per_channel,
         method=method,

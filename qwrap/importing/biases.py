@@ -10,7 +10,7 @@ from qwrap.graph.constants import label
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.reading import Reading, UnreadableError, constant_of
 from qwrap.importing.strip import Stripper
-from qwrap.importing.stripped import Stripped, Use, moves_reals
+from qwrap.importing.stripped import Stripped, Tap, Use, moves_reals
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize, quantize_bias
 from qwrap.ops.traits import WEIGHTED
@@ -43,8 +43,8 @@ def _take(stripper: Stripper, node: ir.Node, reading: Reading) -> str:
     return ""
 
 
-def _partners(result: Stripped, node: ir.Node) -> tuple[Use, ir.Value, Use]:
-    """Return what reads a bias, the tapped value it goes with, and where the weight is read."""
+def _partners(result: Stripped, node: ir.Node) -> tuple[Use, Tap, Use]:
+    """Return what reads a bias, the tap it goes with, and where the weight is read."""
     uses = tuple(node.outputs[0].uses())
     if len(uses) != 1:
         raise UnreadableError("its int32 codes have more than one reader")
@@ -59,29 +59,32 @@ def _partners(result: Stripped, node: ir.Node) -> tuple[Use, ir.Value, Use]:
             layer = layer if layer is not None and layer.op_type in PRODUCTS else None
     if layer is None:
         raise UnreadableError("its int32 codes are no bias of a layer")
-    source, weight = _source(result, layer.inputs[0]), result.stored_use(layer, 1)
+    source, weight = _source(result, layer, 0), result.stored_use(layer, 1)
     if source is None or weight is None:
         raise UnreadableError("activation and weight of its layer are not both quantized")
     return (user, index), source, weight
 
 
-def _source(result: Stripped, value: ir.Value | None) -> ir.Value | None:
-    """Return the tapped value that a value was moved from, or is."""
-    while value is not None and result.source_of(value) is None:
-        maker = value.producer()
-        value = maker.inputs[0] if maker is not None and moves_reals(maker, value) else None
-    return None if value is None else result.source_of(value)
+def _source(result: Stripped, node: ir.Node, index: int) -> Tap | None:
+    """Return the tap whose scale an input has, perhaps from where its value was moved."""
+    while (tap := result.read_by(node, index)) is None:
+        value = node.inputs[index]
+        maker = None if value is None else value.producer()
+        if maker is None or value is None or not moves_reals(maker, value):
+            return None
+        node, index = maker, 0
+    return tap
 
 
 def _check_scale(
-    result: Stripped, node: ir.Node, reading: Reading, source: ir.Value, weight: Use
+    result: Stripped, node: ir.Node, reading: Reading, source: Tap, weight: Use
 ) -> None:
     """Refuse a bias that a ``BiasStub`` would round to other codes.
 
     Raises:
         UnreadableError: with the reason.
     """
-    activation, other = result.taps[source].reading, result.constants[weight].reading
+    activation, other = source.reading, result.constants[weight].reading
     scale = activation.qparams.scale * other.qparams.scale
     mine, zeros = reading.qparams.scale, reading.qparams.zero_point
     fits = activation.spec.axis is None and other.spec.block_size is None and not zeros.any()

@@ -39,7 +39,7 @@ def restore_clamps(draft: ir.Model, stripped: Stripped) -> list[str]:
         while node.name in names:
             node.name = f"{node.name}_"
         names.add(node.name)
-        _replace(stripped, value, node.outputs[0])
+        stripped.replace(value, node.outputs[0])
         count += 1
     if not count:
         return []
@@ -87,13 +87,3 @@ def _clamp(constants: Constants, value: ir.Value, top: float, opset: int) -> ir.
     graph.insert_after(producer, node)
     value.name, result.name = constants.unique_name(f"{name}_unclamped"), name
     return node
-
-
-def _replace(stripped: Stripped, old: ir.Value, new: ir.Value) -> None:
-    """Let what is known of a value be known of another one, in place."""
-    stripped.taps = {new if v is old else v: tap for v, tap in stripped.taps.items()}
-    stripped.moved = {
-        new if v is old else v: new if source is old else source
-        for v, source in stripped.moved.items()
-    }
-    stripped.readers = {new if v is old else v: n for v, n in stripped.readers.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.export.functions import DOMAIN
 from qwrap.export.write_back import Origin, Part
+from qwrap.graph.constants import label
 from qwrap.graph.index import OnnxGraph, ValueType, bodies, walk_nodes
 from qwrap.importing.biases import take_biases
 from qwrap.importing.calls import is_call
@@ -81,18 +83,18 @@ def import_quantized(
         draft.graph.opset_imports.pop(DOMAIN, None)
     floats = OnnxGraph(draft, graph.source)
     model = WrappedModel(floats, settings)
-    _leave_out_unseen(stripped, model.layout)
+    _leave_out_unseen(stripped, model.layout, found.notes)
     file = FilePlan(model.layout, stripped, [*notes, *found.notes])
     file.plan.changes += restored
     config = _config(file.plan, config)
     apply_overrides(file.plan, model.layout, config)
     choose_training(file.plan, floats, config)
     install(model, file.plan, config)
-    _set_scales(model, stripped, file.plan)
+    _set_scales(model, stripped, file)
     set_mode(model, "quantize")
     model.origin = Origin(
         graph=graph,
-        parts=tuple(_parts(floats, stripped, twins)),
+        parts=tuple(_parts(floats, stripped, file, twins)),
         kept=dict(_kept(floats, twins)),
     )
     return model
@@ -142,12 +144,23 @@ def _made(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from (value for value in node.outputs if value.name)
 
 
-def _leave_out_unseen(stripped: Stripped, layout: Layout) -> None:
+def _leave_out_unseen(stripped: Stripped, layout: Layout, notes: list[str]) -> None:
     """Forget, in place, what sits where no tensor passes: in branches that never run."""
     graph = layout.graph
-    for value in [v for v in stripped.taps if ValuePoint(graph.key(v)) not in layout.points]:
-        del stripped.taps[value]
-        stripped.moved = {v: source for v, source in stripped.moved.items() if source is not value}
+    unseen = [t for v, t in stripped.taps.items() if ValuePoint(graph.key(v)) not in layout.points]
+    for tap in unseen:
+        del stripped.taps[tap.value]
+    points = {use: UsePoint(graph.node_key(use[0]), use[1]) for use in stripped.converted}
+    for use in [use for use, point in points.items() if point not in layout.points]:
+        conversion = stripped.converted.pop(use)
+        if layout.is_host_use(*use):
+            notes.append(
+                f"{label(use[0])} reads {conversion.value.name!r} as numbers: they are those of "
+                "the tensor, not of what the file converts it to"
+            )
+    unseen += [t for t in stripped.conversions if not t.outputs and not stripped.uses_of(t)]
+    stripped.conversions = [tap for tap in stripped.conversions if tap not in unseen]
+    stripped.moved = {v: tap for v, tap in stripped.moved.items() if tap not in unseen}
     for uses in (stripped.constants, stripped.biases):
         points = {use: UsePoint(graph.node_key(use[0]), use[1]) for use in uses}
         for use in [use for use, point in points.items() if point not in layout.points]:
@@ -165,15 +178,16 @@ def _config(plan: QuantPlan, config: QConfig | None) -> QConfig:
     return result
 
 
-def _set_scales(model: WrappedModel, stripped: Stripped, plan: QuantPlan) -> None:
+def _set_scales(model: WrappedModel, stripped: Stripped, file: FilePlan) -> None:
     """Give every stub the scale of the file, or what the user says instead, in place."""
-    for value, tap in stripped.taps.items():
-        key = model.graph.key(value)
-        stub, override = stub_at(model, ValuePoint(key)), plan.tensors[key].override
+    scales = file.plan.scales()
+    for tap, key in file.keys.items():
+        stub, override = stub_at(model, file.plan.point_of(key)), scales[key].override
         qparams = tap.reading.qparams
         if override is not None and has_range(override):
             qparams = qparams_of(key, override, stub.spec)
-        stub.set_qparams(qparams, limit_of(model, key, qparams))
+        is_base = key in file.plan.tensors
+        stub.set_qparams(qparams, limit_of(model, key, qparams) if is_base else math.inf)
     for (node, index), stored in stripped.constants.items():
         point = UsePoint(model.graph.node_key(node), index)
         stub_at(model, point).set_qparams(stored.reading.qparams)
@@ -182,10 +196,10 @@ def _set_scales(model: WrappedModel, stripped: Stripped, plan: QuantPlan) -> Non
 # --- the way back --------------------------------------------------------------------------------
 
 
-def _parts(graph: OnnxGraph, stripped: Stripped, twins: Twins) -> Iterator[Part]:
+def _parts(graph: OnnxGraph, stripped: Stripped, file: FilePlan, twins: Twins) -> Iterator[Part]:
     """Yield what the stubs know of the file."""
-    for value, tap in stripped.taps.items():
-        yield from _of_readings(ValuePoint(graph.key(value)), tap.readings, twins)
+    for tap, key in file.keys.items():
+        yield from _of_readings(file.plan.point_of(key), tap.readings, twins)
     done = set()
     for (node, index), stored in stripped.constants.items():
         if stored not in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from qwrap.config import QuantSpec
-from qwrap.dtypes import INT8, UINT8, integer_type
+from qwrap.dtypes import INT8, UINT8, QuantType, integer_type
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.stripped import Stored, Stripped, Tap
 from qwrap.model.layout import Layout
@@ -19,7 +20,15 @@ from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.placement.eligibility import NO_KERNEL, Eligibility
 from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
-from qwrap.quant.plan import BiasPlan, ConstantPlan, NodePlan, QuantPlan, TensorPlan
+from qwrap.quant.plan import (
+    BiasPlan,
+    ConstantPlan,
+    Conversion,
+    NodePlan,
+    QuantPlan,
+    Role,
+    TensorPlan,
+)
 
 UNQUANTIZED = "the file does not quantize all of its inputs and outputs"
 MIXED = "onnxruntime has int8 and uint8 around it, and no kernel for both"
@@ -34,6 +43,7 @@ class FilePlan:
 
     Attributes:
         plan: the result.
+        keys: tap -> key of its tensor or conversion.
     """
 
     def __init__(self, layout: Layout, stripped: Stripped, notes: Iterable[str]) -> None:
@@ -41,13 +51,13 @@ class FilePlan:
         self.facts = Eligibility(layout, ORT_CPU, {})
         self.plan = QuantPlan(notes=list(notes))
         self.power_of_two = _all_powers_of_two(stripped)
+        self.keys = {tap: self.graph.key(value) for value, tap in stripped.taps.items()}
         self._add_constants()
+        self._name_conversions()
         self._add_tensors()
         self._add_biases()
         self._add_nodes()
-        specs = [tensor.spec for tensor in self.plan.tensors.values()]
-        weights = [constant.spec for constant in self.plan.constants.values()]
-        self.plan.fused = all(map(is_fusable, specs)) and all(map(is_fusable_weight, weights))
+        self.plan.fused = self._is_fused()
 
     # --- tensors ---------------------------------------------------------------------------------
 
@@ -61,20 +71,46 @@ class FilePlan:
             )
             first.setdefault(stored, point)
 
+    def _name_conversions(self) -> None:
+        """Give each conversion a key, as ``place`` does: with its type where there are several."""
+        alike = Counter(tap.value for tap in self.stripped.conversions)
+        taken = {*self.graph.values}
+        for tap in self.stripped.conversions:
+            key = f"{self.graph.key(tap.value)}_convert"
+            if alike[tap.value] > 1:
+                key = f"{key}_{tap.reading.spec.dtype}"
+            while key in taken:
+                key += "_"
+            taken.add(key)
+            self.keys[tap] = key
+
     def _add_tensors(self) -> None:
-        for value, tap in self.stripped.taps.items():
+        for value, tap in (*self.stripped.taps.items(), *self.stripped.moved.items()):
             key, producer = self.graph.key(value), value.producer()
+            if key in self.plan.tensors:
+                continue
+            is_base = self.stripped.taps.get(tap.value) is tap
             self.plan.tensors[key] = TensorPlan(
                 spec=self._spec(tap.reading.spec),
-                source=key,
+                source=self.keys[tap],
                 shape=tuple(tap.reading.qparams.scale.shape),
-                fixed=_dictated(producer, tap),
-                table=self._table(producer, tap),
+                fixed=_dictated(tap) if is_base else None,
+                table=self._table(producer, tap) if is_base and tap.value is value else None,
+                conversions=self._conversions(value),
             )
-        for value, source in self.stripped.moved.items():
-            if value not in self.stripped.taps:
-                tensor = self.plan.tensors[self.graph.key(source)]
-                self.plan.tensors[self.graph.key(value)] = replace(tensor, table=None)
+
+    def _conversions(self, value: ir.Value) -> tuple[Conversion, ...]:
+        return tuple(
+            Conversion(
+                key=self.keys[tap],
+                spec=self._spec(tap.reading.spec),
+                consumers=tuple((self.graph.node_key(n), i) for n, i in self.stripped.uses_of(tap)),
+                outputs=tuple(sorted(tap.outputs)),
+                shape=tuple(tap.reading.qparams.scale.shape),
+            )
+            for tap in self.stripped.conversions
+            if tap.value is value
+        )
 
     def _spec(self, spec: QuantSpec) -> QuantSpec:
         return replace(spec, power_of_two=True) if self.power_of_two else spec
@@ -90,9 +126,15 @@ class FilePlan:
         for (node, index), (stored, source, weight) in self.stripped.biases.items():
             self.plan.biases[self.graph.node_key(node), index] = BiasPlan(
                 value=self.graph.key(stored.value),
-                activation=self.graph.key(source),
+                activation=self.keys[source],
                 weight=(self.graph.node_key(weight[0]), weight[1]),
             )
+
+    def _is_fused(self) -> bool:
+        """Whether there are kernels for the types of the file, or for some if it mixes them."""
+        specs = [tensor.spec for tensor in self.plan.tensors.values()]
+        weights = [constant.spec for constant in self.plan.constants.values()]
+        return (not specs or any(map(is_fusable, specs))) and all(map(is_fusable_weight, weights))
 
     # --- nodes -----------------------------------------------------------------------------------
 
@@ -109,10 +151,10 @@ class FilePlan:
         if reason is None and kind in ORT_CPU.matrix:
             return self._matrix(node)
         if reason is None:
-            values, written = [*self.facts.operands(node)], self._written(node)
-            if all(map(self._has_codes, values)) and written is not None:
-                if self._agree(*values, written):
-                    return NodePlan(kind, "integer")
+            operands, written = [*self.facts.operand_inputs(node)], self._written(node)
+            if all(self._has_codes(v) for _, v in operands) and written is not None:
+                if self._agree(node, [i for i, _ in operands], written):
+                    return self._quantized(node, "integer")
                 return NodePlan(kind, "float", MIXED)
             return self._weighted(node) or NodePlan(kind, "float", UNQUANTIZED)
         moved = self.facts.moved_input(node)
@@ -121,9 +163,10 @@ class FilePlan:
                 self.plan.constants
             )
             if follows and self._is_quantized(node.outputs[0]):
-                return NodePlan(kind, "moves")
+                dtype = self.plan.tensors[self.graph.key(node.outputs[0])].spec.dtype
+                return NodePlan(kind, "moves", dtype=str(dtype))
             reason = UNMOVED if reason == NO_KERNEL else reason
-        return self._weighted(node) or NodePlan(kind, "float", reason)
+        return self._in_pairs(node) or self._weighted(node) or NodePlan(kind, "float", reason)
 
     def _matrix(self, node: ir.Node) -> NodePlan:
         key, x = self.graph.node_key(node), node.inputs[0]
@@ -133,11 +176,25 @@ class FilePlan:
         if bias and (key, 2) not in self.plan.biases:
             return NodePlan(node.op_type, "weights", FLOAT_BIAS)
         written = self._written(node)
-        if written is not None and not self._agree(x, written):
+        if written is not None and not self._agree(node, [0], written):
             return NodePlan(node.op_type, "weights", MIXED)
         if node.op_type in ORT_CPU.float_output or written is not None:
-            return NodePlan(node.op_type, "integer")
+            return self._quantized(node, "integer")
         return NodePlan(node.op_type, "weights", UNQUANTIZED)
+
+    def _in_pairs(self, node: ir.Node) -> NodePlan | None:
+        """Return the plan of a node without a kernel that reads and writes nothing but codes."""
+        if self.facts.moved_input(node) is not None or self.facts.pairs_obstacle(node) is not None:
+            return None
+        written = [v for v in node.outputs if v.name and self.facts.is_real(v)]
+        values = [*self.facts.operands(node), *written]
+        return self._quantized(node, "pairs") if all(map(self._has_codes, values)) else None
+
+    def _quantized(self, node: ir.Node, role: Role) -> NodePlan:
+        """Return the plan of a node with the type that it reads."""
+        read = (self.stripped.read_by(node, i) for i, _ in self.facts.operand_inputs(node))
+        tap = next(tap for tap in read if tap is not None)
+        return NodePlan(node.op_type, role, dtype=str(tap.reading.spec.dtype))
 
     def _weighted(self, node: ir.Node) -> NodePlan | None:
         """Return the plan of a node that computes in float from a quantized weight."""
@@ -146,21 +203,28 @@ class FilePlan:
             return None
         return NodePlan(node.op_type, "weights")
 
-    def _agree(self, *values: ir.Value) -> bool:
-        """Whether onnxruntime has all values in one type when it looks for kernels.
+    def _agree(self, node: ir.Node, inputs: Iterable[int], written: ir.Value) -> bool:
+        """Whether onnxruntime has all of a node in one type when it looks for kernels.
 
         It makes uint8 of int8 first, but for what has several readers: these it gives a
         DequantizeLinear each, and takes only single ones together with their QuantizeLinear.
         """
-        found = set()
-        for value in values:
-            tensor = self.plan.tensors.get(self.graph.key(value))
-            if tensor is None:
-                continue
+        found = {self._seen(self.stripped.source_of(written), written)}
+        for index in inputs:
+            converted = self.stripped.converted.get((node, index))
+            value = None if converted is not None else node.inputs[index]
+            found.add(self._seen(self.stripped.read_by(node, index), value))
+        return len(found - {None}) <= 1
+
+    def _seen(self, tap: Tap | None, value: ir.Value | None) -> QuantType | None:
+        """Return the type in which onnxruntime has a value, or a conversion; None of constants."""
+        if tap is None:
+            return None
+        readers = tap.count
+        if value is not None:
             readers = self.stripped.readers.get(value, len(value.uses()))
-            alone = tensor.spec.dtype is INT8 and readers == 1
-            found.add(UINT8 if alone else tensor.spec.dtype)
-        return len(found) <= 1
+        dtype = tap.reading.spec.dtype
+        return UINT8 if dtype is INT8 and readers == 1 else dtype
 
     def _is_quantized(self, value: ir.Value) -> bool:
         return self.graph.key(value) in self.plan.tensors
@@ -188,10 +252,11 @@ class FilePlan:
             planned = self.plan.nodes[self.graph.node_key(producer)]
             quantized = self._is_quantized(node.outputs[0])
             if planned.role == "integer" and quantized and self._is_redundant(node):
-                return NodePlan(node.op_type, "absorbed")
+                dtype = self.plan.tensors[self.graph.key(node.outputs[0])].spec.dtype
+                return NodePlan(node.op_type, "absorbed", dtype=str(dtype))
             if quantized:
                 return NodePlan(node.op_type, "float", KEPT)
-        return NodePlan(node.op_type, "float", NO_KERNEL)
+        return self._in_pairs(node) or NodePlan(node.op_type, "float", NO_KERNEL)
 
     def _is_redundant(self, node: ir.Node) -> bool:
         """Whether the codes behind a Relu or Clip end where it does, as onnxruntime tells."""
@@ -210,9 +275,9 @@ def _ends(qparams: QParams, spec: QuantSpec) -> tuple[float, float]:
     return low, high
 
 
-def _dictated(node: ir.Node | None, tap: Tap) -> tuple[float, int] | None:
+def _dictated(tap: Tap) -> tuple[float, int] | None:
     """Return the scale that the operator gives its output, if the file gives it the same."""
-    spec = tap.reading.spec
+    node, spec = tap.value.producer(), tap.reading.spec
     if node is None or node.op_type not in ORT_CPU.dictated or not is_fusable(spec):
         return None
     qparams, found = operator_qparams(*OUTPUT_RANGES[node.op_type], spec), tap.reading.qparams
@@ -245,7 +310,7 @@ def _weight_spec(stored: Stored) -> QuantSpec:
 
 def _all_powers_of_two(stripped: Stripped) -> bool:
     """Whether every scale of a file is a power of two, as shifting hardware wants them."""
-    readings = [tap.reading for tap in stripped.taps.values()]
+    readings = [tap.reading for tap in (*stripped.taps.values(), *stripped.conversions)]
     readings += [stored.reading for stored in stripped.constants.values()]
     fractions = [torch.frexp(reading.qparams.scale)[0] for reading in readings]
     return len(readings) > 1 and all(bool((fraction == 0.5).all()) for fraction in fractions)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qwrap.graph.index import opset_of, walk_nodes
 from qwrap.graph.nodes import STANDARD
-from qwrap.importing.stripped import Stripped
+from qwrap.importing.stripped import Stripped, Tap
 from qwrap.quant.placement.target import ORT_CPU
 
 MOVERS = {
@@ -34,10 +34,9 @@ def propagate(stripped: Stripped, draft: ir.Model) -> None:
     for tapped in list(stripped.taps):
         _to_maker(stripped, tapped, opset)
     for node in walk_nodes(draft.graph):
-        value = node.inputs[0] if _is_mover(node, opset) else None
-        source = None if value is None else stripped.source_of(value)
+        source = stripped.read_by(node, 0) if _is_mover(node, opset) else None
         known = stripped.source_of(node.outputs[0]) if node.outputs else None
-        if source is not None and known is None and _is_per_tensor(stripped, source):
+        if source is not None and known is None and _is_per_tensor(source):
             stripped.moved[node.outputs[0]] = source
 
 
@@ -47,8 +46,8 @@ def _is_mover(node: ir.Node | None, opset: int) -> bool:
     return opset >= MOVERS.get(node.op_type, opset + 1)
 
 
-def _is_per_tensor(stripped: Stripped, source: ir.Value) -> bool:
-    return stripped.taps[source].reading.spec.axis is None
+def _is_per_tensor(tap: Tap) -> bool:
+    return tap.reading.spec.axis is None
 
 
 def _to_maker(stripped: Stripped, value: ir.Value, opset: int) -> None:
@@ -63,11 +62,11 @@ def _to_maker(stripped: Stripped, value: ir.Value, opset: int) -> None:
     makers = (*ORT_CPU.matrix, *ORT_CPU.elementwise, *ORT_CPU.absorbed)
     if not moved or node is None or node.op_type not in makers:
         return
-    if node.domain in STANDARD and _is_per_tensor(stripped, value):
-        stripped.taps[first] = stripped.taps.pop(value)
+    if node.domain in STANDARD and _is_per_tensor(stripped.taps[value]):
+        tap = stripped.taps.pop(value)
+        stripped.taps[first], tap.value = tap, first
         stripped.readers |= dict.fromkeys((first, *moved[1:]), 1)
-        others = [v for v, source in stripped.moved.items() if source is value]
-        stripped.moved |= dict.fromkeys((*moved, *others), first)
+        stripped.moved |= dict.fromkeys(moved, tap)
 
 
 def _is_between(value: ir.Value, reader: ir.Node) -> bool:

@@ -16,11 +16,11 @@ from qwrap.graph.index import bodies
 from qwrap.graph.nodes import STANDARD
 from qwrap.importing.calls import is_call
 from qwrap.importing.chains import Chain, Chains, moved_outputs
-from qwrap.importing.reading import Reading, Source, UnreadableError, constant_of, is_quantizer
+from qwrap.importing.reading import Reading, Source, UnreadableError, constant_of
 from qwrap.importing.stripped import Stored, Stripped, Tap, Use, moves_reals
+from qwrap.importing.wiring import Wiring, graph_of
 from qwrap.model.tensors import to_torch
 from qwrap.numerics import dequantize
-from qwrap.quant.placement.forms import DEQUANTIZE
 
 NAMES = ("_quantized", "_DequantizeLinear_Output")
 """What tools put behind the name of a float weight to name its codes, or what comes of them."""
@@ -36,7 +36,7 @@ class Stripper:
         self.draft, self.found = draft, found
         self.constants = Constants(draft)
         self.result = Stripped()
-        self._freed: list[ir.Value | None] = []
+        self.wiring = Wiring(draft, self.constants, self.result)
         self._pending = {chain.quantizer: chain for chain in found.computed}
         self._stored: list[Stored] = []
 
@@ -54,7 +54,7 @@ class Stripper:
 
     def clean_up(self) -> None:
         """Drop the constants that nothing reads any more, in place."""
-        self.constants.drop_unused(dict.fromkeys(self._freed))
+        self.constants.drop_unused(dict.fromkeys(self.wiring.freed))
 
     # --- constants -------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class Stripper:
             use[0].replace_input_with(use[1], stored.value)
             if reading.spec.dtype is not INT32:
                 self.result.constants[use] = stored
-        self._remove(node)
+        self.wiring.remove(node)
         return stored
 
     def _same_codes(self, codes: ir.Value, reading: Reading) -> Stored | None:
@@ -137,10 +137,12 @@ class Stripper:
             if node.inputs[0] is quantizer:
                 self._read_floats(node.outputs[0], stored)
             else:
-                self._redirect(node, node.inputs[0])
-        self._finish_movers(chain)
+                codes = node.inputs[0]
+                assert codes is not None
+                self.wiring.redirect(node, codes)
+        self.wiring.finish_movers(chain)
         for node in chain.removed:
-            self._remove(node)
+            self.wiring.remove(node)
 
     def _read_floats(self, value: ir.Value, stored: Stored) -> None:
         for use in self._uses(value):
@@ -156,11 +158,11 @@ class Stripper:
         while copies := [use.node for use in value.uses() if _is_copy(use.node)]:
             for node in copies:
                 node.outputs[0].replace_all_uses_with(value)
-                _graph(node).remove(node, safe=True)
+                graph_of(node).remove(node, safe=True)
         for use in tuple(value.uses()):
             node, index = use.node, use.idx
             if any(True for _ in bodies(node)):
-                through = self._identity(value, f"{label(node)}_{index}", node)
+                through = self.wiring.identity(value, f"{label(node)}_{index}", node)
                 node.replace_input_with(index, through)
                 producer = through.producer()
                 assert producer is not None
@@ -171,40 +173,56 @@ class Stripper:
     # --- activations -----------------------------------------------------------------------------
 
     def _take_group(self, first: Chain) -> None:
-        """Take out the chains of the value that ``first`` quantizes."""
-        value = first.quantizer.inputs[0]
+        """Take out the chains of what ``first`` quantizes: a value, or a conversion of it."""
+        value, known = first.quantizer.inputs[0], self.result.converted
         assert value is not None
-        uses = tuple(value.uses())
+        read = known.get((first.quantizer, 0))
+        uses = [use for use in value.uses() if known.get((use.node, use.idx)) is read]
         groups: list[list[Chain]] = []
         for use in uses:
             if use.node in self._pending and use.idx == 0:
                 _add_to(groups, self._pending.pop(use.node))
         others = len(uses) > sum(map(len, groups)) or value.is_graph_output()
-        source = self._source_of(value)
+        is_free = len(groups) == 1 and not others
+        has_codes = self.result.source_of(value) is not None
+        source = read or self._source_of(value)
         for group in groups:
             reading = group[0].reading
-            if source is not None and self.result.taps[source].reading.equals(reading):
-                if value is not source:
+            if source is not None and source.reading.equals(reading):
+                if self.result.source_of(value) is None:
                     self.result.moved[value] = source
                 self._take(group, value, source)
-            elif value not in self.result.taps and len(groups) == 1 and not others:
-                self.result.taps[value] = Tap(reading)
-                self._take(group, value, value)
+            elif has_codes and read is None:
+                self._take_conversion(group, value)
+            elif is_free and not has_codes:
+                self.result.taps[value] = Tap(value, reading)
+                self._take(group, value, self.result.taps[value])
             else:
-                self._take_apart(group, value)
+                self._take_apart(group, value, read)
 
-    def _source_of(self, value: ir.Value) -> ir.Value | None:
-        """Return the tapped value whose codes ``value`` can have, if it was only moved since."""
+    def _source_of(self, value: ir.Value) -> Tap | None:
+        """Return the tap whose codes ``value`` can have, if it was only moved since."""
         known = self.result.source_of(value)
         node = value.producer()
         if known is not None or node is None or not moves_reals(node, value):
             return known
-        source = self.result.source_of(node.inputs[0]) if node.inputs[0] is not None else None
-        per_tensor = source is not None and self.result.taps[source].reading.spec.axis is None
-        return source if per_tensor else None
+        source = self.result.read_by(node, 0)
+        return source if source is not None and source.reading.spec.axis is None else None
 
-    def _take_apart(self, group: list[Chain], value: ir.Value) -> None:
-        """Give the readers of some pairs a value of their own, for others read ``value`` too."""
+    def _take_conversion(self, group: list[Chain], value: ir.Value) -> None:
+        """Take out pairs that read what comes out of the pairs of ``value``."""
+        conversion = Tap(value, group[0].reading)
+        self.result.conversions.append(conversion)
+        self._take(group, value, conversion)
+
+    def _take_apart(self, group: list[Chain], value: ir.Value, read: Tap | None) -> None:
+        """Give the readers of some pairs a value of their own, for others read ``value`` too.
+
+        Args:
+            group: the pairs.
+            value: what they quantize.
+            read: the conversion of it that they quantize, if it is one; no plan says so.
+        """
         by_graph: dict[object, list[Chain]] = {}
         for chain in group:
             by_graph.setdefault(chain.quantizer.graph, []).append(chain)
@@ -212,88 +230,54 @@ class Stripper:
             first = chains[0]
             direct = (n for n in first.dequantizers if n.inputs[0] is first.quantizer.outputs[0])
             result = next((n.outputs[0].name for n in direct), first.quantizer.outputs[0].name)
-            own = self._identity(value, first.quantizer.name, first.quantizer, result)
-            self.result.taps[own] = Tap(first.reading)
-            self._take(chains, own, own)
+            own = self.wiring.identity(value, first.quantizer.name, first.quantizer, read, result)
+            if read is not None:
+                self.found.notes.append(
+                    f"{label(first.quantizer)} converts what was converted already: it is taken "
+                    f"for the quantization of a copy, {own.name!r}"
+                )
+            self.result.taps[own] = Tap(own, first.reading)
+            self._take(chains, own, self.result.taps[own])
 
-    def _take(self, group: list[Chain], value: ir.Value, source: ir.Value) -> None:
-        """Let all that read what comes out of the pairs in ``group`` read ``value``."""
-        self.result.taps[source].chains += group
-        self.result.readers[value] = sum(map(_count_readers, group))
+    def _take(self, group: list[Chain], value: ir.Value, tap: Tap) -> None:
+        """Let all that read what comes out of the pairs in ``group`` read ``value``.
+
+        Args:
+            group: the pairs.
+            value: what they quantize.
+            tap: where their scale goes: on the value, or on its readers as a conversion.
+        """
+        tap.chains += group
+        count = sum(map(_count_readers, group))
+        conversion = None if self.result.source_of(value) is tap else tap
+        if conversion is None:
+            self.result.readers[value] = count
+        else:
+            conversion.count += count
         for chain in group:
             for use in tuple(chain.quantizer.outputs[0].uses()):
                 if use.node in chain.movers:
-                    use.node.replace_input_with(use.idx, value)
+                    self.wiring.read(use.node, use.idx, value, conversion)
             if is_call(chain.quantizer):
-                self._redirect(chain.quantizer, value)
+                self.wiring.redirect(chain.quantizer, value, conversion)
             for mover in chain.movers:
-                self.result.moved |= dict.fromkeys(moved_outputs(mover), source)
+                self.result.moved |= dict.fromkeys(moved_outputs(mover), tap)
             for node in chain.dequantizers:
                 codes = node.inputs[0]
-                self._redirect(node, value if codes is chain.quantizer.outputs[0] else codes)
-            self._finish_movers(chain)
+                assert codes is not None
+                if codes is chain.quantizer.outputs[0]:
+                    self.wiring.redirect(node, value, conversion)
+                else:
+                    self.wiring.redirect(node, codes)
+            self.wiring.finish_movers(chain)
             for node in chain.removed:
-                self._remove(node)
-
-    def _finish_movers(self, chain: Chain) -> None:
-        """Let what moved codes move reals, in place."""
-        real = chain.reading.real or ir.DataType.FLOAT
-        for node in chain.movers:
-            for value in moved_outputs(node):
-                value.type = ir.TensorType(real)
-            if node.op_type == "Pad" and len(node.inputs) > 2 and node.inputs[2] is not None:
-                self._freed.append(node.inputs[2])
-                node.replace_input_with(2, None)
-
-    def _redirect(self, node: ir.Node, value: ir.Value | None) -> None:
-        """Let what reads the output of ``node`` read ``value``; graph outputs keep their names."""
-        result = node.outputs[0]
-        assert value is not None
-        graph = result.graph
-        if result.is_graph_output() and graph is not None:
-            if not _can_be_output(value, graph):
-                value = self._identity(value, node.name, node)
-            if graph is self.draft.graph:
-                value.name = result.name
-            value.type, value.shape = result.type or value.type, result.shape or value.shape
-            for i, output in enumerate(graph.outputs):
-                if output is result:
-                    graph.outputs[i] = value
-            result.name = None
-        result.replace_all_uses_with(value)
-
-    def _identity(
-        self, value: ir.Value, name: str | None, before: ir.Node, result: str | None = None
-    ) -> ir.Value:
-        """Return a copy of a value, made in front of a node."""
-        node = ir.Node("", "Identity", [value], num_outputs=1, name=name)
-        node.outputs[0].name = result or self.constants.unique_name(f"{value.name}_copy")
-        node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
-        _graph(before).insert_before(before, node)
-        return node.outputs[0]
-
-    def _remove(self, node: ir.Node) -> None:
-        """Remove a node of a pair, and those that make scales of what is stored, in place."""
-        makers = {value.producer() for value in node.inputs[1:] if value is not None}
-        self._freed += node.inputs
-        _graph(node).remove(node, safe=True)
-        for maker in makers:
-            made = maker is not None and (
-                is_quantizer(maker, DEQUANTIZE) or maker.op_type == "Gather"
-            )
-            if maker is not None and made and not maker.outputs[0].uses():
-                self._remove(maker)
+                self.wiring.remove(node)
 
 
 def _home(value: ir.Value) -> ir.Graph:
     producer = value.producer()
     assert producer is not None, "a constant is an initialiser or comes out of a node"
-    return _graph(producer)
-
-
-def _graph(node: ir.Node) -> ir.Graph:
-    assert isinstance(node.graph, ir.Graph)
-    return node.graph
+    return graph_of(producer)
 
 
 def _reals(codes: ir.TensorProtocol, reading: Reading) -> ir.TensorProtocol:
@@ -327,9 +311,3 @@ def _add_to(groups: list[list[Chain]], chain: Chain) -> None:
 def _is_copy(node: ir.Node) -> bool:
     plain = node.op_type == "Identity" and node.domain in STANDARD
     return plain and not node.outputs[0].is_graph_output()
-
-
-def _can_be_output(value: ir.Value, graph: ir.Graph) -> bool:
-    """Whether a value may take the place of an output of ``graph``."""
-    node = value.producer()
-    return node is not None and node.graph is graph and not value.is_graph_output()

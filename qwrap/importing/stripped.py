@@ -14,18 +14,26 @@ from qwrap.importing.reading import Reading, Source, constant_of
 from qwrap.model.attributes import attributes_of
 from qwrap.ops.traits import PASS_THROUGH
 
+Use = tuple[ir.Node, int]
+
 
 @dataclass(slots=True, eq=False)
 class Tap:
-    """A value that pairs of the file quantize.
+    """What pairs of the file make of a value: its codes, or what some of its readers get instead.
 
     Attributes:
-        reading: how.
+        value: the tensor.
+        reading: how it is quantized.
         chains: the pairs.
+        count: how many inputs and outputs read what comes out of them.
+        outputs: of a conversion, which graph outputs it is.
     """
 
+    value: ir.Value
     reading: Reading
     chains: list[Chain] = field(default_factory=list)
+    count: int = 0
+    outputs: set[int] = field(default_factory=set)
 
     @property
     def readings(self) -> Iterator[Reading]:
@@ -56,30 +64,53 @@ class Stored:
         return self.readings[0]
 
 
-Use = tuple[ir.Node, int]
-
-
 @dataclass(slots=True, eq=False)
 class Stripped:
     """What was taken out of a graph, by what is left.
 
     Attributes:
         taps: value -> how it is quantized.
-        moved: value that was moved -> the value with a tap whose scale it has.
+        moved: value that was moved -> the tap whose scale it has.
+        conversions: what some readers of a value get, which has codes of another kind itself.
+        converted: (node, input) -> the conversion that it reads.
         constants: (node, input) -> the constant that it reads.
         readers: value with a pair -> how many inputs and outputs read what comes out of it.
-        biases: likewise those of int32, with the inputs of activation and weight that go with it.
+        biases: likewise those of int32, with the tap of the activation that goes with it and the
+            input of the weight.
     """
 
     taps: dict[ir.Value, Tap] = field(default_factory=dict)
-    moved: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    moved: dict[ir.Value, Tap] = field(default_factory=dict)
+    conversions: list[Tap] = field(default_factory=list)
+    converted: dict[Use, Tap] = field(default_factory=dict)
     constants: dict[Use, Stored] = field(default_factory=dict)
     readers: dict[ir.Value, int] = field(default_factory=dict)
-    biases: dict[Use, tuple[Stored, ir.Value, Use]] = field(default_factory=dict)
+    biases: dict[Use, tuple[Stored, Tap, Use]] = field(default_factory=dict)
 
-    def source_of(self, value: ir.Value) -> ir.Value | None:
-        """Return the value with a tap whose scale ``value`` has, itself perhaps."""
-        return value if value in self.taps else self.moved.get(value)
+    def source_of(self, value: ir.Value) -> Tap | None:
+        """Return the tap whose scale ``value`` has, where it is no conversion that is read."""
+        return self.taps.get(value) or self.moved.get(value)
+
+    def read_by(self, node: ir.Node, index: int) -> Tap | None:
+        """Return the tap whose scale an input reads, None if it reads floats."""
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if value is None:
+            return None
+        return self.converted.get((node, index)) or self.source_of(value)
+
+    def uses_of(self, conversion: Tap) -> list[Use]:
+        """Return the inputs that read a conversion, in the order in which they read its value."""
+        uses = [(use.node, use.idx) for use in conversion.value.uses()]
+        return [use for use in uses if self.converted.get(use) is conversion]
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let what is known of a value be known of another one, in place."""
+        self.taps = {new if v is old else v: tap for v, tap in self.taps.items()}
+        self.moved = {new if v is old else v: tap for v, tap in self.moved.items()}
+        self.readers = {new if v is old else v: count for v, count in self.readers.items()}
+        for tap in (*self.taps.values(), *self.conversions):
+            if tap.value is old:
+                tap.value = new
 
     def stored_use(self, node: ir.Node, index: int) -> Use | None:
         """Return where the constant that a node computes with is read, perhaps to be moved."""

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qwrap.ops import function_of, key_of
 
@@ -89,3 +89,33 @@ class Block(nn.Module):
         }
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._compile()
+
+
+class Elsewhere(nn.Module):
+    """Calls a module that is a submodule of another Block; it has no tensors of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._found = (module,)  # in a tuple, so that it is not a submodule of this one too
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is called."""
+        return self._found[0]
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what it makes of ``x``."""
+        return self._found[0](x)
+
+
+def hold(block: nn.Module, kind: str, text: str, module: nn.Module) -> str:
+    """Put ``module`` into the ModuleDict ``kind`` of ``block``; return its name there."""
+    if kind not in block._modules:
+        block.add_module(kind, nn.ModuleDict())
+    holder = getattr(block, kind)
+    assert isinstance(holder, nn.ModuleDict)
+    name = text.replace(".", "_").replace('"', "_").replace("\\", "_").replace("\n", "_")
+    while not name or name in holder or hasattr(holder, name):
+        name += "_"
+    holder[name] = module
+    return name

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwrap.errors import InputError, ModelError
 from qwrap.graph.index import OnnxGraph, ValueType
 from qwrap.model import extra_state
-from qwrap.model.block import Block
+from qwrap.model.block import Block, Elsewhere, hold
 from qwrap.model.codegen import Code, generate
 from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program
@@ -179,7 +179,8 @@ class WrappedModel(Block):
     ) -> None:
         """Put ``taps`` on points of the graph, in place; those there before are removed.
 
-        Each becomes a submodule under ``taps`` of the Block that runs it.
+        Each becomes a submodule under ``taps`` of the Block that runs it. One that sits on several
+        points is one submodule, of the first; its tensors are in the ``state_dict`` once.
 
         Args:
             taps: point -> module that is called with the tensor.
@@ -190,9 +191,16 @@ class WrappedModel(Block):
             if point not in homes:
                 raise ModelError(f"{point}: the graph has no such place")
         self._detach()
+        held: dict[nn.Module, tuple[Path, str]] = {}
         for point, module in sorted(taps.items(), key=lambda item: str(item[0])):
-            block = self._module_at(homes[point])
-            self.attached[point] = (homes[point], _hold(block, "taps", point.text, module))
+            path = homes[point]
+            if module not in held or held[module][0] != path:
+                tap = Elsewhere(module) if module in held else module
+                place = path, hold(self._module_at(path), "taps", point.text, tap)
+                self.attached[point] = place
+                held.setdefault(module, place)
+            else:
+                self.attached[point] = held[module]
         self.kernels = dict(kernels or {})
         self._generate()
 
@@ -204,7 +212,8 @@ class WrappedModel(Block):
     def tap(self, point: Point) -> nn.Module:
         """Return the module attached to ``point``."""
         path, name = self.attached[point]
-        return self.get_submodule(".".join((*path, "taps", name)))
+        found = self.get_submodule(".".join((*path, "taps", name)))
+        return found.module if isinstance(found, Elsewhere) else found
 
     def put_substitutes(self, substitutes: Mapping[str, Substitute]) -> None:
         """Let ``substitutes`` compute the nodes with these keys, in place, and none any others.
@@ -218,7 +227,7 @@ class WrappedModel(Block):
         for key, module in sorted(substitutes.items()):
             node = self.graph.nodes[key]
             path = self.layout.homes[node]
-            self.replaced[key] = path, _hold(self._module_at(path), "substitutes", key, module)
+            self.replaced[key] = path, hold(self._module_at(path), "substitutes", key, module)
             for index in module.indices:
                 value = node.inputs[index] if len(node.inputs) > index else None
                 if value is not None:
@@ -379,16 +388,3 @@ def _check_other(name: str, value: object, expected: ValueType) -> None:
         fits, what = isinstance(value, np.ndarray), "a numpy array of text"
     if not fits:
         raise InputError(f"input {name!r}: expected {what}, got {type(value).__name__}")
-
-
-def _hold(block: nn.Module, kind: str, text: str, module: nn.Module) -> str:
-    """Put ``module`` into the ModuleDict ``kind`` of ``block``; return its name there."""
-    if kind not in block._modules:
-        block.add_module(kind, nn.ModuleDict())
-    holder = getattr(block, kind)
-    assert isinstance(holder, nn.ModuleDict)
-    name = text.replace(".", "_").replace('"', "_").replace("\\", "_").replace("\n", "_")
-    while not name or name in holder or hasattr(holder, name):
-        name += "_"
-    holder[name] = module
-    return name

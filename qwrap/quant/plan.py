@@ -203,6 +203,13 @@ class QuantPlan:
             return ValuePoint(key)
         return next(c.points[0] for _, c in self.conversions() if c.key == key)
 
+    def observed_as(self, key: str) -> str:
+        """Return the tensor whose observer sees what a tensor holds, but for rounding."""
+        made_of = {conversion.key: tensor for tensor, conversion in self.conversions()}
+        while (source := self.tensors[key].source) != key:
+            key = made_of.get(source, source)
+        return key
+
     def spec_of(self, key: str) -> QuantSpec:
         """Return the type of a tensor or conversion."""
         if key in self.tensors:

@@ -88,6 +88,11 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
     for _, conversion in plan.conversions():
         stub = _conversion_stub(model, conversion)
         stubs |= dict.fromkeys(conversion.points, stub)
+    for key, conversion in plan.conversions():
+        made, base = stubs[conversion.points[0]], stubs[plan.point_of(plan.tensors[key].source)]
+        assert isinstance(made, Stub)
+        assert isinstance(base, Stub)
+        made.convert(base)
     for (node, index), constant in plan.constants.items():
         point = UsePoint(node, index)
         shared = None if constant.shared is None else UsePoint(*constant.shared)
@@ -253,7 +258,7 @@ def _activation_stub(model: WrappedModel, key: str, tensor: TensorPlan, config: 
         return Stub(key, tensor.spec, tensor.shape, training_by=tensor.training)
     source, earlier = key, model.plan
     if isinstance(earlier, QuantPlan) and key in earlier.tensors:
-        source = earlier.tensors[key].source
+        source = earlier.observed_as(key)
     stub = model.tap(ValuePoint(source)) if ValuePoint(source) in model.attached else None
     if not isinstance(stub, Stub):
         observer: Observer | None = new_observer(key, config, tensor.spec.axis)
@@ -269,7 +274,8 @@ def _conversion_stub(model: WrappedModel, conversion: Conversion) -> Stub:
     point = conversion.points[0]
     stub = model.tap(point) if point in model.attached else None
     way = conversion.training
-    if isinstance(stub, Stub) and (stub.spec, stub.training_by) == (conversion.spec, way):
+    wanted = conversion.key, conversion.spec, way
+    if isinstance(stub, Stub) and (stub.name, stub.spec, stub.training_by) == wanted:
         return stub
     return Stub(conversion.key, conversion.spec, conversion.shape, training_by=way)
 
@@ -321,10 +327,12 @@ def config_of(model: WrappedModel) -> QConfig:
 
 
 def stubs(model: WrappedModel) -> Iterator[tuple[Point, Stub]]:
-    """Yield the stubs on activations and weights."""
+    """Yield the stubs on activations and weights, each once, with the first point it is on."""
+    taken: set[Stub] = set()
     for point in model.attached:
         module = model.tap(point)
-        if isinstance(module, Stub):
+        if isinstance(module, Stub) and module not in taken:
+            taken.add(module)
             yield point, module
 
 

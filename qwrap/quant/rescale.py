@@ -14,7 +14,7 @@ from qwrap.config import Choice, RangeOverride
 from qwrap.errors import NotCalibratedError, QwrapWarning, TableError
 from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
-from qwrap.numerics import QParams
+from qwrap.numerics import QParams, choose_qparams
 from qwrap.quant.auto.auto import auto_ranges
 from qwrap.quant.placement.overrides import has_range
 from qwrap.quant.prepare import (
@@ -131,7 +131,7 @@ def fix_scales(
             given[key] = qparams
     ways = {key: w for key, w in ways_of(model).items() if key not in given and key not in ranges}
     ranges |= auto_ranges(model, ways, ranges, given, group)
-    set_activations(model, ranges, given)
+    set_activations(model, ranges, given, _conversions_in(model, table))
     warn_of_enlarged(model)
 
 
@@ -146,6 +146,23 @@ def _entries(model: WrappedModel, table: Mapping[str, TensorRange]) -> dict[str,
             names[tensor.source].append(key)
     found = {key: next((n for n in same if n in table), None) for key, same in names.items()}
     return {key: table[name] for key, name in found.items() if name is not None}
+
+
+def _conversions_in(model: WrappedModel, table: Mapping[str, TensorRange]) -> dict[str, QParams]:
+    """Return for every conversion in a table the scale that it has there, or that suits it."""
+    found: dict[str, QParams] = {}
+    for _, conversion in plan_of(model).conversions():
+        key = conversion.key
+        entry = table.get(key)
+        if entry is not None and entry.scale is not None:
+            found[key] = _qparams_in(table, key, stub_at(model, conversion.points[0]))
+        elif entry is not None:
+            found[key] = choose_qparams(
+                torch.tensor(float(entry.low.min())),
+                torch.tensor(float(entry.high.max())),
+                conversion.spec,
+            )
+    return found
 
 
 def _require_ranges(
@@ -167,7 +184,8 @@ def _require_ranges(
 
 def _warn_of_unknown(model: WrappedModel, table: Mapping[str, TensorRange]) -> None:
     """Warn of entries for what is not in the model; those of float tensors are just not needed."""
-    unknown = [name for name in table if name not in model.graph.values]
+    known = model.graph.values.keys() | plan_of(model).scales().keys()
+    unknown = [name for name in table if name not in known]
     if unknown:
         warnings.warn(
             f"{len(unknown)} of {len(table)} entries of the table fit no tensor of the model: "

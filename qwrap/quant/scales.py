@@ -110,6 +110,7 @@ def set_activations(
     model: WrappedModel,
     ranges: Mapping[str, Range],
     given: Mapping[str, QParams] | None = None,
+    converted: Mapping[str, QParams] | None = None,
 ) -> None:
     """Give every activation its scale, and make room for the biases, in place.
 
@@ -117,6 +118,7 @@ def set_activations(
         model: prepared; its weights have their scales.
         ranges: watched tensor -> what its codes should cover.
         given: watched tensor -> the scale itself, for those not in ``ranges``.
+        converted: key of a conversion -> its scale, where it is not to follow from the tensor's.
     """
     plan = plan_of(model)
     exact: dict[tuple[Range, QuantSpec], QParams] = {}
@@ -139,7 +141,7 @@ def set_activations(
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
         stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
-    _set_conversions(model)
+    _set_conversions(model, converted or {})
     _fit_biases(model)
 
 
@@ -194,9 +196,10 @@ def _dictated(model: WrappedModel) -> dict[str, QParams]:
 
 
 def span_of(qparams: QParams, spec: QuantSpec) -> Range:
-    """Return the smallest and largest value that the codes of one scale stand for."""
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return (spec.dtype.qmin - zero_point) * scale, (spec.dtype.qmax - zero_point) * scale
+    """Return the smallest and largest value that there are codes for."""
+    scale, zero_point = qparams.scale.double(), qparams.zero_point.double()
+    ends = (spec.dtype.qmin - zero_point) * scale, (spec.dtype.qmax - zero_point) * scale
+    return float(ends[0].min()), float(ends[1].max())
 
 
 def _operator_qparams(
@@ -241,7 +244,7 @@ def _set_tables(model: WrappedModel) -> None:
 # --- conversions ---------------------------------------------------------------------------------
 
 
-def _set_conversions(model: WrappedModel) -> None:
+def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
     """Give each conversion the scale that suits what the codes before it stand for, in place.
 
     A wider type gets the range of all codes: its grid then holds each of them exactly wherever
@@ -263,7 +266,8 @@ def _set_conversions(model: WrappedModel) -> None:
         elif override is not None and has_range(override):
             qparams = qparams_of(conversion.key, override, conversion.spec)
         else:
-            qparams = _spread(with_ends((low, high), conversion.ends), conversion.spec)
+            span = with_ends((low, high), conversion.ends)
+            qparams = known.get(conversion.key) or _spread(span, conversion.spec)
         stub_at(model, conversion.points[0]).set_qparams(qparams)
 
 

@@ -12,7 +12,7 @@ from qwrap.config import QuantSpec, Training
 from qwrap.errors import NotCalibratedError
 from qwrap.learned import Grid, Known, keep_in_graph, learned_fake_quantize
 from qwrap.model import shards
-from qwrap.numerics import QParams, fake_quantize, fake_quantize_bias, quantize_bias
+from qwrap.numerics import QParams, choose_qparams, fake_quantize, fake_quantize_bias, quantize_bias
 from qwrap.quant.follow import is_repeated, range_now
 from qwrap.quant.held import Held
 from qwrap.quant.learners import LEARNERS, Kind, rule
@@ -88,6 +88,7 @@ class Stub(Switch):
         zero = torch.zeros(tuple(shape), dtype=torch.int32)
         self.register_buffer("initial_zero_point", zero)
         self.register_buffer("scale_limit", torch.tensor([float("inf")]))
+        self._converts: tuple[Stub, ...] = ()
         self._kinds = LEARNERS[training_by].kinds
         self._held: Held | None = None
         for parameter, value in self._start().items():
@@ -215,6 +216,22 @@ class Stub(Switch):
         self.set_qparams(QParams(unknown, torch.zeros_like(self.initial_zero_point)))
         self.observer = observer
 
+    def convert(self, base: Stub) -> None:
+        """Let the scale, where it follows the data, go with that of ``base``, which comes before.
+
+        In place.
+        """
+        self._converts = (base,)  # in a tuple, so that it is no submodule of this one
+
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest value that there are codes for."""
+        scale, zero_point = self._now()
+        ends = (
+            (self.spec.dtype.qmin - zero_point) * scale,
+            (self.spec.dtype.qmax - zero_point) * scale,
+        )
+        return ends[0].amin(), ends[1].amax()
+
     # --- running ---------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,7 +278,10 @@ class Stub(Switch):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Give the tensor the scale that goes with what it is now, in place."""
-        qparams = range_now(x, self.spec, self.observer)
+        if self._converts:
+            qparams = choose_qparams(*self._converts[0].reach(), self.spec)
+        else:
+            qparams = range_now(x, self.spec, self.observer)
         self.initial_scale.copy_(torch.minimum(qparams.scale, self.scale_limit))
         self.initial_zero_point.copy_(qparams.zero_point)
 

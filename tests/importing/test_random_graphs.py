@@ -79,7 +79,7 @@ def test_any_arrangement_is_simulated_trained_and_written(
         same(imported.run(model, x), imported.literal(path, x))
         if model.plan is None:
             return
-        assert not model.plan.notes
+        assert all("converts what was converted already" in note for note in model.plan.notes)
         imported.train(model, x)
         qwrap.export(model, trained)
         same(imported.run(model, x), imported.literal(trained, x))

@@ -1,5 +1,7 @@
 """What may sit on the points of a graph, and what may run in place of its operators."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +12,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from qwrap.errors import ModelError
-from qwrap.model import Program, UsePoint, ValuePoint, WrappedModel, load
+from qwrap.model import OutputPoint, Program, UsePoint, ValuePoint, WrappedModel, load
 
 Build = Callable[..., onnx.ModelProto]
 
@@ -95,6 +97,31 @@ def test_taps_are_submodules_of_the_block_that_runs_them(model: WrappedModel) ->
     assert list(model.state_dict()) == plain
     assert "taps" not in str(model)
     assert model(ONES).tolist() == [[3, 3]]
+
+
+def test_a_tap_on_a_graph_output_is_for_the_caller_alone(build: Build) -> None:
+    nodes = [
+        helper.make_node("Neg", ["x"], ["y"], "/Neg"),
+        helper.make_node("Mul", ["y", "y"], ["z"], "/Mul"),
+    ]
+    model = load(build(nodes, {"x": ["n", 2]}, ["z", "y"], {}))
+    model.attach({OutputPoint(1): Plus(10.0)})
+    z, y = model(ONES)
+    assert (z.tolist(), y.tolist()) == ([[1.0, 1.0]], [[9.0, 9.0]])
+
+
+def test_a_tap_on_several_points_is_one_submodule_with_its_tensors_saved_once(
+    model: WrappedModel,
+) -> None:
+    plus = Plus(10.0)
+    points = [UsePoint("/Add", 0), UsePoint("/Add", 1), UsePoint("/mul/Mul", 0)]  # in two Blocks
+    model.attach(dict.fromkeys(points, plus))
+    for found in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert found(ONES).tolist() == [[43.0, 43.0]]  # (1 + 10) * 2 + 10, and 1 + 10
+        (name,) = [key for key in found.state_dict() if key.endswith("amount")]
+        taps = {found.tap(point) for point in points}
+        assert len(taps) == 1
+        assert taps.pop().amount is found.get_parameter(name)
 
 
 def test_tap_names_that_look_alike_stay_apart(build: Build) -> None:

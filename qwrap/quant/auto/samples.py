@@ -37,6 +37,11 @@ class Samples:
         """Samples in all batches."""
         return sum(self.sizes)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no more will be kept."""
+        return self.count >= self.most
+
     def take(self, inputs: Mapping[str, Any], *, divisible: bool) -> None:
         """Keep a copy of a batch, as far as there is room.
 
@@ -111,11 +116,11 @@ def keep(model: WrappedModel, inputs: Mapping[str, Any]) -> None:
     samples = model.samples
     assert isinstance(samples, Samples)
     if samples.count < samples.most:
-        samples.take(inputs, divisible=_is_divisible(model))
+        samples.take(inputs, divisible=is_divisible(model))
 
 
-def _is_divisible(model: WrappedModel) -> bool:
-    """Whether all inputs have one unknown first axis: that of samples."""
+def is_divisible(model: WrappedModel) -> bool:
+    """Return whether all inputs have one unknown first axis: that of samples."""
     kinds = [model.graph.type_of(value) for value in model.graph.inputs]
     if not all(kind.kind == "tensor" and kind.shape for kind in kinds):
         return False

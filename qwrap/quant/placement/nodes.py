@@ -47,11 +47,15 @@ class QuantizedNodes:
     def _is_for_all(self) -> bool:
         """Whether the target wants all in integers, or the user wants something and speed cannot.
 
-        Regions say that the user does.
+        Regions that are quantized in types of their own say that the user does.
         """
         if self.target.scope == "all":
             return True
-        if not self.types.any or self.config.activation_spec is None or self.slow is not None:
+        if (
+            not self.types.has_activations
+            or self.config.activation_spec is None
+            or self.slow is not None
+        ):
             return False
         candidates = [node for node in self.facts.nodes if self.facts.obstacle(node) is None]
         fastest = worth_it(self.facts, candidates, candidates)

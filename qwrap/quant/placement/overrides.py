@@ -15,10 +15,10 @@ from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
 from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
 from qwrap.quant.bounds import bounds_of
-from qwrap.quant.plan import QuantPlan
+from qwrap.quant.plan import Conversion, QuantPlan
 
 Group = tuple[str, str]
-"""Tensors of one scale: ("tensor", source) or ("constant", initialiser)."""
+"""Tensors of one scale: ("tensor", source), ("conversion", key) or ("constant", initialiser)."""
 
 
 def apply_overrides(
@@ -47,6 +47,8 @@ def apply_overrides(
         override = _resolve(members, config.overrides)
         if override is not None and group[0] == "tensor":
             override_tensor(plan, layout, group[1], override)
+        elif override is not None and group[0] == "conversion":
+            _override_conversion(plan, group[1], override)
         elif override is not None:
             _override_constant(plan, group[1], override)
 
@@ -56,9 +58,11 @@ def _groups(plan: QuantPlan) -> dict[Group, list[str]]:
     groups: dict[Group, list[str]] = {}
     for constant in plan.constants.values():
         groups.setdefault(("constant", constant.value), [constant.value])
+    for _, conversion in plan.conversions():
+        groups["conversion", conversion.key] = [conversion.key]
     for key, tensor in plan.tensors.items():
+        group = ("tensor" if tensor.source in plan.tensors else "conversion", tensor.source)
         table = plan.table_of(tensor)
-        group = ("tensor", tensor.source)
         if table is not None:
             group = ("constant", plan.constants[table].value)
         groups.setdefault(group, []).append(key)
@@ -175,6 +179,25 @@ def override_tensor(plan: QuantPlan, layout: Layout, source: str, override: Rang
     for key, moved in plan.tensors.items():
         if moved.source == source:
             plan.tensors[key] = replace(moved, override=override, fixed=fixed)
+
+
+def _override_conversion(plan: QuantPlan, key: str, override: RangeOverride) -> None:
+    for name, tensor in plan.tensors.items():
+        plan.tensors[name] = replace(
+            tensor,
+            override=override if tensor.source == key else tensor.override,
+            conversions=tuple(
+                _overridden(c, override) if c.key == key else c for c in tensor.conversions
+            ),
+        )
+
+
+def _overridden(conversion: Conversion, override: RangeOverride) -> Conversion:
+    if not has_range(override):
+        return replace(conversion, override=override)
+    qparams = qparams_of(conversion.key, override, conversion.spec)
+    fixed = float(qparams.scale), int(qparams.zero_point)
+    return replace(conversion, override=override, fixed=fixed)
 
 
 def _require_kernel(plan: QuantPlan, layout: Layout, source: str, fixed: tuple[float, int]) -> None:

@@ -88,9 +88,9 @@ class Types:
             before.append((region, nodes))
 
     @property
-    def any(self) -> bool:
-        """Whether there are regions at all, or tensors that were named."""
-        return bool(self.config.regions or self.config.tensors)
+    def has_activations(self) -> bool:
+        """Whether it is said of some activations of what type they are quantized."""
+        return bool(self.config.tensors) or any(self.is_chosen(node) for node in self._wishes)
 
     def is_asked(self, node: ir.Node) -> bool:
         """Whether it was said of a node that it is quantized, in whatever types."""

@@ -8,7 +8,7 @@ from qwrap.config import QConfig, QuantSpec, RangeOverride, Training
 from qwrap.errors import ConfigError
 from qwrap.graph.index import OnnxGraph
 from qwrap.quant.placement.overrides import has_range
-from qwrap.quant.plan import QuantPlan, TensorPlan
+from qwrap.quant.plan import Conversion, QuantPlan, TensorPlan
 
 
 def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
@@ -17,29 +17,23 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
     What cannot be had for a tensor becomes the next simpler way: learned zero points need an
     asymmetric type, and one that no absorbed activation ties to the end of the codes; power-of-two
     scales are learned as such; PACT is for activations. The scales of graph inputs with 8 bits or
-    more are learned only where a pattern asks for them: their data stay as they were calibrated,
-    and a gradient for them is one more product in what is often the largest layer.
+    more, and of what they are converted to, are learned only where a pattern asks for them: their
+    data stay as they were calibrated, and a gradient for them is one more product in what is often
+    the largest layer.
 
     Raises:
         ConfigError: "tqt" is asked for scales that are not powers of two.
     """
     tables = {tensor.table for tensor in plan.tensors.values()}
+    ways = {key: _way_of_tensor(plan, graph, key, config) for key in plan.sources()}
+    for key, conversion in plan.conversions():
+        ways[conversion.key] = _way_of_conversion(graph, key, conversion, config)
     for key, tensor in plan.tensors.items():
-        if tensor.source not in plan.tensors:
-            continue  # that of a conversion
-        source = plan.tensors[tensor.source]
-        way = _asked(tensor.source, source.override, source.spec, config)
-        said = source.override is not None and source.override.training is not None
-        free = source.is_observed or (said and source.table is None)
-        if (
-            not free
-            or _is_dictated(source)
-            or (way != "follow" and not said and _is_given(graph, source))
-        ):
-            way = "fixed"
-        elif way == "lsq+" and _is_absorbed(plan, graph, tensor):
-            way = "lsq"
-        plan.tensors[key] = replace(tensor, training=way)
+        plan.tensors[key] = replace(
+            tensor,
+            training=ways[tensor.source],
+            conversions=tuple(replace(c, training=ways[c.key]) for c in tensor.conversions),
+        )
     for point, constant in plan.constants.items():
         way = _asked(constant.value, constant.override, constant.spec, config)
         override = constant.override or RangeOverride()
@@ -48,6 +42,28 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
         if point in tables or is_given:
             way = "fixed"
         plan.constants[point] = replace(constant, training="lsq" if way == "pact" else way)
+
+
+def _way_of_tensor(plan: QuantPlan, graph: OnnxGraph, key: str, config: QConfig) -> Training:
+    """Return how the scale of a tensor that has its own is trained."""
+    source = plan.tensors[key]
+    way = _asked(key, source.override, source.spec, config)
+    said = source.override is not None and source.override.training is not None
+    free = source.is_observed or (said and source.table is None)
+    given = _is_given(graph, key, source.spec)
+    if not free or _is_dictated(source) or (way != "follow" and not said and given):
+        return "fixed"
+    return "lsq" if way == "lsq+" and _is_absorbed(plan, graph, key) else way
+
+
+def _way_of_conversion(
+    graph: OnnxGraph, key: str, conversion: Conversion, config: QConfig
+) -> Training:
+    """Return how the scale of a conversion of tensor ``key`` is trained."""
+    way = _asked(conversion.key, conversion.override, conversion.spec, config)
+    said = conversion.override is not None and conversion.override.training is not None
+    held = way != "follow" and _is_given(graph, key, conversion.spec)
+    return "fixed" if not said and (conversion.fixed is not None or held) else way
 
 
 def _asked(name: str, override: RangeOverride | None, spec: QuantSpec, config: QConfig) -> Training:
@@ -73,12 +89,12 @@ def _is_dictated(source: TensorPlan) -> bool:
     return source.fixed is not None and not has_range(source.override or RangeOverride())
 
 
-def _is_given(graph: OnnxGraph, source: TensorPlan) -> bool:
+def _is_given(graph: OnnxGraph, key: str, spec: QuantSpec) -> bool:
     """Whether a tensor is a graph input with codes enough."""
-    value = graph.values.get(source.source)
-    return value is not None and value.is_graph_input() and source.spec.dtype.bits >= 8
+    value = graph.values.get(key)
+    return value is not None and value.is_graph_input() and spec.dtype.bits >= 8
 
 
-def _is_absorbed(plan: QuantPlan, graph: OnnxGraph, tensor: TensorPlan) -> bool:
-    node = graph.values[tensor.source].producer()
+def _is_absorbed(plan: QuantPlan, graph: OnnxGraph, key: str) -> bool:
+    node = graph.values[key].producer()
     return node is not None and plan.nodes[graph.node_key(node)].role == "absorbed"

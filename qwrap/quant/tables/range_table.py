@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwrap.config import QuantSpec
 from qwrap.errors import TableError
-from qwrap.model.points import UsePoint, ValuePoint
+from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
@@ -112,7 +112,8 @@ class RangeTable(Mapping[str, TensorRange]):
     def of(cls, model: WrappedModel) -> RangeTable:
         """Return the ranges and scales of a calibrated model.
 
-        Activations that have another tensor's scale are listed with it, and so is what goes into
+        Activations that have another tensor's scale are listed with it, what some readers of a
+        tensor get in another type under the key of that conversion, and so is what goes into
         an activation function that the kernel before it absorbs, as a Relu. Weights and other
         stored constants are listed too. Biases are not, for their scales follow from those of
         input and weight, and neither is what stays in floating point: who reads the table has to
@@ -125,9 +126,13 @@ class RangeTable(Mapping[str, TensorRange]):
         """
         plan, ranges = plan_of(model), dict[str, TensorRange]()
         for key, tensor in plan.tensors.items():
-            stub = model.tap(ValuePoint(tensor.source))
+            stub = model.tap(plan.point_of(tensor.source))
             assert isinstance(stub, Stub)
             ranges[key] = TensorRange.from_qparams(stub.qparams, stub.spec)
+        for _, conversion in plan.conversions():
+            stub = model.tap(conversion.points[0])
+            assert isinstance(stub, Stub)
+            ranges[conversion.key] = TensorRange.from_qparams(stub.qparams, stub.spec)
         for key, after in _absorbed(model).items():
             if after in ranges:
                 ranges.setdefault(key, ranges[after])

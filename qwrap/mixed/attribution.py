@@ -1,0 +1,170 @@
+"""Whose work each kernel of a profile is: that of a group, or of a border between groups."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from qwrap.mixed.owners import Border
+from qwrap.mixed.profiling import Kernel
+from qwrap.mixed.trial import Trial
+
+_CONVERTING = frozenset({
+    *("Cast", "DequantizeLinear", "QuantizeLinear", "ReorderInput", "ReorderOutput", "Transpose"),
+    "Max",  # keeps an operator apart from the DequantizeLinear in front of it
+})
+"""Operators that bring a tensor into another type or layout, unless they are the model's own."""
+
+
+@dataclass(slots=True)
+class Share:
+    """Time of several kernels."""
+
+    seconds: float = 0.0
+    kernels: int = 0
+
+    def add(self, kernel: Kernel) -> None:
+        """Count one more, in place."""
+        self.seconds += kernel.seconds
+        self.kernels += 1
+
+
+@dataclass(slots=True)
+class Attribution:
+    """The kernels of one file, each in exactly one place.
+
+    Attributes:
+        groups: name of a group -> its own kernels, and conversions inside of it.
+        borders: tensor between groups -> its conversions.
+        rest: what belongs to no group.
+    """
+
+    groups: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    borders: dict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    rest: Share = field(default_factory=Share)
+
+    @property
+    def shares(self) -> list[Share]:
+        """All of them."""
+        return [*self.groups.values(), *self.borders.values(), self.rest]
+
+
+def attribute(trial: Trial, kernels: Sequence[Kernel]) -> Attribution:
+    """Return whose work the kernels of one file are."""
+    return _Attributing(trial, kernels).found
+
+
+class _Attributing:
+    def __init__(self, trial: Trial, kernels: Sequence[Kernel]) -> None:
+        self.trial, self.kernels = trial, kernels
+        self.borders: dict[str | None, list[Border]] = defaultdict(list)
+        for border in trial.owners.borders:
+            self.borders[border.producer].append(border)
+        self.maker = {name: i for i, kernel in enumerate(kernels) for name in kernel.outputs}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+        for i, kernel in enumerate(kernels):
+            for name in kernel.inputs:
+                self.readers[name].append(i)
+        self.keys = [self._key(kernel) for kernel in kernels]
+        self.converting = [
+            key is None and kernel.op_type in _CONVERTING
+            for key, kernel in zip(self.keys, kernels, strict=True)
+        ]
+        self.owner = [self._owner(i) for i in range(len(kernels))]
+        self.found = Attribution()
+        for i, kernel in enumerate(kernels):
+            self._share(i).add(kernel)
+
+    def _key(self, kernel: Kernel) -> str | None:
+        """Return the node of the model that a kernel was made from, None for none."""
+        number = self.trial.number(kernel.name, *kernel.outputs)
+        if number is None:
+            return None
+        if kernel.op_type in _CONVERTING and self.trial.operators[number] != kernel.op_type:
+            return None  # named after the tensor that it converts
+        return self.trial.keys[number]
+
+    def _owner(self, i: int) -> str | None:
+        """Return the group of a kernel that computes, from its neighbours if it has no name."""
+        key = self.keys[i]
+        if key is not None or self.converting[i]:
+            return self.trial.owners.of.get(key or "")
+        near = [*self._above(i), *self._below(i)]
+        return next((self.trial.owners.of.get(self.keys[j] or "") for j in near), None)
+
+    def _share(self, i: int) -> Share:
+        owner = self.owner[i] if not self.converting[i] else self._converter_of(i)
+        if isinstance(owner, Border):
+            return self.found.borders[owner.tensor]
+        return self.found.rest if owner is None else self.found.groups[owner]
+
+    def _converter_of(self, i: int) -> str | Border | None:
+        """Return the group inside of which a conversion is, or the border that it is on."""
+        above = next(self._above(i), None)
+        source = None if above is None else self.owner[above]
+        below = list(dict.fromkeys(self.owner[j] for j in self._below(i)))
+        if above is None and not self._is_activation(i):
+            return next((owner for owner in below if owner is not None), None)
+        if self._leaves(i):
+            below.append(None)
+        if all(owner == source for owner in below):
+            return source
+        key = None if above is None else self.keys[above]
+        border = self._matching(source, key, below)
+        if border is not None:
+            return border
+        return source if source is not None else next(filter(None, below), None)
+
+    def _matching(
+        self, source: str | None, key: str | None, below: Iterable[str | None]
+    ) -> Border | None:
+        """Return the border that fits producer and readers best."""
+        wanted = set(below) - {source}
+
+        def fit(border: Border) -> tuple[int, bool]:
+            return len(wanted & set(border.consumers)), border.source == key
+
+        best = max(self.borders[source], key=fit, default=None)
+        return best if best is not None and fit(best)[0] else None
+
+    # --- along the graph -------------------------------------------------------------------------
+
+    def _above(self, i: int) -> Iterator[int]:
+        """Yield the kernels that computed what a kernel reads, conversions passed over."""
+        for name in self.kernels[i].inputs:
+            j = self.maker.get(name)
+            if j is None or j == i:
+                continue
+            if self.converting[j] or self.keys[j] is None:
+                yield from self._above(j)
+            else:
+                yield j
+
+    def _below(self, i: int) -> Iterator[int]:
+        """Yield the kernels that compute with what a kernel makes, conversions passed over."""
+        for name in self.kernels[i].outputs:
+            for j in self.readers[name]:
+                if self.converting[j] or self.keys[j] is None:
+                    yield from self._below(j)
+                else:
+                    yield j
+
+    def _is_activation(self, i: int) -> bool:
+        """Whether what a kernel reads was not made of constants alone: it is a graph input then."""
+        names = list(self.kernels[i].inputs)
+        while names:
+            name = names.pop()
+            if name not in self.maker:
+                return True
+            names.extend(self.kernels[self.maker[name]].inputs)
+        return False
+
+    def _leaves(self, i: int) -> bool:
+        """Whether what a kernel makes is read by nothing: it is a graph output then."""
+        for name in self.kernels[i].outputs:
+            if not self.readers[name]:
+                return True
+            if any(self.converting[j] and self._leaves(j) for j in self.readers[name]):
+                return True
+        return False
