@@ -123,7 +123,7 @@ def test_contradictory_words_on_one_scale_are_refused_with_both(
 
 def test_two_types_of_a_tensor_that_is_only_moved_are_refused_with_both(small: Any) -> None:
     types = {"t": [{"quant_type": "uint8"}], "m": [{"quant_type": "uint16"}]}
-    with pytest.raises(ConfigError, match="'m': quant_type=uint16, but .* quant_type=uint8 was"):
+    with pytest.raises(ConfigError, match=r"'m': quant_type=uint16, but .* quant_type=uint8 was"):
         plan_of(branches(small, MOVED), types)
 
 
