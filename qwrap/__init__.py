@@ -7,8 +7,11 @@ from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
+from qwrap.mixed.budget import Budget
 from qwrap.mixed.choices import Choice, Group
 from qwrap.mixed.ranking import Sensitivity
+from qwrap.mixed.report import SearchResult
+from qwrap.mixed.search import search
 from qwrap.mixed.sensitivity import sensitivity
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
@@ -27,6 +30,7 @@ from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
+    "Budget",
     "Choice",
     "Distillation",
     "Group",
@@ -36,6 +40,7 @@ __all__ = [
     "QwrapError",
     "QwrapWarning",
     "RangeTable",
+    "SearchResult",
     "Sensitivity",
     "Statistics",
     "TensorRange",
@@ -56,6 +61,7 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
+    "search",
     "sensitivity",
     "verify",
 ]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from qwrap.mixed.attribution import Attribution, Share
 from qwrap.mixed.choices import Assignment, Choice, Edge, Group
@@ -356,6 +355,8 @@ def static_conversion(pair: Pair, elements: int) -> float:
 
 def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Return seconds once and for each element, neither below 0; relative errors count."""
+    from scipy.optimize import nnls  # slow to import
+
     sizes, times = (np.array(column, float) for column in zip(*samples, strict=True))
     weight = 1.0 / (times + MICRO)
     rows = np.stack([weight, weight * sizes], axis=1)

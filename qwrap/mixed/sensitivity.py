@@ -122,7 +122,7 @@ def sensitivity(
     if by == "tensor" and groups is None:
         parts = parts_of_tensors(carriers)
     else:
-        parts = parts_of_groups(carriers, found, drop_empty=is_own)
+        parts = parts_of_groups(carriers, found, drop_empty=is_own, with_others=rest == "quantized")
     analysis = Analysis(
         carriers=carriers,
         parts=parts,
