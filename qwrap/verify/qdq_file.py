@@ -244,22 +244,11 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
         return "is a constant"
     if QUANTIZED in node.metadata_props:
         return _match_call(node, names)
-    dequantized = tuple(
-        _name(user.outputs[0])
-        for user in node.outputs[0].consumers()
-        if _is(user, "DequantizeLinear")
-    )
-    # A quantized graph output has its name from the DequantizeLinear that now makes it, and so has
-    # what only some readers of a tensor read; a Max with nothing, -inf, keeps onnxruntime from
-    # removing what is in front of it.
-    front = data.producer()
-    passed = front.inputs[0] if front is not None and front.op_type == "Max" else None
-    candidates = (*dequantized, _name(data), _name(passed))
-    name = (
-        _name(data) if names is None else next((names[n] for n in candidates if n in names), None)
-    )
+    dequantized = _dequantized(node)
+    name = _name(data) if names is None else _float_name(node, names)
     if name is None:
-        return "is no tensor of the float model"
+        converts = _converted_from(node) is not None
+        return "is what only some nodes read" if converts else "is no tensor of the float model"
     parameters = _parameters(node)
     if isinstance(parameters, str):
         return parameters
@@ -275,6 +264,56 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
         zero_point=zero_point,
         axis=_integer(node, "axis", 1),
     )
+
+
+def _float_name(node: ir.Node, names: dict[str, str]) -> str | None:
+    """Return the tensor of the float model that a QuantizeLinear quantizes, None for none.
+
+    A graph output that is converted from codes has the name of the tensor they are codes of.
+    """
+    base = _converted_from(node)
+    own = next((names[n] for n in _names_of(node) if n in names), None)
+    if base is not None:
+        return own if any(n in names for n in _names_of(base)) else None
+    if own is None:
+        behind = (user for name in _readers(node) for user in name.consumers())
+        made = [n for user in behind if _is(user, "QuantizeLinear") for n in _dequantized(user)]
+        own = next((names[n] for n in made if n in names), None)
+    return own
+
+
+def _names_of(node: ir.Node) -> tuple[str, ...]:
+    """Return the names that what a QuantizeLinear quantizes may have in the float model.
+
+    A quantized graph output has its name from the DequantizeLinear that now makes it, and so has
+    what only some readers of a tensor read; a Max with nothing, -inf, keeps onnxruntime from
+    removing what is in front of it.
+    """
+    data = node.inputs[0]
+    front = None if data is None else data.producer()
+    passed = front.inputs[0] if front is not None and front.op_type == "Max" else None
+    return (*_dequantized(node), _name(data), _name(passed))
+
+
+def _converted_from(node: ir.Node) -> ir.Node | None:
+    """Return the first QuantizeLinear behind whose DequantizeLinear ``node`` quantizes again."""
+    found, data = None, node.inputs[0]
+    while data is not None and (maker := data.producer()) is not None:
+        codes = maker.inputs[0] if _is(maker, "DequantizeLinear") else None
+        first = None if codes is None else codes.producer()
+        if first is None or not _is(first, "QuantizeLinear"):
+            break
+        found, data = first, first.inputs[0]
+    return found
+
+
+def _readers(node: ir.Node) -> tuple[ir.Value, ...]:
+    users = node.outputs[0].consumers()
+    return tuple(user.outputs[0] for user in users if _is(user, "DequantizeLinear"))
+
+
+def _dequantized(node: ir.Node) -> tuple[str, ...]:
+    return tuple(map(_name, _readers(node)))
 
 
 def _match_call(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str:

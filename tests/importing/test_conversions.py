@@ -328,15 +328,20 @@ FILES: dict[str, tuple[str, str, dict[str, dict[str, tuple[set[Any], set[int]]]]
 }
 
 
+def file_of(small: Any, folder: Path, name: str) -> Path:
+    nodes, outputs, _, _ = FILES[name]
+    read = {word.strip(",()>") for word in nodes.replace("(", " ").split()}
+    constants = {key: np.asarray(value) for key, value in CONSTANTS.items() if key in read}
+    onnx.save(small.build(nodes, constants, outputs=outputs, opset=21), folder / "made.onnx")
+    return folder / "made.onnx"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_with_conversions_is_simulated_trained_and_comes_back(
     small: Any, imported: Any, tmp_path: Path, name: str
 ) -> None:
-    nodes, outputs, expected, others = FILES[name]
-    read = {word.strip(",()>") for word in nodes.replace("(", " ").split()}
-    constants = {key: np.asarray(value) for key, value in CONSTANTS.items() if key in read}
-    path = tmp_path / "made.onnx"
-    onnx.save(small.build(nodes, constants, outputs=outputs, opset=21), path)
+    _, _, expected, others = FILES[name]
+    path = file_of(small, tmp_path, name)
     model = imported.load(path, config=imported.learning())
     assert not model.plan.notes
     found = {
@@ -375,3 +380,15 @@ def test_a_conversion_of_a_conversion_is_taken_for_a_copy(
     )
     assert set(model.plan.scales()) == {"x", "x_convert", "ud"}
     comes_back(small, imported, model, path)
+
+
+def test_the_codes_of_a_tensor_are_compared_where_a_conversion_has_its_name(
+    small: Any, tmp_path: Path
+) -> None:
+    path = file_of(small, tmp_path, "a conversion is an output, and read")
+    model = qwrap.load(path).eval()
+    report = qwrap.verify(model, path, small.batches(), isolated=True, progress=False)
+    (tensor,) = report.specification.tensors
+    assert (tensor.name, tensor.dtype, tensor.differing) == ("y", "uint8", 0)
+    assert all(output.max_abs_difference < 1e-6 for output in report.specification.outputs)
+    assert [skipped.reason for skipped in report.skipped] == ["is what only some nodes read"]
