@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from qwrap.config import FLOATS, QConfig, QuantSpec, Scope
+from qwrap.config import FLOATS, QConfig, QuantSpec
 from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
@@ -19,6 +19,7 @@ from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import config_of, plan_of, prepare
+from qwrap.targets import Scope
 
 By = Literal["layer", "node", "block"]
 Asked = str | QuantSpec

@@ -25,6 +25,7 @@ from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
 from qwrap.quant.unify import Range, unify_joined
+from qwrap.targets import find_target
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 FILLED = 7 / 8  # of an operator's range: from there on all of it costs less than a fifth of a bit
@@ -225,6 +226,8 @@ def bounds_at(model: WrappedModel, key: str) -> tuple[float, float]:
 
     onnxruntime removes it only if none of the output's codes lies outside.
     """
+    if not find_target(config_of(model).target).is_cpu:
+        return -math.inf, math.inf
     node = model.graph.values[key].producer()
     if node is None or plan_of(model).nodes[model.graph.node_key(node)].role != "absorbed":
         return -math.inf, math.inf
