@@ -7,8 +7,11 @@ from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.budget import Budget
+from qwrap.mixed.choices import CHOICES, Choice, Group
 from qwrap.mixed.ranking import Sensitivity
+from qwrap.mixed.report import SearchResult
+from qwrap.mixed.search import search
 from qwrap.mixed.sensitivity import sensitivity
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
@@ -28,6 +31,8 @@ from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
+    "CHOICES",
+    "Budget",
     "Choice",
     "Distillation",
     "Group",
@@ -37,6 +42,7 @@ __all__ = [
     "QwrapError",
     "QwrapWarning",
     "RangeTable",
+    "SearchResult",
     "Sensitivity",
     "Statistics",
     "Target",
@@ -58,6 +64,7 @@ __all__ = [
     "register_op",
     "rescale",
     "round_weights",
+    "search",
     "sensitivity",
     "verify",
 ]

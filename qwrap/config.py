@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from qwrap.dtypes import INT8, UINT8, QuantType, quant_type
 from qwrap.errors import ConfigError
+from qwrap.overrides import TensorOverride, parse_overrides
 from qwrap.targets import Scope, Target, find_target
 
 ScaleType = Literal["float32", "float16", "bfloat16", "float8e8m0", "float8e4m3fn"]
@@ -180,37 +181,6 @@ class Region:
         return f"set {where}: {', '.join(given)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorOverride:
-    """What is said of one tensor by name, as in onnxruntime's ``TensorQuantOverrides``.
-
-    None leaves it to the rest of the settings. Numbers come once, or once for each channel.
-
-    Attributes:
-        dtype: type of the codes.
-        symmetric: whether the zero point is fixed at the middle code.
-        reduce_range: whether a constant uses half of the codes.
-        axis: channel axis of a constant, which then has a scale per channel; may be negative.
-        low: smallest values to represent, in real units.
-        high: largest values to represent.
-        scale: the scales themselves.
-        zero_point: the zero points that go with them.
-        convert: what nodes that read the tensor get instead: the codes are converted for them.
-        receivers: on ``convert``, the names of these nodes; None for all, and the graph output.
-    """
-
-    dtype: QuantType | None = None
-    symmetric: bool | None = None
-    reduce_range: bool | None = None
-    axis: int | None = None
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    scale: tuple[float, ...] | None = None
-    zero_point: tuple[int, ...] | None = None
-    convert: TensorOverride | None = None
-    receivers: frozenset[str] | None = None
-
-
 @dataclass(slots=True, kw_only=True)
 class QConfig:
     """What the user asks of a whole model.
@@ -250,9 +220,10 @@ class QConfig:
         scope: what is quantized. "faster": what integer kernels speed up, going by the shapes and
             costs measured for onnxruntime on CPUs. "kernels": all that has an integer kernel.
             "all": every node that reads or writes floats, those without a kernel between pairs.
+            "named": the tensors in ``tensors``, and nothing else.
             None: what suits the target, which is "faster" on CPUs, and "all" on accelerators that
-            have nothing but integers; and where there are regions, "all" for a model with which
-            integer kernels could not save any time worth speaking of.
+            have nothing but integers; and where there are regions or ``tensors``, "all" for a model
+            with which integer kernels could not save any time worth speaking of.
         contrib: write com.microsoft's QuantizeLinear and DequantizeLinear, which carry 16 and 4
             bits at any opset, instead of raising the opset.
         target: the runtime that the file is for: "onnxruntime" (on CPUs), "qnn", "tensorrt",
@@ -262,7 +233,8 @@ class QConfig:
         excluded: nodes left in float: shell patterns over node names, or operator types.
         overrides: (shell pattern over tensor names, what is known), later ones win.
         regions: nodes in other types than ``activation`` and ``weight``, later ones win.
-        tensors: tensor -> what is said of it in the words of onnxruntime; it precedes all else.
+        tensors: tensor -> what is said of it in the words of onnxruntime; it precedes all else, and
+            what is named is quantized in any case. See ``from_overrides``.
     """
 
     activation: QuantType | QuantSpec | str | None = UINT8
@@ -307,6 +279,29 @@ class QConfig:
         _check_width(self.weight_spec(0))
 
     @classmethod
+    def from_overrides(cls, overrides: Mapping[str, Any], **settings: Any) -> QConfig:
+        """Return a configuration with what onnxruntime's ``TensorQuantOverrides`` says.
+
+        A tensor that is named has exactly the type given, or else that of ``activation`` or
+        ``weight``, and all nodes read it so, but those in the "recv_nodes" of its "convert"; what
+        is not named follows the other settings. A constant that is named has one scale unless an
+        "axis" is given; and so has a bias, which is then no int32.
+
+        Args:
+            overrides: tensor -> list of one dictionary, or of one for each channel, with the keys
+                of onnxruntime; "quant_type" may also be a name, and "recv_nodes" a list.
+            settings: other fields, as for ``QConfig``. With ``scope="named"`` and what
+                ``plan.to_overrides(model)`` returned, the same file comes out again.
+
+        Raises:
+            ConfigError: the dictionary contradicts itself, or a setting does. What depends on the
+                model ``prepare`` refuses.
+        """
+        if "tensors" in settings:
+            raise ConfigError("tensors= are what the overrides say; leave one of the two out")
+        return cls(tensors=parse_overrides(overrides), **settings)
+
+    @classmethod
     def for_target(cls, target: str | Target, **settings: Any) -> QConfig:
         """Return a config with types that suit a runtime.
 
@@ -334,15 +329,22 @@ class QConfig:
 
     @property
     def activation_specs(self) -> list[QuantSpec]:
-        """How activations are quantized in the model at large and in regions."""
+        """How activations are quantized in the model at large, in regions and by name."""
         asked = [self.activation, *(region.activation for region in self.regions)]
-        return [self.activation_spec_of(a) for a in asked if a is not None and a not in FLOATS]
+        specs = [self.activation_spec_of(a) for a in asked if a is not None and a not in FLOATS]
+        alike = self.activation_spec or QuantSpec(symmetric=False)
+        said = [part for o in self.tensors.values() if o.axis is None for part in (o, o.convert)]
+        kinds = dict.fromkeys(part.dtype for part in said if part is not None)
+        return specs + [retyped(alike, kind, symmetric=False) for kind in kinds if kind is not None]
 
     def weight_specs(self, axis: int | None, block_axis: int | None = None) -> list[QuantSpec]:
-        """Return what ``weight_spec`` does, and the same for regions."""
+        """Return what ``weight_spec`` does, and the same for regions and what is named."""
         asked = [self.weight, *(region.weight for region in self.regions)]
         given = [weight for weight in asked if weight is not None and weight not in FLOATS]
-        return [self.weight_spec_of(weight, axis, block_axis) for weight in given]
+        usual = self.weight_spec_of(self.weight, None).dtype
+        kinds = {o.dtype or usual: None for o in self.tensors.values() if o.axis is not None}
+        named = [QuantSpec(dtype=kind, axis=axis) for kind in kinds]
+        return [*(self.weight_spec_of(weight, axis, block_axis) for weight in given), *named]
 
     def weight_spec(self, axis: int | None, block_axis: int | None = None) -> QuantSpec:
         """Return how a weight is quantized.
@@ -455,6 +457,18 @@ def activation_spec(activation: QuantType | QuantSpec | str) -> QuantSpec:
     if isinstance(activation, QuantSpec):
         return activation
     return QuantSpec(dtype=quant_type(activation), symmetric=False)
+
+
+def retyped(spec: QuantSpec, dtype: QuantType, *, symmetric: bool) -> QuantSpec:
+    """Return the spec for another type, without what that one cannot have."""
+    return replace(
+        spec,
+        dtype=dtype,
+        symmetric=symmetric,
+        narrow_range=spec.narrow_range and symmetric and dtype.signed and dtype.is_integer,
+        reduce_range=spec.reduce_range and dtype.is_integer and dtype.bits >= 4,
+        restricted=spec.restricted and not symmetric and not dtype.signed,
+    )
 
 
 def _names(selector: Selector) -> tuple[str, ...]:

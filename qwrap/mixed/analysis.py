@@ -49,14 +49,27 @@ class Part:
 
 
 def parts_of_groups(
-    carriers: Sequence[Carrier], groups: Sequence[Group], *, drop_empty: bool
+    carriers: Sequence[Carrier],
+    groups: Sequence[Group],
+    *,
+    drop_empty: bool,
+    with_others: bool,
 ) -> list[Part]:
-    """Return the parts that ``groups`` make; ``drop_empty`` leaves out those without stubs."""
+    """Return the parts that ``groups`` make.
+
+    Args:
+        carriers: copies of the model.
+        groups: of its nodes.
+        drop_empty: leave out those without stubs.
+        with_others: say of each part also where the stubs of all else are, which takes a while.
+    """
     own: dict[str, dict[Choice, frozenset[Point]]] = {group.name: {} for group in groups}
     others: dict[str, dict[Choice, frozenset[Point]]] = {group.name: {} for group in groups}
     for carrier in carriers:
         for name, points in switches_of(carrier, groups).items():
             own[name][carrier.choice] = points
+        if not with_others:
+            continue
         keys = set(plan_of(carrier.model).nodes)
         rest = [Group(g.name, tuple(sorted(keys - {*g.nodes})), g.choices) for g in groups]
         for name, points in switches_of(carrier, rest).items():

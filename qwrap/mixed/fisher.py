@@ -40,7 +40,7 @@ from qwrap.errors import ConfigError, InputError
 from qwrap.mixed.carriers import Carrier
 from qwrap.mixed.choices import Choice
 from qwrap.mixed.measured import outputs_on
-from qwrap.mixed.outputs import Output, counting, power
+from qwrap.mixed.outputs import Output, counting, probabilities
 from qwrap.mixed.probes import Products, probes_of
 from qwrap.model.points import Point
 from qwrap.model.wrapped import WrappedModel
@@ -87,7 +87,7 @@ def fisher_losses(
         bar = tqdm(desc="gradients", total=total, unit="pass", disable=off)
         with closing(bar), model.running(program), _gradients_of_probes_only(model):
             for inputs in samples.on(device_of(model)):
-                products.rows = directions.rows(inputs)
+                products.begin(directions.rows(inputs), projections)
                 results = outputs_on(model, inputs)
                 for left in reversed(range(projections)):
                     along = directions.along(results)
@@ -153,7 +153,7 @@ class _Directions:
         for inputs in samples.on(device_of(model)):
             results = outputs_on(model, inputs)
             for i, output in enumerate(self._outputs):
-                self._scales[i] += _scale(output, results[output.index])
+                self._scales[i] += output.reference(results[output.index]).scale
         self._count = sum(scale > 0 for scale in self._scales) + len(outputs) - len(self._outputs)
 
     def rows(self, inputs: Mapping[str, Any]) -> int:
@@ -171,25 +171,16 @@ class _Directions:
         return total
 
 
-def _scale(output: Output, result: Tensor) -> float:
-    """Return what an output's distance is relative to, as ``Output.distance`` does."""
-    if output.kind == "error":
-        return power(result)
-    return float(output.scores(result)[..., 0].numel())
-
-
 def _along(output: Output, result: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``<L v, z>``, for which the mean square of its change is the distance."""
     if output.kind == "error":
         there = counting(result.detach())
         z = torch.where(there, result, 0.0).double()
         return (z * _signs(z, generator)).sum()
-    z = output.scores(result)
-    there = counting(z.detach())
-    lowest = torch.finfo(torch.float64).min / 4
-    p = torch.where(there, z.detach(), lowest).softmax(-1)
+    z, axis = output.scores(result), output.class_axis
+    there, p = counting(z.detach()), probabilities(z.detach(), axis)
     root, signs = p.sqrt(), _signs(z, generator)
-    direction = root * signs - p * (root * signs).sum(-1, keepdim=True)
+    direction = root * signs - p * (root * signs).sum(axis, keepdim=True)
     return (torch.where(there, z, 0.0) * direction).sum() * math.sqrt(0.5)
 
 

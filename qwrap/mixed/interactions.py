@@ -69,6 +69,9 @@ class LossModel:
 
 
 def _scale(predicted: NDArray[np.float64], found: Sequence[float] | NDArray[np.float64]) -> float:
-    """Return the factor that most assignments lose more, or less, than the sum."""
+    """Return the factor that most assignments lose more, or less, than the sum.
+
+    Two that lose as predicted are taken for granted, lest one or two say it of all.
+    """
     ratios = [f / p for f, p in zip(found, predicted, strict=True) if p > 0 and f > 0]
-    return float(np.median(ratios)) if ratios else 1.0
+    return float(np.median([1.0, 1.0, *ratios]))

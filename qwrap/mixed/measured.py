@@ -15,13 +15,15 @@ from qwrap.errors import InputError
 from qwrap.mixed.book import Book, Tally
 from qwrap.mixed.carriers import Carrier
 from qwrap.mixed.choices import Choice
-from qwrap.mixed.outputs import Output
+from qwrap.mixed.outputs import Output, Reference
+from qwrap.mixed.prefixes import Kept, Prefixes, bytes_of, choose_cuts
 from qwrap.model.points import Point
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.prepare import device_of
 
 EVERYTHING = ""  # no group is called so
+ROOM = 2**28  # bytes of activations and float outputs that are kept at a time
 Metric = Callable[[WrappedModel], float]
 
 
@@ -66,7 +68,7 @@ def measure_outputs(
 ) -> dict[tuple[str, Choice], float]:
     """Return (name, choice) -> how far the outputs are from the float ones, for each trial.
 
-    Batch by batch, so that the float outputs of one are all that is kept.
+    What a trial does not change is not run again: see ``qwrap.mixed.prefixes``.
 
     Args:
         trials: what to run.
@@ -82,39 +84,104 @@ def measure_outputs(
     total = sum(len(samples.batches) - tally.batches for tally in tallies.values())
     bar = tqdm(desc="sensitivity", total=total, unit="run", disable=None if progress else True)
     with _writing(book), closing(bar):
-        for i, inputs in enumerate(samples.on(device_of(trials[0].carrier.model))):
-            left = [trial for trial in trials if tallies[trial].batches <= i]
-            for trial, found, wanted in _runs(left, inputs):
-                tallies[trial].add(_distances(trial, outputs, found, wanted))
-                book.write(now=False)
-                bar.update()
+        latest, references = -1, []
+        for trial, i, found, wanted in _Runs(trials, samples, tallies).each():
+            if i != latest:
+                latest, references = i, [o.reference(wanted[o.index]) for o in outputs]
+            tallies[trial].add(_distances(trial, outputs, found, references))
+            book.write(now=False)
+            bar.update()
     return {(trial.name, trial.choice): tally.loss for trial, tally in tallies.items()}
 
 
-def _runs(
-    trials: Sequence[Trial], inputs: Mapping[str, Any]
-) -> Iterator[tuple[Trial, list[Any], list[Any]]]:
-    """Yield each trial with its outputs and the float ones."""
-    if not trials:
-        return
-    first = trials[0].carrier
-    first.switch(())
-    wanted = outputs_on(first.model, inputs)
-    for trial in trials:
+class _Runs:
+    """Runs trials on batches, those together that can be taken up at the same cut.
+
+    Args:
+        trials: what to run; those of one choice have the same carrier.
+        samples: what to run it on.
+        tallies: say how many batches of each trial are done.
+    """
+
+    def __init__(
+        self, trials: Sequence[Trial], samples: Samples, tallies: Mapping[Trial, Tally]
+    ) -> None:
+        self._first, self._samples, self._tallies = trials[0].carrier, samples, tallies
+        carriers = {id(trial.carrier): trial.carrier for trial in trials}
+        self._prefixes = {key: Prefixes(carrier) for key, carrier in carriers.items()}
+        own = self._prefixes[id(self._first)]
+        starts = {trial: self._start(trial, own) for trial in trials}
+        self.cuts = choose_cuts([*starts.values()])
+        self._batches = list(samples.on(device_of(self._first.model)))
+        self._at: dict[tuple[int, int], list[Trial]] = {}
+        for trial, start in starts.items():
+            cut = max(cut for cut in self.cuts if cut <= start)
+            self._at.setdefault((cut, id(trial.carrier)), []).append(trial)
+
+    def _start(self, trial: Trial, own: Prefixes) -> int:
+        """Return the first node that a trial changes, 0 where its model is another graph."""
+        prefixes = self._prefixes[id(trial.carrier)]
+        return prefixes.start(trial.points) if prefixes.nodes == own.nodes else 0
+
+    def each(self) -> Iterator[tuple[Trial, int, list[Any], list[Any]]]:
+        """Yield trial, number of the batch, outputs and float outputs."""
+        for batches in self._in_parts():
+            kept, wanted = self._float_runs(batches)
+            for cut in self.cuts:
+                for key, prefixes in self._prefixes.items():
+                    trials = self._at.get((cut, key), [])
+                    now: Kept = {}
+                    with prefixes.skipping(cut if trials else 0, now):
+                        for i in batches:
+                            now.update(kept[i])
+                            for trial in self._left(trials, i):
+                                yield trial, i, self._run(trial, i, wanted[i]), wanted[i]
+                    for trial in trials:
+                        trial.carrier.switch(())
+
+    def _left(self, trials: Sequence[Trial], batch: int) -> list[Trial]:
+        return [trial for trial in trials if self._tallies[trial].batches <= batch]
+
+    def _run(self, trial: Trial, batch: int, wanted: list[Any]) -> list[Any]:
         if not trial.points:  # nothing is quantized
-            yield trial, wanted, wanted
-            continue
+            return wanted
         trial.carrier.switch(trial.points)
-        yield trial, outputs_on(trial.carrier.model, inputs), wanted
-    for trial in trials:
-        trial.carrier.switch(())
+        return outputs_on(trial.carrier.model, self._batches[batch])
+
+    def _float_runs(self, batches: Sequence[int]) -> tuple[dict[int, Kept], dict[int, list[Any]]]:
+        """Return for each batch what crosses the cuts, and the outputs."""
+        self._first.switch(())
+        kept: dict[int, Kept] = {}
+        wanted: dict[int, list[Any]] = {}
+        now: Kept = {}
+        with self._prefixes[id(self._first)].keeping(self.cuts, now):
+            for i in batches:
+                wanted[i] = outputs_on(self._first.model, self._batches[i])
+                kept[i] = dict(now)
+        return kept, wanted
+
+    def _in_parts(self) -> Iterator[list[int]]:
+        """Yield the numbers of batches such that what is kept of them fits into ``ROOM``."""
+        done = min(self._tallies[trial].batches for trial in self._tallies)
+        left = list(range(done, len(self._batches)))
+        if not left:
+            return
+        kept, wanted = self._float_runs(left[:1])
+        size = bytes_of([*kept[left[0]].values(), *wanted[left[0]]])
+        step = max(1, ROOM // max(size, 1))
+        for start in range(0, len(left), step):
+            yield left[start : start + step]
 
 
 def _distances(
-    trial: Trial, outputs: Sequence[Output], found: list[Any], wanted: list[Any]
+    trial: Trial,
+    outputs: Sequence[Output],
+    found: Sequence[Any],
+    references: Sequence[Reference],
 ) -> list[tuple[float, float]]:
+    pairs = zip(outputs, references, strict=True)
     try:
-        return [o.distance(found[o.index], wanted[o.index]) for o in outputs]
+        return [output.distance(found[output.index], known) for output, known in pairs]
     except InputError as error:
         raise InputError(f"{trial}: {error}") from error
 
@@ -130,7 +197,7 @@ def measure_metric(
     """
     first = trials[0].carrier
     first.switch(())
-    reference = _checked("the float model", metric(first.model))
+    reference = checked("the float model", metric(first.model))
     bar = tqdm(trials, "sensitivity", unit="run", disable=None if progress else True)
     found: dict[tuple[str, Choice], float] = {}
     with _writing(book), closing(bar):
@@ -147,12 +214,17 @@ def _measure(trial: Trial, metric: Metric, reference: float, tally: Tally) -> No
     value = reference
     if trial.points:
         trial.carrier.switch(trial.points)
-        value = _checked(str(trial), metric(trial.carrier.model))
+        value = checked(str(trial), metric(trial.carrier.model))
         trial.carrier.switch(())
     tally.add([(reference - value, 1.0)])
 
 
-def _checked(what: str, value: object) -> float:
+def checked(what: str, value: object) -> float:
+    """Return what a metric said of a model, as a number.
+
+    Raises:
+        InputError: it is none, or not finite.
+    """
     try:
         number = float(value)  # type: ignore[arg-type]  # what is no number raises
     except (TypeError, ValueError) as error:

@@ -50,30 +50,85 @@ class Output:
     is_flat: bool = False
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return log-probabilities up to a constant, classes last, float64."""
+        """Return log-probabilities up to a constant, along ``class_axis``, float64."""
         x = x.double()
         x = (x + FLOOR).log() if self.is_probability else x
-        return x.flatten(self.axis) if self.is_flat else x.movedim(self.axis, -1)
+        return x.flatten(self.axis) if self.is_flat else x
 
-    def distance(self, found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    @property
+    def class_axis(self) -> int:
+        """The axis of the classes in ``scores``."""
+        return -1 if self.is_flat else self.axis
+
+    def reference(self, wanted: Tensor) -> Reference:
+        """Return what is needed of a float output to compare others with it."""
+        if self.kind == "differing":
+            return Reference(wanted, wanted, float(wanted.numel()))
+        if self.kind == "error":
+            there = counting(wanted)
+            known = torch.where(there, wanted.double(), 0.0)
+            return Reference(wanted, known, float(known.square().sum()), there)
+        known = self.scores(wanted)
+        there = counting(known)
+        p = probabilities(known, self.class_axis)
+        rows = known.numel() / known.shape[self.class_axis] if known.numel() else 0.0
+        return Reference(wanted, known, rows, there, p)
+
+    def distance(self, found: Tensor, wanted: Tensor | Reference) -> tuple[float, float]:
         """Return by how much ``found`` is off, and what that is relative to.
 
         The quotient of the two, each added up over batches, is the measure.
 
+        Args:
+            found: the output.
+            wanted: the float model's; for many comparisons, what ``reference`` makes of it.
+
         Raises:
-            InputError: ``found`` holds NaN where ``wanted`` has none.
+            InputError: ``found`` holds NaN where the float output has none.
         """
-        if found.shape != wanted.shape:  # where values decide on shapes
-            return (1.0, 1.0) if self.kind != "error" else (power(wanted), power(wanted))
+        reference = self.reference(wanted) if isinstance(wanted, Tensor) else wanted
+        scale = reference.scale
+        if found.shape != reference.wanted.shape:  # where values decide on shapes
+            return scale, scale
         if self.kind == "differing":
-            return float((found != wanted).sum()), float(wanted.numel())
-        if bool((found.isnan() & ~wanted.isnan()).any()):
+            return float((found != reference.wanted).sum()), scale
+        if bool((found.isnan() & ~reference.wanted.isnan()).any()):
             raise InputError(f"output {self.name!r} has become NaN by quantization")
+        there, p = reference.there, reference.p
+        assert there is not None
         if self.kind == "error":
-            difference = torch.where(counting(wanted), found.double() - wanted.double(), 0.0)
-            return float(difference.square().sum()), power(wanted)
-        each = divergence(self.scores(found), self.scores(wanted))
-        return float(each.sum()), float(each.numel())
+            error = torch.where(there, found - reference.known, 0.0).square().sum()
+        else:
+            assert p is not None
+            moves = torch.where(there, self.scores(found) - reference.known, 0.0)
+            error = divergence(moves, p, self.class_axis).sum()
+        return float(error), scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """A float output, ready to be compared with.
+
+    Attributes:
+        wanted: as the model put it out.
+        known: what is compared: scores, or values with zeros for masks; float64.
+        scale: what distances are relative to: rows of scores, the sum of squares, or elements.
+        there: what of ``known`` counts.
+        p: probabilities of the classes.
+    """
+
+    wanted: Tensor
+    known: Tensor
+    scale: float
+    there: Tensor | None = None
+    p: Tensor | None = None
+
+
+def probabilities(scores: Tensor, axis: int) -> Tensor:
+    """Return the softmax of scores along ``axis``; 0 for classes that 1e30 and more mask."""
+    lowest = torch.finfo(torch.float64).min / 4
+    there = counting(scores)
+    return torch.where(there, torch.where(there, scores, lowest).softmax(axis), 0.0)
 
 
 def counting(wanted: Tensor) -> Tensor:
@@ -81,25 +136,20 @@ def counting(wanted: Tensor) -> Tensor:
     return wanted.abs() < MASKED  # False for NaN
 
 
-def power(wanted: Tensor) -> float:
-    """Return the sum of squares of what counts in a float output."""
-    return float(torch.where(counting(wanted), wanted.double(), 0.0).square().sum())
+def divergence(moves: Tensor, p: Tensor, axis: int = -1) -> Tensor:
+    """Return the Kullback-Leibler divergence of softmaxes for each row of scores, float64.
 
-
-def divergence(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence from ``wanted`` for each row of scores, float64.
-
-    Classes that ``wanted`` masks (1e30 and more) are left out.
+    It is ``log E[exp(d)]`` for moves d with mean 0 under p: so nothing cancels that is large.
 
     Args:
-        found: ``[..., C]``.
-        wanted: ``[..., C]``.
+        moves: how far scores have moved; 0 where ``p`` has masked classes.
+        p: probabilities of the scores that were moved.
+        axis: that of the classes.
     """
-    there = counting(wanted)
-    lowest = torch.finfo(torch.float64).min / 4
-    p, q = (torch.where(there, x, lowest).log_softmax(-1) for x in (wanted, found))
-    # Rounding can make a vanishing divergence negative.
-    return torch.where(there, p.exp() * (p - q), 0.0).sum(-1).clamp(min=0.0)
+    centred = moves - (p * moves).sum(axis, keepdim=True)
+    found = torch.log1p((p * torch.expm1(centred)).sum(axis))
+    # Rounding can make a vanishing one negative; infinite moves make NaN.
+    return found.clamp(min=0.0).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def check_measure(graph: OnnxGraph, measure: str | Mapping[str, str]) -> dict[str, str]:

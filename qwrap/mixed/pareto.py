@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from qwrap.mixed.solve import greedy, solve
 ROUNDS = 2  # of solving again with corrected losses
 SUSPECTS = 0.05  # share of the groups that are raised where an assignment loses more than predicted
 TOLERANCE = 0.25  # deviation from the prediction, as a share of it, from which on that is done
+EVERYWHERE = "everywhere"
 TRIES = 6  # assignments evaluated for one budget or one allowed drop
 
 
@@ -47,6 +48,7 @@ class Point:
         predicted: loss predicted before it was evaluated.
         measured: what evaluation found.
         origin: what proposed it: "everywhere", "solved", "corrected", "raised", "greedy".
+        latency: seconds that its file was found to take, None if it was not timed.
     """
 
     assignment: Mapping[str, Choice]
@@ -54,6 +56,7 @@ class Point:
     predicted: float
     measured: Measured
     origin: str
+    latency: float | None = None
 
     def dominates(self, other: Point, along: str) -> bool:
         """Whether this point is as good as ``other`` at no higher cost, and better in one."""
@@ -115,10 +118,18 @@ class Explorer:
         self.points.append(point)
         return point
 
+    def reprice(self, costs: Mapping[str, LinearCost]) -> None:
+        """Go by other costs from now on, in place."""
+        self.costs = costs
+        self.points = [
+            replace(p, costs={name: cost.total(p.assignment) for name, cost in costs.items()})
+            for p in self.points
+        ]
+
     def ends(self) -> None:
         """Evaluate every choice everywhere, in place."""
         for choice in dict.fromkeys(c for group in self.groups for c in group.choices):
-            self.try_(everywhere(self.groups, choice), "everywhere")
+            self.try_(everywhere(self.groups, choice), EVERYWHERE)
 
     def lay_out(self, count: int, rounds: int = ROUNDS) -> None:
         """Evaluate what is best at ``count`` costs between the lowest and that of least loss.
@@ -145,11 +156,17 @@ class Explorer:
         Raises:
             ConfigError: nothing is within the limits.
         """
-        for number in range(tries):
-            found = solve(self.groups, self.model.losses(), limits)
-            if any(point.assignment == found for point in self.points):
+        self.try_(solve(self.groups, self.model.losses(), limits), "solved")
+        for _ in range(tries - 1):
+            losses = self.model.losses()
+            within = [p for p in self.points if all(t.holds(p.assignment) for t in limits)]
+            try:
+                found = solve(self.groups, losses, limits, [p.assignment for p in within])
+            except ConfigError:  # all there are were evaluated
                 return
-            self.try_(found, "corrected" if number else "solved")
+            if losses.total(found) >= min(p.measured.loss for p in within):
+                return
+            self.try_(found, "corrected")
 
     def press(self, accepts: Callable[[Measured], bool], tries: int = TRIES) -> None:
         """Evaluate what lies between the cheapest point accepted and cheaper ones, in place."""

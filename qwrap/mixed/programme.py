@@ -6,17 +6,19 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
-from scipy.sparse import coo_array
 
 from qwrap.errors import QwrapError
 from qwrap.mixed.choices import FLOAT, Choice, Edge, Group
 from qwrap.mixed.linear import Limit, LinearCost
 
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
+
 _LARGEST = 1e4  # coefficient of the objective: the solver stops 1e-6 from the optimum
-_LARGEST_IN_ROW = 1e3  # the same for limits
+_LARGEST_IN_ROW = 1.0  # coefficient of a limit; what exceeds it by the tolerance is cut off
 _INFEASIBLE = 2  # status of scipy's milp
 _WHOLE = 1 - 1e-6
 
@@ -45,6 +47,9 @@ class _Rows:
         return copy.deepcopy(self)
 
     def constraint(self, width: int) -> LinearConstraint:
+        from scipy.optimize import LinearConstraint  # slow to import
+        from scipy.sparse import coo_array
+
         shape = (len(self.most), width)
         matrix = coo_array((self.values, (self.numbers, self.columns)), shape=shape)
         return LinearConstraint(matrix.tocsr(), self.least, self.most)
@@ -168,6 +173,8 @@ class Programme:
     def _solve(
         self, objective: Row, rows: _Rows, *, whole: bool, unbounded: int | None = None
     ) -> np.ndarray | None:
+        from scipy.optimize import Bounds, milp  # slow to import
+
         weights = np.zeros(self._width)
         np.add.at(weights, [c for c, _ in objective], [v for _, v in objective])
         least, most = np.zeros(self._width), np.ones(self._width)
@@ -176,7 +183,7 @@ class Programme:
             most[unbounded] = np.inf
         integrality = np.zeros(self._width)
         integrality[: len(self._x)] = float(whole)
-        result: OptimizeResult = milp(
+        result = milp(
             weights * _scale(objective, _LARGEST),
             integrality=integrality,
             bounds=Bounds(least, most),

@@ -6,10 +6,10 @@ programme, without conversions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from qwrap.errors import ConfigError, QwrapError
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.choices import Assignment, Choice, Group
 from qwrap.mixed.linear import Limit, LinearCost
 from qwrap.mixed.programme import Programme
 
@@ -18,7 +18,10 @@ _TRIES = 100  # assignments beyond a limit by the solver's tolerance
 
 
 def solve(
-    groups: Sequence[Group], objective: LinearCost, limits: Sequence[Limit] = ()
+    groups: Sequence[Group],
+    objective: LinearCost,
+    limits: Sequence[Limit] = (),
+    without: Iterable[Assignment] = (),
 ) -> dict[str, Choice]:
     """Return the assignment with the least ``objective`` within all ``limits``.
 
@@ -29,15 +32,16 @@ def solve(
         groups: what to choose for.
         objective: what to minimise, such as the loss.
         limits: what it may cost.
+        without: assignments that it is not to be.
 
     Raises:
-        ConfigError: nothing is within the limits; the error says what the nearest limits are. Or
-            the cost of a choice is unknown.
+        ConfigError: nothing else is within the limits; the error says what the nearest limits are.
+            Or the cost of a choice is unknown.
     """
     for cost in (objective, *(limit.cost for limit in limits)):
         cost.check(groups)
     attempt = _exact if len(groups) <= MOST_EXACT else _relaxed
-    found = attempt(groups, objective, limits)
+    found = attempt(groups, objective, limits, without)
     if found is None:
         raise ConfigError(_infeasible(groups, limits))
     return found
@@ -101,10 +105,13 @@ def _exact(
     groups: Sequence[Group],
     objective: LinearCost,
     limits: Sequence[Limit],
+    without: Iterable[Assignment] = (),
     decided: Mapping[str, Choice] | None = None,
 ) -> dict[str, Choice] | None:
     programme = Programme(groups, [objective, *(limit.cost for limit in limits)])
     programme.decide(decided or {})
+    for assignment in without:
+        programme.forbid(assignment)
     for _ in range(_TRIES):
         found = programme.minimise(objective, limits)
         if found is None or all(limit.holds(found) for limit in limits):
@@ -114,20 +121,26 @@ def _exact(
 
 
 def _relaxed(
-    groups: Sequence[Group], objective: LinearCost, limits: Sequence[Limit]
+    groups: Sequence[Group],
+    objective: LinearCost,
+    limits: Sequence[Limit],
+    without: Iterable[Assignment] = (),
 ) -> dict[str, Choice] | None:
+    without = list(without)
     programme = Programme(groups, [objective, *(limit.cost for limit in limits)])
     decided = programme.relaxation(objective, limits)
     if decided is None:
         return None
-    found = _exact(groups, objective, limits, decided)
+    found = _exact(groups, objective, limits, without, decided)
     if found is None:  # what is undecided cannot make up for what is decided
         start = {
             g.name: decided.get(g.name, min(g.choices, key=lambda c: objective.of[g.name, c]))
             for g in groups
         }
         found = _lowered(groups, start, objective, limits)
-    return found or _exact(groups, objective, limits)
+    if found is None or found in without:
+        found = _exact(groups, objective, limits, without)
+    return found
 
 
 def _infeasible(groups: Sequence[Group], limits: Sequence[Limit]) -> str:

@@ -147,7 +147,9 @@ class _Lowering:
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
+        specs += [] if node.op_type in ORT_CPU.matrix else constants
         fits = fits and len({spec.dtype for spec in specs}) <= 1 and self._clamps(written)
+        fits = fits and (node.op_type not in ORT_CPU.matrix or (key, 1) in self.plan.constants)
         # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
 

@@ -10,10 +10,26 @@ from typing import Any, Literal
 from qwrap.config import QuantSpec, RangeOverride, Training
 from qwrap.dtypes import INT8, UINT8
 from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
+from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.dictionary import Overrides, to_overrides
 
 Role = Literal["integer", "pairs", "weights", "moves", "absorbed", "float"]
 Use = tuple[str, int]
 """A node and the index of an input."""
+
+
+Ends = tuple[float | None, float | None]
+"""The smallest and largest value of a range, None where it is what was observed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """What the user said of the range of a constant: one number, or one for each channel."""
+
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+    zero_point: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +43,7 @@ class Conversion:
         outputs: which graph outputs it is.
         fixed: scale and zero point that the user dictates, None to derive them from the tensor's.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
     """
@@ -37,6 +54,7 @@ class Conversion:
     outputs: tuple[int, ...] = ()
     fixed: tuple[float, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
 
@@ -58,6 +76,7 @@ class TensorPlan:
         table: key in ``QuantPlan.constants`` of the constant whose entries the tensor is made of,
             and whose scale it has, None where it is computed.
         override: what the user said of it, None for nothing.
+        ends: one end of its range alone that the user said.
         training: how its scale moves in training, see ``QConfig``.
         shape: of its scale.
         conversions: what some of its readers get in another type, one for each type.
@@ -68,6 +87,7 @@ class TensorPlan:
     fixed: tuple[float, int] | None = None
     table: tuple[str, int] | None = None
     override: RangeOverride | None = None
+    ends: Ends = (None, None)
     training: Training = "fixed"
     shape: tuple[int, ...] = (1,)
     conversions: tuple[Conversion, ...] = ()
@@ -90,6 +110,7 @@ class ConstantPlan:
         value: initialiser.
         spec: its type and axis.
         override: what the user said of it, None for nothing.
+        given: its range, if the user said it by name; precedes ``override``.
         training: how its scale moves in training, see ``QConfig``.
         shared: key in ``QuantPlan.constants`` of the reader whose scale this one has too, None
             for a scale of its own.
@@ -98,6 +119,7 @@ class ConstantPlan:
     value: str
     spec: QuantSpec
     override: RangeOverride | None = None
+    given: Numbers | None = None
     training: Training = "fixed"
     shared: tuple[str, int] | None = None
 
@@ -208,6 +230,17 @@ class QuantPlan:
             key = made_of.get(source, source)
         return key
 
+    def spec_of(self, key: str) -> QuantSpec:
+        """Return the type of a tensor or conversion."""
+        if key in self.tensors:
+            return self.tensors[key].spec
+        return next(c.spec for _, c in self.conversions() if c.key == key)
+
+    def table_of(self, tensor: TensorPlan) -> Use | None:
+        """Return where the constant is read whose scale a tensor has, None if it has another."""
+        source = self.tensors.get(tensor.source)  # else a conversion, which has its own
+        return None if source is None else source.table
+
     def read_by(self, node: str, index: int, value: str) -> str | None:
         """Return the key of the scale that ``node`` reads ``value`` with, None if it has none."""
         tensor = self.tensors.get(value)
@@ -291,6 +324,24 @@ class QuantPlan:
             counts = ", ".join(f"{a} to {b} {n}" for (a, b), n in found.most_common())
             lines.append(f"converted: {counts} tensors")
         return lines
+
+    def to_overrides(self, model: WrappedModel | None = None) -> Overrides:
+        """Return what the plan says of every tensor, as onnxruntime's ``TensorQuantOverrides``.
+
+        Biases are not in it: their scales follow. Types are members of onnxruntime's ``QuantType``.
+        ``QConfig.from_overrides(plan.to_overrides(model), scope="named")`` gives the same file.
+
+        Args:
+            model: the calibrated model, for its scales and zero points: numpy arrays without
+                dimensions, as onnxruntime wants them; of a constant with channels, one dictionary
+                for each.
+
+        Raises:
+            ConfigError: onnxruntime's dictionary cannot say it: a type that it has not, scales in
+                blocks, a tensor that is converted to two types.
+            NotCalibratedError: ``model`` is not calibrated.
+        """
+        return to_overrides(self, model)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able dictionaries and lists."""

@@ -20,7 +20,7 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan
+from qwrap.quant.plan import ConstantPlan, Conversion, Ends
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
@@ -128,6 +128,7 @@ def set_activations(
         stub.set_qparams(qparams, limit_of(model, key, qparams))
         fixed[key] = span_of(qparams, stub.spec)
         exact[fixed[key], stub.spec] = qparams
+    ranges = {key: with_ends(span, plan.tensors[key].ends) for key, span in ranges.items()}
     wanted = dict(ranges)
     for key, span in ranges.items():
         spec = stub_at(model, ValuePoint(key)).spec
@@ -159,6 +160,12 @@ def activation_qparams(model: WrappedModel, key: str, span: Range) -> QParams:
     return cut_to_bounds(
         model, key, _operator_qparams(model, key, span, spec) or _spread(span, spec)
     )
+
+
+def with_ends(span: Range, ends: Ends) -> Range:
+    """Return a range with the end that the user said in place of what was observed."""
+    low, high = (own if said is None else said for own, said in zip(span, ends, strict=True))
+    return min(low, high), max(low, high)
 
 
 def _spread(span: Range, spec: QuantSpec) -> QParams:
@@ -256,31 +263,39 @@ def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
     for a tensor of that type, from what was observed, within what there are codes for.
     """
     plan = plan_of(model)
-    found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
-    given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
-    spans = _narrower_spans(model, [(base, c.spec) for base, c in given])
-    for (_, conversion), span in zip(given, spans, strict=True):
-        override = conversion.override
-        if conversion.fixed is not None:
-            scale, zero_point = conversion.fixed
-            qparams = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
-        elif override is not None and has_range(override):
-            qparams = qparams_of(conversion.key, override, conversion.spec)
-        else:
-            qparams = known.get(conversion.key) or _spread(span, conversion.spec)
-        stub_at(model, conversion.points[0]).set_qparams(qparams)
+    waiting = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    while waiting:  # of what was moved from a conversion there may be further ones
+        unknown = {conversion.key for _, conversion in waiting}
+        given = [(source, conversion) for source, conversion in waiting if source not in unknown]
+        waiting = [(source, conversion) for source, conversion in waiting if source in unknown]
+        spans = _narrower_spans(model, given)
+        for (_, conversion), span in zip(given, spans, strict=True):
+            qparams = _conversion_qparams(conversion, span, known.get(conversion.key))
+            stub_at(model, conversion.points[0]).set_qparams(qparams)
 
 
-def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> list[Range]:
-    """Return for stubs and the specs of conversions behind them what those should cover."""
+def _conversion_qparams(conversion: Conversion, span: Range, known: QParams | None) -> QParams:
+    override = conversion.override
+    if conversion.fixed is not None:
+        scale, zero_point = conversion.fixed
+        return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+    if override is not None and has_range(override):
+        return qparams_of(conversion.key, override, conversion.spec)
+    return known or _spread(with_ends(span, conversion.ends), conversion.spec)
+
+
+def _narrower_spans(model: WrappedModel, given: list[tuple[str, Conversion]]) -> list[Range]:
+    """Return for scales and the conversions behind them what those should cover."""
     plan, ways = plan_of(model), ways_of(model)
-    spans = [span_of(base.qparams, base.spec) for base, _ in given]
+    bases = [stub_at(model, plan.point_of(source)) for source, _ in given]
+    spans = [span_of(base.qparams, base.spec) for base in bases]
+    seen = [_seen_before(model, source) for source, _ in given]
     narrower = [
-        (i, base.name, base.observer, spec)
-        for i, (base, spec) in enumerate(given)
-        if spec.dtype.bits < base.spec.dtype.bits
-        and base.observer is not None
-        and base.observer.seen
+        (i, stub.name, stub.observer, conversion.spec)
+        for i, ((_, conversion), base, stub) in enumerate(zip(given, bases, seen, strict=True))
+        if conversion.spec.dtype.bits < base.spec.dtype.bits
+        and stub.observer is not None
+        and stub.observer.seen
     ]
     ranges = choose_ranges(
         [observer for _, _, observer, _ in narrower],
@@ -297,6 +312,14 @@ def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) ->
     return spans
 
 
+def _seen_before(model: WrappedModel, source: str) -> Stub:
+    """Return what watches the tensor that ``source`` is, or was converted from."""
+    plan = plan_of(model)
+    while source not in plan.tensors:
+        source = plan.tensors[next(k for k, c in plan.conversions() if c.key == source)].source
+    return stub_at(model, ValuePoint(source))
+
+
 # --- constants -----------------------------------------------------------------------------------
 
 
@@ -310,12 +333,37 @@ def set_constants(model: WrappedModel) -> None:
 
 def _constant_qparams(model: WrappedModel, constant: ConstantPlan, spec: QuantSpec) -> QParams:
     override = constant.override or RangeOverride()
-    if has_range(override):
+    if constant.given is not None and constant.given.scale is not None:
+        return given_qparams(constant, spec)
+    if constant.given is None and has_range(override):
         return qparams_of(constant.value, override, spec)  # one scale, for all channels
     config = config_of(model)
     method = override.method if override.method in WEIGHT_METHODS else config.weight_method
     low, high = choose_weight_range(deployed(model, constant.value), spec, method)
+    if constant.given is not None:
+        low, high = _said(constant.given.low, low), _said(constant.given.high, high)
     return choose_qparams(low, high, spec)
+
+
+def _said(ends: tuple[float, ...] | None, observed: Tensor) -> Tensor:
+    """Return one end of the ranges of a constant: what was said of it, if anything was."""
+    if ends is None:
+        return observed
+    return torch.tensor(ends, dtype=observed.dtype).expand_as(observed)
+
+
+def given_qparams(constant: ConstantPlan, spec: QuantSpec) -> QParams:
+    """Return the scales and zero points that were said of a constant.
+
+    Args:
+        constant: has ``given`` scales.
+        spec: how it is quantized.
+    """
+    assert constant.given is not None
+    scale, zero_point = constant.given.scale, constant.given.zero_point
+    assert scale is not None
+    stored = round_scale(torch.tensor(scale, dtype=torch.float32), spec).to(torch.float32)
+    return QParams(stored, torch.tensor(zero_point, dtype=torch.int32), spec.axis)
 
 
 @torch.no_grad()
@@ -338,17 +386,24 @@ def warn_of_enlarged(model: WrappedModel) -> None:
     """Warn of scales that the user gave and that had to be enlarged for a bias."""
     for bias in plan_of(model).biases.values():
         override = plan_of(model).constants[bias.weight].override
+        constant = plan_of(model).constants[bias.weight]
         stub = stub_at(model, UsePoint(*bias.weight))
-        if override is not None and override.scale is not None:
+        if constant.given is not None and constant.given.scale is not None:
+            given = given_qparams(constant, stub.spec).scale
+        elif override is not None and override.scale is not None:
             given = qparams_of(stub.name, override, stub.spec).scale
-            largest = float(stub.scale.max())
-            if largest > float(given):
-                warnings.warn(
-                    f"weight {stub.name!r}: scale={override.scale} would let codes of bias "
-                    f"{bias.value!r} overflow int32; it was enlarged to {largest:g}",
-                    QwrapWarning,
-                    stacklevel=2,
-                )
+        else:
+            continue
+        enlarged = stub.scale > given
+        if enlarged.any():
+            first = int(enlarged.nonzero()[0])
+            warnings.warn(
+                f"weight {stub.name!r}: scale={float(given[min(first, given.numel() - 1)]):g} "
+                f"would let codes of bias {bias.value!r} overflow int32; it was enlarged to "
+                f"{float(stub.scale[first]):g}",
+                QwrapWarning,
+                stacklevel=2,
+            )
 
 
 def stub_at(model: WrappedModel, point: Point) -> Stub:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Scope = Literal["faster", "kernels", "all"]
+Scope = Literal["faster", "kernels", "all", "named"]
 
 FLOAT32 = "float32"
 

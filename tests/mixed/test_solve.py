@@ -94,6 +94,19 @@ def test_the_optimum_is_that_of_all_assignments(problem: Problem) -> None:
     assert problem.loss.total(found) == best  # sums of whole numbers
 
 
+@given(problem=problems(), count=st.integers(1, 4))
+@settings(deadline=None, max_examples=60)
+def test_the_next_best_is_found_without_the_best(problem: Problem, count: int) -> None:
+    feasible = within(problem)
+    losses = sorted(plain_total(problem.loss, assignment) for assignment in feasible)
+    known: list[dict[str, Choice]] = []
+    for loss in losses[:count]:
+        found = solve(problem.groups, problem.loss, problem.limits, known)
+        assert problem.loss.total(found) == loss
+        assert found not in known
+        known.append(found)
+
+
 @given(problem=problems())
 @settings(deadline=None, max_examples=100)
 def test_the_least_cost_under_an_allowed_loss_is_that_of_all_assignments(problem: Problem) -> None:

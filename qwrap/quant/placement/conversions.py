@@ -23,11 +23,16 @@ class Tree:
         readers: inputs of quantized nodes, with what these ask for.
         movers: inputs of nodes that only move values, with what a region asks of them or None,
             and what becomes of their outputs.
+        pinned: whether the user said who reads it in which type. Then ``readers`` are those that
+            get it converted, and all others read it as it is.
+        converted: how these get it, None for nobody.
     """
 
     value: ir.Value
     readers: list[tuple[Use, QuantSpec]] = field(default_factory=list)
     movers: list[tuple[Use, QuantSpec | None, list[Tree]]] = field(default_factory=list)
+    pinned: bool = False
+    converted: QuantSpec | None = None
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ def choose_types(roots: Iterable[tuple[Tree, QuantSpec | None]]) -> Chosen:
 
     Args:
         roots: tensors that are not moved from quantized ones, with the type of what writes them,
-            None for graph inputs and what float nodes write.
+            or that the user said; None for graph inputs and what float nodes write.
     """
     chosen = Chosen()
     for tree, written in roots:
@@ -78,6 +83,8 @@ def choose_types(roots: Iterable[tuple[Tree, QuantSpec | None]]) -> Chosen:
 
 
 def _collect(tree: Tree, specs: dict[QuantType, QuantSpec]) -> None:
+    if tree.converted is not None:
+        specs.setdefault(tree.converted.dtype, tree.converted)
     for _, spec in tree.readers:
         specs.setdefault(spec.dtype, spec)
     for _, asked, outputs in tree.movers:
@@ -85,6 +92,14 @@ def _collect(tree: Tree, specs: dict[QuantType, QuantSpec]) -> None:
             specs.setdefault(asked.dtype, asked)
         for output in outputs:
             _collect(output, specs)
+
+
+def _widest(tree: Tree) -> int:
+    """Return the most bits that something behind a tensor asks for."""
+    asked = [spec.dtype.bits for _, spec in tree.readers]
+    asked += [spec.dtype.bits for _, spec, _ in tree.movers if spec is not None]
+    asked += [_widest(out) for _, spec, outs in tree.movers if spec is None for out in outs]
+    return max(asked, default=0)
 
 
 Cost = tuple[int, int]
@@ -111,8 +126,10 @@ class _Search:
         if key not in self._known:
             asked = [spec.dtype for _, spec in tree.readers]
             asked += [spec.dtype for _, spec, _ in tree.movers if spec is not None]
+            asked += [tree.converted.dtype] if tree.converted is not None else []
             needed = [kind for kind in dict.fromkeys(asked) if kind != base]
             free = [kind for kind in self._specs if kind != base and kind not in needed]
+            free = [] if tree.pinned else free
             sets = (
                 (*needed, *more)
                 for count in range(min(len(free), len(tree.movers)) + 1)
@@ -125,7 +142,7 @@ class _Search:
     def _below(self, tree: Tree, kinds: tuple[QuantType, ...], conversions: int) -> Cost:
         total, bits = conversions, 0
         for _, asked, outputs in tree.movers:
-            kind = self._moved(asked, outputs, kinds)
+            kind = self._moved(asked, outputs, kinds[:1] if tree.pinned else kinds)
             costs = [self.cost(output, kind) for output in outputs]
             total += sum(cost[0] for cost in costs)
             bits += kind.bits + sum(cost[1] for cost in costs)
@@ -134,25 +151,31 @@ class _Search:
     def _moved(
         self, asked: QuantSpec | None, outputs: list[Tree], kinds: tuple[QuantType, ...]
     ) -> QuantType:
-        """Return in which of the types at hand values are moved."""
+        """Return in which of the types at hand, the tensor's first, values are moved.
+
+        They lose no bit on the way that the tensor has and a reader asks for.
+        """
         if asked is not None:
             return asked.dtype
+        enough = min(kinds[0].bits, max(map(_widest, outputs)))
 
         def cost(kind: QuantType) -> Cost:
             costs = [self.cost(output, kind) for output in outputs]
             return sum(c[0] for c in costs), kind.bits + sum(c[1] for c in costs)
 
-        return min(kinds, key=cost)
+        return min((kind for kind in kinds if kind.bits >= enough), key=cost)
 
     def assign(self, tree: Tree, base: QuantType, chosen: Chosen) -> None:
         """Write what is best for a tensor of type ``base`` into ``chosen``, in place."""
         chosen.bases[tree.value] = self._specs[base]
         kinds = base, *self._best(tree, base)[1]
         uses: dict[QuantType, list[Use]] = {}
+        if tree.converted is not None:
+            uses[tree.converted.dtype] = []
         for use, spec in tree.readers:
             uses.setdefault(spec.dtype, []).append(use)
         for use, asked, outputs in tree.movers:
-            kind = self._moved(asked, outputs, kinds)
+            kind = self._moved(asked, outputs, kinds[:1] if tree.pinned else kinds)
             uses.setdefault(kind, []).append(use)
             for output in outputs:
                 self.assign(output, kind, chosen)

@@ -57,9 +57,7 @@ class Eligibility:
             return self.barred[self.graph.node_key(node)]
         if node.domain not in STANDARD:
             return NO_KERNEL
-        if _is_dilated_pool(node) or any(
-            _is_dilated_pool(v.producer()) for v in self.operands(node)
-        ):
+        if is_dilated_pool(node) or any(is_dilated_pool(v.producer()) for v in self.operands(node)):
             return DILATED
         if node.op_type in self.target.matrix:
             return self._matrix_obstacle(node)
@@ -134,7 +132,7 @@ class Eligibility:
             return QUANTIZED_ALREADY
         if any(True for _ in bodies(node)):
             return "runs other nodes"
-        if _is_dilated_pool(node) or any(_is_dilated_pool(v.producer()) for v in node.inputs if v):
+        if is_dilated_pool(node) or any(is_dilated_pool(v.producer()) for v in node.inputs if v):
             return DILATED
         computes = any(True for _ in self.data_inputs(node)) and node.op_type not in _CASTS
         return None if computes and any(self.is_real(v) for v in node.outputs) else NOT_REAL
@@ -228,5 +226,6 @@ class Eligibility:
         return tuple(self.values.stored[self.graph.key(value)].shape.numpy())
 
 
-def _is_dilated_pool(node: ir.Node | None) -> bool:
+def is_dilated_pool(node: ir.Node | None) -> bool:
+    """Whether a node is an AveragePool with dilations."""
     return node is not None and node.op_type == "AveragePool" and "dilations" in node.attributes

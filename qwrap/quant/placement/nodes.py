@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.placement.cut import cost_of, worth_it
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.specs import Specs
 
 TOO_DEAR = "an integer kernel would not pay for the conversions around it"
+UNNAMED = "not all that it reads and writes was named"
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 WEIGHTS_ALONE = "only its weight is quantized"
 NOTHING_TO_GAIN = 50_000.0  # nanoseconds a run; what a call of onnxruntime costs by itself
@@ -62,16 +64,15 @@ class QuantizedNodes:
 
     def _find_candidates(self) -> None:
         for node in self.facts.nodes:
-            reason = self.facts.obstacle(node)
-            if (
-                reason is not None
-                and self.types.everything
-                and self.facts.moved_input(node) is None
-            ):
+            reason, asked = self.facts.obstacle(node), self.is_surrounded(node)
+            everything = self.types.everything or asked
+            if reason is not None and everything and self.facts.moved_input(node) is None:
                 # An absorbed activation is no node of its own; that is told only once all are.
                 reason = self.facts.pairs_obstacle(node)
             if reason is None and self.types.of(node) is None:
                 reason = WEIGHTS_ALONE
+            if reason is None and self.config.scope == "named" and not asked:
+                reason = UNNAMED
             if reason is None:
                 self.chosen[node] = None
             else:
@@ -81,9 +82,9 @@ class QuantizedNodes:
 
     def _drop_dear(self) -> None:
         """Leave in float what would not be faster, unless it was asked for."""
-        asked = [node for node in self.chosen if self.types.is_asked(node)]
+        asked = [node for node in self.chosen if self.is_asked(node)]
         kernels = [node for node in self.chosen if self.specs.has_types(node)]
-        held = [node for node in kernels if self.types.is_asked(node)]
+        held = [node for node in kernels if self.is_asked(node)]
         fast = {*worth_it(self.facts, kernels, kernels, held), *asked}
         self.reasons |= {node: TOO_DEAR for node in self.chosen if node not in fast}
         self.chosen = {node: None for node in self.chosen if node in fast}
@@ -114,7 +115,7 @@ class QuantizedNodes:
 
     def _carries(self, node: ir.Node) -> bool:
         """Whether a node has its own reason to be quantized, or stands between such nodes."""
-        if node.op_type in self.target.matrix or self.types.everything or self.types.is_asked(node):
+        if node.op_type in self.target.matrix or self.types.everything or self.is_asked(node):
             return True
         kind = self.specs.of(node).dtype
         inputs = self.facts.data_inputs(node)
@@ -122,6 +123,22 @@ class QuantizedNodes:
         if not any(w is not None and self.specs.of(w).dtype == kind for w in before):
             return False
         return any(self.specs.of(r).dtype == kind for r in self.readers_of(node.outputs[0]))
+
+    def is_asked(self, node: ir.Node) -> bool:
+        """Whether the user wants a node quantized, faster or not."""
+        return self.types.is_asked(node) or self.is_surrounded(node)
+
+    def is_surrounded(self, node: ir.Node) -> bool:
+        """Whether all that a node reads and writes was named, as far as pairs can be on it."""
+        named = self.specs.named
+        bias = WEIGHTED[node.op_type].bias if node.op_type in WEIGHTED else None
+        around = [v for i, v in self.facts.operand_inputs(node) if i != bias] if named else []
+        if not around:
+            return False
+        if node.op_type not in self.target.float_output:
+            around += [v for v in node.outputs[1:] if v.name and self.facts.is_real(v)]
+            around.append(self.written_by(node))
+        return all(value in named for value in around)
 
     def is_in_pairs(self, node: ir.Node) -> bool:
         """Whether a quantized node has no kernel, whatever the types."""

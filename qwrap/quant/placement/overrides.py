@@ -46,7 +46,7 @@ def apply_overrides(
     for group, members in groups.items():
         override = _resolve(members, config.overrides)
         if override is not None and group[0] == "tensor":
-            _override_tensor(plan, layout, group[1], override)
+            override_tensor(plan, layout, group[1], override)
         elif override is not None and group[0] == "conversion":
             _override_conversion(plan, group[1], override)
         elif override is not None:
@@ -58,11 +58,11 @@ def _groups(plan: QuantPlan) -> dict[Group, list[str]]:
     groups: dict[Group, list[str]] = {}
     for constant in plan.constants.values():
         groups.setdefault(("constant", constant.value), [constant.value])
+    for _, conversion in plan.conversions():
+        groups["conversion", conversion.key] = [conversion.key]
     for key, tensor in plan.tensors.items():
-        if tensor.source not in plan.tensors:
-            continue  # moved from a conversion, whose scale follows from that of its tensor
-        table = plan.tensors[tensor.source].table
-        group = ("tensor", tensor.source)
+        group = ("tensor" if tensor.source in plan.tensors else "conversion", tensor.source)
+        table = plan.table_of(tensor)
         if table is not None:
             group = ("constant", plan.constants[table].value)
         groups.setdefault(group, []).append(key)
@@ -93,7 +93,7 @@ def _resolve(
         hits = _fits(selector, members)
         if not hits:
             continue
-        merged = _merge(word.override, override)
+        merged = merged_with(word.override, override)
         if word.said_of and not hits & word.said_of and merged != word.override:
             raise ConfigError(
                 f"tensors {min(word.said_of)!r} and {min(hits)!r} share one scale, but "
@@ -104,7 +104,7 @@ def _resolve(
     return word.override if word.said_of else None
 
 
-def _merge(earlier: RangeOverride, later: RangeOverride) -> RangeOverride:
+def merged_with(earlier: RangeOverride, later: RangeOverride) -> RangeOverride:
     """Return the later word: a range replaces everything, a way to choose one replaces a range.
 
     How it is trained is a matter of its own.
@@ -166,7 +166,8 @@ def _require_hits(
 # --- what it means -------------------------------------------------------------------------------
 
 
-def _override_tensor(plan: QuantPlan, layout: Layout, source: str, override: RangeOverride) -> None:
+def override_tensor(plan: QuantPlan, layout: Layout, source: str, override: RangeOverride) -> None:
+    """Write what was said of a tensor's range, or how it is chosen, into ``plan``, in place."""
     tensor = plan.tensors[source]
     fixed = tensor.fixed
     if has_range(override):

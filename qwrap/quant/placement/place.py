@@ -24,6 +24,8 @@ from qwrap.quant.placement.outer import at_8_bits, outer_of
 from qwrap.quant.placement.overrides import apply_overrides
 from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.specs import Specs, is_fusable
+from qwrap.quant.placement.tensor_overrides import Named
+from qwrap.quant.placement.tensor_ranges import add_named_constants, apply_named
 from qwrap.quant.placement.trainable import choose_training
 from qwrap.quant.placement.weights_only import place_weight, place_weights, warn_of_rounding
 from qwrap.quant.plan import (
@@ -61,24 +63,27 @@ def place(
 
     Raises:
         ConfigError: the target cannot run what is asked for; a selector of ``config.excluded`` or
-            ``config.regions`` fits no node, or one of ``config.overrides`` no quantized tensor.
+            ``config.regions`` fits no node, one of ``config.overrides`` no quantized tensor, or
+            what ``config.tensors`` says cannot be had.
     """
     strict = without is None
     without = dict(without or {})
     target = target or find_target(config.target)
-    types = Types(layout, config)
+    types, named = Types(layout, config), Named(layout, config)
     barred = types.left_float() | without | _excluded(layout, config)
     reals = carried_reals(config, layout.graph.opset)
-    may_absorb = partial(_may_absorb, types, target)
+    may_absorb = partial(_may_absorb, types, named, target)
     facts = Eligibility(layout, target, barred, reals, may_absorb=may_absorb)
-    specs = Specs(facts, config, types)
+    specs = Specs(facts, config, types, named)
     if config.activation_specs:
         plan = _Placement(facts, specs).plan()
     else:
         plan = place_weights(facts, specs)
+        add_named_constants(plan, facts, specs)
     plan.notes += types.notes
     place_half(plan, layout, types, without)
     apply_overrides(plan, layout, config, strict=strict)
+    apply_named(plan, layout, named)
     check_obeys(plan, target)
     choose_training(plan, layout.graph, config)
     plan.without = without
@@ -100,6 +105,7 @@ def _excluded(layout: Layout, config: QConfig) -> dict[str, str]:
 
 def _may_absorb(
     types: Types,
+    named: Named,
     target: Target,
     producer: ir.Node,
     activation: ir.Node,
@@ -114,6 +120,11 @@ def _may_absorb(
     spec, other = types.of(producer), types.of(activation)
     if not (types.is_chosen(activation) or types.everything):
         other = spec
+    if not named.may_absorb(activation):
+        return False
+    said = named.base(activation.outputs[0])
+    if said is not None and spec is not None and other is not None:
+        spec = other = said
     if spec is None or other is None:
         return spec is other
     one_sided = not (target.is_cpu and spec.symmetric and is_fusable(spec))
@@ -127,6 +138,7 @@ class _Placement:
         self.nodes = QuantizedNodes(facts, specs)
         self.integer, self.reasons = self.nodes.chosen, self.nodes.reasons
         self.wanted: dict[ir.Value, None] = {}
+        self.lookups = self._lookups()
         self.chosen = Chosen()
 
     def plan(self) -> QuantPlan:
@@ -141,10 +153,11 @@ class _Placement:
         for node in self.integer:
             self._add_constants(plan, node)
             self._add_bias_behind(plan, node)
-        for node in self._lookups():
+        for node in self.lookups:
             self._add_lookup(plan, node)
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
+        add_named_constants(plan, self.facts, self.specs)
         warn_of_rounding(plan)
         return plan
 
@@ -191,12 +204,28 @@ class _Placement:
                 self._want(value)
             for value in self._written(node):
                 self._want(value)
-        tables = {node.outputs[0]: self.specs.table(node) for node in self._lookups()}
+        for value in self.specs.named.activations:
+            if not any(self.facts.absorbed_by(u) in self.integer for u in value.consumers()):
+                self._want(value)
+        tables = {node.outputs[0]: self.specs.table(node) for node in self.lookups}
         roots = [v for v in (*self.wanted, *tables) if self._source(v) is v]
         self.chosen = choose_types(
             (self._tree(root), tables.get(root) or self._writer_spec(root))
             for root in dict.fromkeys(roots)
         )
+
+    def _writer_spec(self, value: ir.Value) -> QuantSpec | None:
+        """Return how a value is quantized: as was said, or as what writes it; None if it is float.
+
+        What was said to be converted only is of the usual type, if nothing else writes it.
+        """
+        said, writer = self.specs.named.base(value), self.nodes.writer_of(value)
+        if said is not None:
+            return said
+        if writer is not None:
+            return self.specs.of(writer)
+        pinned = self.specs.named.is_pinned(value)
+        return self.config.activation_spec if pinned else None
 
     def _want(self, value: ir.Value) -> None:
         if value in self.wanted:
@@ -219,24 +248,44 @@ class _Placement:
         always = node.op_type not in self.target.float_output or self.specs.types.everything
         return [value] if always or self.nodes.readers_of(value) else []
 
-    def _writer_spec(self, value: ir.Value) -> QuantSpec | None:
-        """Return how what writes a value is quantized, None if it is float."""
-        writer = self.nodes.writer_of(value)
-        return None if writer is None else self.specs.of(writer)
+    def _tree(self, value: ir.Value, moved: bool = False) -> Tree:
+        """Return what becomes of a quantized tensor.
 
-    def _tree(self, value: ir.Value) -> Tree:
-        tree = Tree(value)
+        Args:
+            value: the tensor.
+            moved: whether it was moved from one of which it was said who reads it in which type.
+                As with onnxruntime's tool, that then holds for its readers, regions apart.
+        """
+        named, types = self.specs.named, self.specs.types
+        said = named.is_pinned(value)
+        tree = Tree(value, pinned=said or moved, converted=named.converted(value))
         for use in value.uses():
             node, index = use.node, use.idx
-            if node in self.integer:
-                if (index, value) in self.facts.operand_inputs(node):
-                    tree.readers.append(((node, index), self.specs.of(node)))
-            elif index == 0 and self.facts.moved_input(node) is value:
-                outputs = [self._tree(v) for v in node.outputs if v in self.wanted]
-                asked = self.specs.of(node) if self.specs.types.is_chosen(node) else None
+            received = tree.converted if named.receives(node, value) else None
+            if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
+                results = [v for v in node.outputs if v in self.wanted]
+                outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]
                 if outputs:
-                    tree.movers.append(((node, index), asked, outputs))
+                    asked = None if said else self._asked_of_mover(node, outputs)
+                    tree.movers.append(((node, index), received or asked, outputs))
+                    continue
+            if received is not None:
+                tree.readers.append(((node, index), received))
+            elif said or (moved and not types.is_chosen(node)):
+                continue
+            elif self._is_read(node, index, value):
+                tree.readers.append(((node, index), self.specs.of(node)))
         return tree
+
+    def _is_read(self, node: ir.Node, index: int, value: ir.Value) -> bool:
+        """Whether a quantized node reads a tensor as its codes."""
+        return node in self.integer and (index, value) in self.facts.operand_inputs(node)
+
+    def _asked_of_mover(self, node: ir.Node, outputs: list[Tree]) -> QuantSpec | None:
+        """Return in which type a node has to move its input, None for any."""
+        said = [self.specs.named.base(output.value) for output in outputs]
+        asked = self.specs.of(node) if self.specs.types.is_chosen(node) else None
+        return next((spec for spec in said if spec is not None), asked)
 
     def _add_tensor(self, plan: QuantPlan, value: ir.Value) -> None:
         key, node = self.graph.key(value), value.producer()
@@ -261,11 +310,12 @@ class _Placement:
 
     def _conversions(self, value: ir.Value) -> tuple[Conversion, ...]:
         found = []
+        outputs = self.specs.named.outputs(value)
         for kind in self.chosen.converted.get(value, {}):
             spec, uses = self._converted(value, kind)
             consumers = tuple((self.graph.node_key(node), index) for node, index in uses)
             key = self._conversion_key(value, kind)
-            found.append(Conversion(key=key, spec=spec, consumers=consumers))
+            found.append(Conversion(key=key, spec=spec, consumers=consumers, outputs=outputs))
         return tuple(found)
 
     def _converted(self, value: ir.Value, kind: QuantType) -> tuple[QuantSpec, list[Use]]:
@@ -292,7 +342,7 @@ class _Placement:
             if known is not None and index == known.bias:
                 self._add_bias(plan, node, index, value)
             elif (index, value) in operands and known is not None and index == known.weight:
-                if not self.specs.types.keeps_weight(node):
+                if value in self.specs.named or not self.specs.types.keeps_weight(node):
                     spec = self.specs.weight(node)
                     plan.constants[key, index] = ConstantPlan(
                         value=self.graph.key(value), spec=spec
@@ -306,7 +356,7 @@ class _Placement:
         key, x = self.graph.node_key(node), node.inputs[0]
         weight = (key, WEIGHTED[node.op_type].weight)
         is_vector = self.graph.type_of(bias).rank == 1
-        if x is None or weight not in plan.constants or not is_vector:
+        if x is None or weight not in plan.constants or not is_vector or bias in self.specs.named:
             return
         if self.target.bias != "int32":
             if self.target.bias != "float32":
@@ -314,7 +364,9 @@ class _Placement:
                 plan.constants[key, index] = ConstantPlan(value=self.graph.key(bias), spec=spec)
             return
         read = plan.read_by(key, 0, self.graph.key(x))
-        if read is not None and self.specs.bias_as_codes(node):
+        if read is None:
+            return
+        if self.specs.bias_as_codes(node, plan.spec_of(read), plan.constants[weight].spec):
             plan.biases[key, index] = BiasPlan(
                 value=self.graph.key(bias), activation=read, weight=weight
             )
@@ -335,6 +387,8 @@ class _Placement:
         index = 0 if add.inputs[1] is node.outputs[0] else 1
         bias, x = add.inputs[index], node.inputs[0]
         assert bias is not None
+        if bias in self.specs.named:
+            return
         assert x is not None
         read = plan.read_by(self.graph.node_key(node), 0, self.graph.key(x))
         assert read is not None
@@ -346,8 +400,15 @@ class _Placement:
 
     def _lookups(self) -> list[ir.Node]:
         """Return the nodes that fetch rows of tables to be read as activations are."""
-        lookups = filter(self.facts.is_lookup, self.facts.nodes)
-        return [node for node in lookups if self.specs.types.of(node) is not None]
+        named, found = self.specs.named, list[ir.Node]()
+        for node in filter(self.facts.is_lookup, self.facts.nodes):
+            table = node.inputs[0]
+            said = named.constants.get(table) if table is not None else None
+            by_name = said is not None or self.config.scope != "named"
+            by_row = said is not None and said.axis is not None  # no scale for what is fetched
+            if by_name and not by_row and self.specs.types.of(node) is not None:
+                found.append(node)
+        return found
 
     def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
         key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
@@ -363,7 +424,8 @@ class _Placement:
     def _node_plan(self, plan: QuantPlan, node: ir.Node) -> NodePlan:
         if node in self.integer:
             role: Role = "pairs" if self.nodes.is_in_pairs(node) else "integer"
-            return NodePlan(node.op_type, role, dtype=str(self.specs.of(node).dtype))
+            said = self.specs.named.base(self.nodes.written_by(node)) or self.specs.of(node)
+            return NodePlan(node.op_type, role, dtype=str(said.dtype))
         first = self.graph.key(node.outputs[0])
         if self.facts.absorbed_by(node) in self.integer:
             if first in plan.tensors:
@@ -373,8 +435,7 @@ class _Placement:
         follows = moved is not None and self.nodes.writer_of(moved) is not None
         outputs = [self.graph.key(v) for v in node.outputs if v.name]
         quantized = [key for key in outputs if key in plan.tensors]
-        is_lookup = self.facts.is_lookup(node) and self.specs.types.of(node) is not None
-        if is_lookup or (follows and quantized):
+        if node in self.lookups or (follows and quantized):
             dtype = str(plan.tensors[quantized[0]].spec.dtype) if quantized else ""
             return NodePlan(node.op_type, "moves", dtype=dtype)
         if self.specs.types.of(node) is None:

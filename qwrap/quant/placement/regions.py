@@ -89,8 +89,8 @@ class Types:
 
     @property
     def has_activations(self) -> bool:
-        """Whether some region says of what type activations are quantized."""
-        return any(self.is_chosen(node) for node in self._wishes)
+        """Whether it is said of some activations of what type they are quantized."""
+        return bool(self.config.tensors) or any(self.is_chosen(node) for node in self._wishes)
 
     def is_asked(self, node: ir.Node) -> bool:
         """Whether it was said of a node that it is quantized, in whatever types."""

@@ -37,7 +37,8 @@ def choose_training(plan: QuantPlan, graph: OnnxGraph, config: QConfig) -> None:
     for point, constant in plan.constants.items():
         way = _asked(constant.value, constant.override, constant.spec, config)
         override = constant.override or RangeOverride()
-        is_given = has_range(override) and override.training is None
+        is_given = constant.given is not None or has_range(override)
+        is_given = is_given and override.training is None
         if point in tables or is_given:
             way = "fixed"
         plan.constants[point] = replace(constant, training="lsq" if way == "pact" else way)

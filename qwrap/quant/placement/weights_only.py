@@ -11,6 +11,7 @@ from qwrap.quant.placement.outer import EIGHT_BITS, outer_of
 from qwrap.quant.placement.specs import Specs
 from qwrap.quant.plan import ConstantPlan, NodePlan, QuantPlan, TensorPlan
 
+UNNAMED = "its weight was not named"
 NO_WEIGHT = "has no weight to quantize"
 COMPUTED = "its weight is computed at run time"
 NO_FLOATS = "its weight is not floating point"
@@ -49,6 +50,8 @@ def place_weight(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Nod
     key = facts.graph.node_key(node)
     if key in facts.barred:
         return NodePlan(node.op_type, "float", facts.barred[key])
+    if specs.config.scope == "named" and not any(v in specs.named for v in node.inputs):
+        return NodePlan(node.op_type, "float", UNNAMED)
     if specs.types.keeps_weight(node):
         return NodePlan(node.op_type, "float", "float32 was asked for its weight")
     if facts.is_lookup(node):
