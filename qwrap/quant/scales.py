@@ -121,6 +121,7 @@ def set_activations(
         given: watched tensor -> the scale itself, for those not in ``ranges``.
         converted: key of a conversion -> its scale, where it is not to follow from the tensor's.
     """
+    plan = plan_of(model)
     exact: dict[tuple[Range, QuantSpec], QParams] = {}
     fixed: dict[str, Range] = {}
     for key, qparams in {**_dictated(model), **(given or {})}.items():
