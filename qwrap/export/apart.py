@@ -31,18 +31,25 @@ class Apart:
       body reads what was moved, it writes beyond the node's inputs, which ends the process.
     - It makes a MatMulNBits of a product with a weight that it looks for in the body alone where
       there is one, although it is outside: it refuses the file.
+
+    The first is no concern of other runtimes, which would not see a layer behind its pair.
+
+    Attributes:
+        is_cpu: whether the file is for onnxruntime on CPUs.
     """
 
-    def __init__(self, plan: QuantPlan, graph: OnnxGraph) -> None:
-        self.plan, self.graph = plan, graph
+    def __init__(self, plan: QuantPlan, graph: OnnxGraph, *, is_cpu: bool = True) -> None:
+        self.plan, self.graph, self.is_cpu = plan, graph, is_cpu
         self._quantized = {graph.values[key] for key in plan.tensors}
 
     def in_front_of(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node``, which reads codes of ``spec``, has to stand apart from the pair."""
         if node.domain or not spec.dtype.is_integer:
             return False
+        if self.graph.node_key(node) in self.plan.half:  # casts stand between
+            return False
         if node.op_type in REQUANTIZED and self._has_float_constant(node):
-            return self._is_rounded(node.outputs[0])
+            return self.is_cpu and self._is_rounded(node.outputs[0])
         if spec.dtype.bits == FEW_BITS and self._lacks_kernel(node):
             return True
         if not self._is_passed(node):
