@@ -39,12 +39,15 @@ CHOICES = (U8, U16, U4, FLOAT)
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of all constants of a file but the scales and zero points of activations."""
+    """Bytes of all constants of a file but what belongs to activations.
+
+    That is their scales and zero points, and the number of a Max that keeps two operators apart.
+    """
     model = ir.load(path)
     of_pairs = {
         value
         for node in model.graph
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Max")
         and node.inputs[0] is not None
         and node.inputs[0].const_value is None
         for value in node.inputs[1:]
