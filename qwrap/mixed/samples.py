@@ -33,8 +33,8 @@ def sample_assignments(
         found.append(_covering(groups, seen, rng))
         seen.add(found[-1])
     choices = all_choices(groups)
-    for number in range(mixes - covering):
-        found.append(_mostly(groups, choices[number % len(choices)], rng))
+    rest = range(mixes - covering)
+    found += [_mostly(groups, choices[number % len(choices)], rng) for number in rest]
     unique = {tuple(sorted(mix.items())): mix for mix in found}
     return list(unique.values())
 
