@@ -8,7 +8,7 @@ from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
 from qwrap.mixed.budget import Budget
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.choices import CHOICES, Choice, Group
 from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
 from qwrap.mixed.search import search
@@ -31,6 +31,7 @@ from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
+    "CHOICES",
     "Budget",
     "Choice",
     "Distillation",

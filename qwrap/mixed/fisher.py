@@ -87,7 +87,7 @@ def fisher_losses(
         bar = tqdm(desc="gradients", total=total, unit="pass", disable=off)
         with closing(bar), model.running(program), _gradients_of_probes_only(model):
             for inputs in samples.on(device_of(model)):
-                products.rows = directions.rows(inputs)
+                products.begin(directions.rows(inputs), projections)
                 results = outputs_on(model, inputs)
                 for left in reversed(range(projections)):
                     along = directions.along(results)

@@ -6,10 +6,9 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,16 +19,17 @@ from tqdm import tqdm
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.save import check_target
+from qwrap.mixed.asked import Along, Asked
 from qwrap.mixed.budget import Budget
-from qwrap.mixed.choices import CHOICES, Assignment, By, Choice, Group, groups_of
+from qwrap.mixed.choices import CHOICES, Assignment, By, Choice, groups_of
 from qwrap.mixed.evaluate import Again, Evaluator, Metric
 from qwrap.mixed.interactions import LossModel
-from qwrap.mixed.linear import Limit, LinearCost
-from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, choose, front_of
+from qwrap.mixed.linear import LinearCost
+from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, front_of
 from qwrap.mixed.prices import Prices
+from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
 from qwrap.mixed.sensitivity import sensitivity
-from qwrap.mixed.solve import solve
 from qwrap.mixed.state import State
 from qwrap.model.batches import iterate
 from qwrap.model.build import load
@@ -38,7 +38,6 @@ from qwrap.quant.statistics.fingerprint import Fingerprint
 from qwrap.train.finetune import finetune as train
 from qwrap.train.split import Split, split
 
-Along = Literal["bytes", "bit_ops", "latency"]
 SAMPLES = 64
 POINTS = 8
 
@@ -151,17 +150,23 @@ def search(
         progress=progress,
     )
     asked.check(prices.costs, groups)
-    found = sensitivity(
-        wrapped,
-        calibration,
-        groups=groups,
-        config=config,
-        method=method,
-        measure=measure,
-        samples=samples,
-        seed=seed,
-        resume=_beside(resume, "sensitivity") if method == "measured" else None,
-        progress=progress,
+
+    def analysed() -> Sensitivity:
+        return sensitivity(
+            wrapped,
+            calibration,
+            groups=groups,
+            config=config,
+            method=method,
+            measure=measure,
+            samples=samples,
+            seed=seed,
+            resume=_beside(resume, "sensitivity") if method == "measured" else None,
+            progress=progress,
+        )
+
+    found: Sensitivity = state.step(
+        "sensitivity", analysed, read=Sensitivity.from_dict, write=Sensitivity.to_dict
     )
     evaluator = Evaluator(wrapped, groups, config, calibration, held, measure, metric)
     of_float = state.measured("float", evaluator.of_float)
@@ -193,65 +198,6 @@ def search(
     return result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What the user wants of the chosen point."""
-
-    budget: Budget | None
-    max_drop: float | None
-    along: Along
-    points: int
-
-    def __post_init__(self) -> None:
-        if self.budget is None and self.max_drop is None:
-            raise ConfigError(
-                "give a budget, such as budget='latency=1.1 x uint8/int8' or 'bytes=50%', or "
-                "max_drop=, the most that the metric may fall by"
-            )
-        if self.budget is not None and not self.budget.asked:
-            raise ConfigError("Budget() limits nothing; give bytes=, bit_ops= or latency=")
-        if self.max_drop is not None and not (0 <= self.max_drop < math.inf):
-            raise ConfigError(f"max_drop={self.max_drop}: expected 0 or more")
-        if self.points < 2:
-            raise ConfigError(f"points={self.points}: expected 2 or more")
-
-    @property
-    def costs(self) -> list[str]:
-        """The costs that matter, and those that cost nothing to know."""
-        limited = self.budget.asked if self.budget else ()
-        return [*dict.fromkeys(["bytes", "bit_ops", self.along, *limited])]
-
-    @property
-    def text(self) -> str:
-        """What was asked, in words."""
-        parts = [f"{k}={v}" for k, v in (self.budget.asked if self.budget else {}).items()]
-        if self.max_drop is not None:
-            parts.append(f"least {self.along} with a drop of at most {self.max_drop:g}")
-        return ", ".join(parts)
-
-    def limits(self, costs: Mapping[str, LinearCost], groups: Sequence[Group]) -> list[Limit]:
-        """Return the limits in units of the costs."""
-        return self.budget.limits(costs, groups) if self.budget else []
-
-    def check(self, costs: Mapping[str, LinearCost], groups: Sequence[Group]) -> None:
-        """Refuse a budget that nothing is within.
-
-        Raises:
-            ConfigError: the error says what the nearest budget is.
-        """
-        solve(groups, costs[self.along], self.limits(costs, groups))
-
-    def accepts(self, of_float: Measured) -> Callable[[Measured], bool] | None:
-        """Return what says whether a point is good enough, None if all are."""
-        most = self.max_drop
-        if most is None:
-            return None
-        if of_float.metric is None:
-            return lambda found: found.loss <= most
-        least = of_float.metric - most
-        return lambda found: found.metric is not None and found.metric >= least
-
-
 def _explored(
     explorer: Explorer, alone: LinearCost, prices: Prices, asked: Asked, of_float: Measured
 ) -> tuple[list[Point], Point]:
@@ -262,15 +208,14 @@ def _explored(
     _settle(explorer, alone, asked, accepts)
     if prices.is_timed:
         front = front_of(explorer.points, asked.along)
+        front += [p for p in explorer.points if p.origin == EVERYWHERE and p not in front]
         seconds = prices.time([point.assignment for point in front])
         prices.learn([(p.assignment, s) for p, s in zip(front, seconds, strict=True)])
         explorer.reprice(prices.costs)
         explorer.lay_out(asked.points, rounds=0)
         _settle(explorer, alone, asked, accepts)
-    chosen = choose(
-        explorer.points, asked.along, asked.limits(explorer.costs, explorer.groups), accepts
-    )
-    return _timed(explorer, prices, asked, chosen)
+    points = _timed(explorer, prices, asked, of_float)
+    return points, asked.pick(points, explorer.costs, explorer.groups, of_float)
 
 
 def _settle(
@@ -289,19 +234,19 @@ def _settle(
         explorer.press(accepts)
 
 
-def _timed(
-    explorer: Explorer, prices: Prices, asked: Asked, chosen: Point
-) -> tuple[list[Point], Point]:
-    """Return all points, those that are shown with the seconds that their files take."""
+def _timed(explorer: Explorer, prices: Prices, asked: Asked, of_float: Measured) -> list[Point]:
+    """Return all points; those that are shown, or may be chosen, with the time their files take."""
     points = list(explorer.points)
     if not prices.is_timed:
-        return points, chosen
-    front = front_of(points, asked.along)
-    wanted = [p for p in points if p in front or p is chosen or p.origin == EVERYWHERE]
+        return points
+    wanted = [p for p in points if p.origin == EVERYWHERE]
+    wanted += front_of(points, asked.along)
+    wanted += asked.worth_timing(points, explorer.costs, explorer.groups, of_float)
+    wanted = [p for p in points if p in wanted]
     seconds = prices.time([point.assignment for point in wanted])
     for point, took in zip(wanted, seconds, strict=True):
         points[points.index(point)] = replace(point, latency=took)
-    return points, next(p for p in points if p.assignment == chosen.assignment)
+    return points
 
 
 # --- what is given -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, StatisticsError
-from qwrap.mixed import evaluate, prices, profiling
+from qwrap.mixed import evaluate, prices
 from qwrap.mixed.budget import Budget
 from qwrap.mixed.choices import CHOICES, FLOAT
 from qwrap.mixed.report import SearchResult
@@ -194,7 +194,6 @@ def test_latency_is_predicted_and_timed(
     net: onnx.ModelProto, data: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One round each: how well it predicts is tested where it is measured.
-    monkeypatch.setattr(profiling, "PROFILED", 0.02)
     table, once = prices.LatencyTable.measure, {"rounds": 1}
     monkeypatch.setattr(prices.LatencyTable, "measure", partial(table, mixes=1, **once))
     monkeypatch.setattr(prices, "measured_latencies", partial(prices.measured_latencies, **once))
