@@ -14,6 +14,7 @@ from qwrap.quant.plan import QuantPlan
 # What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
 PASSED = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+JOINED = PASSED | {"Relu", "Clip", "Identity"}  # what it moves pairs past, or merges
 OUTPUT_DTYPE = 21  # opset from which a QuantizeLinear may name its type
 FEW_BITS, EIGHT_BITS = 4, 8
 
@@ -36,18 +37,25 @@ class Apart:
       the caller gets that rounded.
     - It makes a MatMulNBits of a product with a weight that it looks for in the body alone where
       there is one, although it is outside: it refuses the file.
+
+    The first is no concern of other runtimes, which would not see a layer behind its pair.
+
+    Attributes:
+        is_cpu: whether the file is for onnxruntime on CPUs.
     """
 
-    def __init__(self, plan: QuantPlan, graph: OnnxGraph) -> None:
-        self.plan, self.graph = plan, graph
+    def __init__(self, plan: QuantPlan, graph: OnnxGraph, *, is_cpu: bool = True) -> None:
+        self.plan, self.graph, self.is_cpu = plan, graph, is_cpu
         self._quantized = {graph.values[key] for key in plan.tensors}
 
     def in_front_of(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node``, which reads codes of ``spec``, has to stand apart from the pair."""
         if node.domain or not spec.dtype.is_integer:
             return False
+        if self.graph.node_key(node) in self.plan.half:  # casts stand between
+            return False
         if self._is_requantized(node):
-            return True
+            return self.is_cpu
         if spec.dtype.bits == FEW_BITS and self._lacks_kernel(node):
             return True
         if not self._is_passed(node):
@@ -90,7 +98,7 @@ class Apart:
         """Whether a pair is behind a value, or behind what it can be moved past or merged with."""
         if value in self._quantized:
             return True
-        behind = [user for user in value.consumers() if user.op_type in {*PASSED, "Relu", "Clip"}]
+        behind = [user for user in value.consumers() if user.op_type in JOINED]
         return any(self._is_rounded(user.outputs[0]) for user in behind)
 
     def _lacks_kernel(self, node: ir.Node) -> bool:
