@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwrap.mixed.carriers import Carrier
+from qwrap.mixed.carriers import Carrier, NodeSwitch, Place
 from qwrap.mixed.choices import Choice
 from qwrap.mixed.outputs import counting
 from qwrap.model.operators import function_of_node
@@ -124,7 +124,7 @@ def probe(x: Tensor, look: Look) -> Tensor:
 def probes_of(
     model: WrappedModel,
     carriers: Sequence[Carrier],
-    own: Mapping[str, Mapping[Choice, frozenset[Point]]],
+    own: Mapping[str, Mapping[Choice, frozenset[Place]]],
     products: Products,
 ) -> Program:
     """Return a program that computes in float and fills ``products`` in backward passes.
@@ -164,7 +164,7 @@ def probes_of(
 
 
 def _owners(
-    carrier: Carrier, own: Mapping[str, Mapping[Choice, frozenset[Point]]]
+    carrier: Carrier, own: Mapping[str, Mapping[Choice, frozenset[Place]]]
 ) -> tuple[dict[Point, list[Key]], dict[tuple[str, tuple[int, ...]], list[Key]]]:
     """Return which parts own each activation, and each set of constants that one node reads."""
     plan = plan_of(carrier.model)
@@ -179,6 +179,7 @@ def _owners(
             if isinstance(point, UsePoint) and (point.node, point.index) in stored:
                 constants.setdefault(point.node, []).append(point.index)
                 continue
+            assert not isinstance(point, NodeSwitch)  # refused before
             table = plan.tensors[point.value].table if isinstance(point, ValuePoint) else None
             # What is looked up in a rounded table is not rounded again.
             if table is None or UsePoint(*table) not in points:

@@ -174,7 +174,7 @@ def _wanted(
     choices: Iterable[Choice | str] | None,
     groups: Sequence[Group] | None,
 ) -> list[Choice]:
-    """Return the choices to look at, floats left out.
+    """Return the choices to look at, float32 left out.
 
     Raises:
         ConfigError: there are none.
@@ -187,7 +187,7 @@ def _wanted(
         given = [own_choice(model)]
     else:
         given = list(CHOICES)
-    wanted = [choice for choice in dict.fromkeys(given) if not choice.is_float]
+    wanted = [choice for choice in dict.fromkeys(given) if choice != FLOAT]
     if not wanted:
         raise ConfigError("choices: give one or more that quantize something, as 'uint8/int8'")
     return wanted

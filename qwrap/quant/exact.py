@@ -197,7 +197,10 @@ class _Lowering:
         assert value is not None
         qparams = stub.qparams
         codes = quantize(value, qparams, stub.grid)
-        return codes.int() - qparams.zero_point.int().reshape(-1)[0], qparams.scale
+        zero_point = qparams.zero_point.int()
+        if qparams.axis is not None:
+            zero_point = zero_point.reshape(-1, *[1] * (value.ndim - 1 - qparams.axis))
+        return codes.int() - zero_point, qparams.scale
 
     def _bias(self, node: ir.Node) -> Tensor | None:
         point = (self.graph.node_key(node), 2)

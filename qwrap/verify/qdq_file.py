@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,17 @@ from qwrap.errors import ModelError
 from qwrap.graph.index import OnnxGraph, bodies, walk_nodes
 from qwrap.graph.load import read_model
 from qwrap.graph.nodes import QUANTIZED, QUANTIZED_AS
+from qwrap.model.points import Point
+from qwrap.verify.conversions import (
+    conversions_of,
+    dequantized,
+    origin_of,
+    points_of,
+    quantizes,
+)
 from qwrap.verify.report import SkippedTensor
 from qwrap.verify.session import Array, Mode, Session
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")
 # Those that onnxruntime hands over as arrays, and those that have to become floats first.
 CODES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
 CONVERTED = (
@@ -40,7 +47,8 @@ class QuantizedTensor:
     """A float tensor that the file quantizes.
 
     Attributes:
-        name: its key in the float model.
+        name: its key in the float model; of what is converted for some readers, the key of the
+            tensor followed by "_convert".
         codes: name of the QuantizeLinear's output, or of the call of a function that dequantizes
             too, whose values then take the place of codes.
         returned: name of the copy's output that has them, as floats where numpy lacks the type.
@@ -51,6 +59,7 @@ class QuantizedTensor:
         zero_point: float32, of the shape of ``scale``.
         axis: what a scale of several elements runs along; None for functions, whose scales
             broadcast.
+        points: where the float model has it, if it is converted for some readers; else empty.
     """
 
     name: str
@@ -62,6 +71,7 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor
     axis: int | None
+    points: tuple[Point, ...] = ()
 
     def along_axis(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return scale and zero point as they broadcast against a tensor of ``rank``."""
@@ -159,7 +169,10 @@ class QdqFile:
         names = None if graph is None else _top_level(graph)
         found, skipped = [], []
         for node, nested in _quantize_nodes(self._model):
-            matched = nested or _match(node, names)
+            first = node if graph is None else origin_of(node) or node
+            matched = nested or _match(node, names, first)
+            if isinstance(matched, QuantizedTensor) and graph is not None and first is not node:
+                matched = self._as_converted(matched, node, first, graph)
             if isinstance(matched, str):
                 skipped.append(SkippedTensor(name=_name(node.inputs[0]), reason=matched))
             else:
@@ -167,7 +180,19 @@ class QdqFile:
         if graph is not None:
             order = {key: i for i, key in enumerate(graph.values)}
             found.sort(key=lambda tensor: order[tensor.name])
+            found = [_renamed(tensor, found) for tensor in found]
         return tuple(found), tuple(skipped)
+
+    def _as_converted(
+        self, tensor: QuantizedTensor, node: ir.Node, first: ir.Node, graph: OnnxGraph
+    ) -> QuantizedTensor | str:
+        """Return what ``node`` makes of what ``first`` quantized, or why it cannot be compared."""
+        if origin_of(first) is not None:
+            return "is converted twice"
+        points = points_of(node, graph.nodes, self.outputs)
+        if not points:
+            return "is converted for nodes that the float model does not have"
+        return replace(tensor, points=points)
 
     def session(self, mode: Mode) -> Session:
         """Open the file as it is."""
@@ -215,24 +240,25 @@ def _as_floats(graph: ir.Graph, codes: ir.Value, tensor: QuantizedTensor) -> ir.
 def _quantize_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     """Yield every node that quantizes, with the reason why its output cannot be a graph output."""
     for node in model.graph:
-        if _quantizes(node):
+        if quantizes(node):
             yield node, ""
         for name, body in bodies(node):
             where = f"inside {name} of node {node.name or node.outputs[0].name!r}"
-            yield from ((n, where) for n in walk_nodes(body) if _quantizes(n))
+            yield from ((n, where) for n in walk_nodes(body) if quantizes(n))
     for function in model.functions.values():
         where = f"inside function {function.name!r}"
         for node in function:
-            if _quantizes(node):
+            if quantizes(node):
                 yield node, where
 
 
-def _quantizes(node: ir.Node) -> bool:
-    return _is(node, "QuantizeLinear") or QUANTIZED in node.metadata_props
-
-
-def _is(node: ir.Node, op_type: str) -> bool:
-    return node.op_type == op_type and node.domain in DOMAINS
+def _renamed(tensor: QuantizedTensor, among: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Return a converted tensor with a name of its own, as the plan's."""
+    if not tensor.points:
+        return tensor
+    kinds = {t.dtype for t in among if t.points and t.name == tensor.name}
+    kind = f"_{tensor.dtype}" if len(kinds) > 1 else ""
+    return replace(tensor, name=f"{tensor.name}_convert{kind}")
 
 
 def _top_level(graph: OnnxGraph) -> dict[str, str]:
@@ -244,18 +270,22 @@ def _top_level(graph: OnnxGraph) -> dict[str, str]:
     return {v.name: graph.key(v) for v in computed if v.name}
 
 
-def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str:
-    """Return what ``node`` quantizes, or why that cannot be compared."""
+def _match(node: ir.Node, names: dict[str, str] | None, first: ir.Node) -> QuantizedTensor | str:
+    """Return what ``node`` quantizes, or why that cannot be compared.
+
+    Args:
+        node: rounds to the numbers of a type.
+        names: of the float model's tensors -> their keys.
+        first: what quantized the tensor before it was converted, or ``node``.
+    """
     data = node.inputs[0]
     if data is None or ir.convenience.get_const_tensor(data) is not None:
         return "is a constant"
     if QUANTIZED in node.metadata_props:
-        return _match_call(node, names)
-    dequantized = _dequantized(node)
-    name = _name(data) if names is None else _float_name(node, names)
+        return _match_call(node, names, first)
+    name = _name(data) if names is None else _key_of(first, names)
     if name is None:
-        converts = _converted_from(node) is not None
-        return "is what only some nodes read" if converts else "is no tensor of the float model"
+        return "is no tensor of the float model"
     parameters = _parameters(node)
     if isinstance(parameters, str):
         return parameters
@@ -265,7 +295,7 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
         codes=_name(node.outputs[0]),
         returned=_name(node.outputs[0]) + ("" if dtype in CODES else "_as_floats"),
         domain=node.domain,
-        dequantized=dequantized,
+        dequantized=tuple(map(_name, dequantized(node))),
         dtype=dtype.name.lower(),
         scale=scale,
         zero_point=zero_point,
@@ -273,62 +303,32 @@ def _match(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str
     )
 
 
-def _float_name(node: ir.Node, names: dict[str, str]) -> str | None:
-    """Return the tensor of the float model that a QuantizeLinear quantizes, None for none.
+def _key_of(first: ir.Node, names: dict[str, str]) -> str | None:
+    """Return the key of the tensor that ``first`` quantizes, None if the float model has it not.
 
-    A graph output that is converted from codes has the name of the tensor they are codes of.
+    A quantized graph output has its name from the DequantizeLinear that now makes it, or from that
+    of what it was converted to, and so has what only some readers of a tensor read; a Max with
+    nothing, -inf, keeps onnxruntime from removing what is in front of it.
     """
-    base = _converted_from(node)
-    own = next((names[n] for n in _names_of(node) if n in names), None)
-    if base is not None:
-        return own if any(n in names for n in _names_of(base)) else None
-    if own is None:
-        behind = (user for name in _readers(node) for user in name.consumers())
-        made = [n for user in behind if _is(user, "QuantizeLinear") for n in _dequantized(user)]
-        own = next((names[n] for n in made if n in names), None)
-    return own
-
-
-def _names_of(node: ir.Node) -> tuple[str, ...]:
-    """Return the names that what a QuantizeLinear quantizes may have in the float model.
-
-    A quantized graph output has its name from the DequantizeLinear that now makes it, and so has
-    what only some readers of a tensor read; a Max with nothing, -inf, keeps onnxruntime from
-    removing what is in front of it.
-    """
-    data = node.inputs[0]
+    if QUANTIZED in first.metadata_props:
+        return names.get(first.metadata_props[QUANTIZED])
+    data = first.inputs[0]
     front = None if data is None else data.producer()
     passed = front.inputs[0] if front is not None and front.op_type == "Max" else None
-    return (*_dequantized(node), _name(data), _name(passed))
+    behind = [value for node in (first, *conversions_of(first)) for value in dequantized(node)]
+    candidates = map(_name, (*behind, data, passed))
+    return next((names[name] for name in candidates if name in names), None)
 
 
-def _converted_from(node: ir.Node) -> ir.Node | None:
-    """Return the first QuantizeLinear behind whose DequantizeLinear ``node`` quantizes again."""
-    found, data = None, node.inputs[0]
-    while data is not None and (maker := data.producer()) is not None:
-        codes = maker.inputs[0] if _is(maker, "DequantizeLinear") else None
-        first = None if codes is None else codes.producer()
-        if first is None or not _is(first, "QuantizeLinear"):
-            break
-        found, data = first, first.inputs[0]
-    return found
-
-
-def _readers(node: ir.Node) -> tuple[ir.Value, ...]:
-    users = node.outputs[0].consumers()
-    return tuple(user.outputs[0] for user in users if _is(user, "DequantizeLinear"))
-
-
-def _dequantized(node: ir.Node) -> tuple[str, ...]:
-    return tuple(map(_name, _readers(node)))
-
-
-def _match_call(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor | str:
+def _match_call(
+    node: ir.Node, names: dict[str, str] | None, first: ir.Node
+) -> QuantizedTensor | str:
     """Return what the call of a function quantizes, or why that cannot be compared."""
     name = node.metadata_props[QUANTIZED]
     if node.graph is not None and name in node.graph.initializers:
         return "is a constant"
-    if names is not None and name not in names:
+    key = name if names is None else _key_of(first, names)
+    if key is None:
         return "is no tensor of the float model"
     scale, result = _constant(node, 1), node.outputs[0]
     if scale is None:
@@ -337,7 +337,7 @@ def _match_call(node: ir.Node, names: dict[str, str] | None) -> QuantizedTensor 
         return "onnxruntime does not return values of its type to Python"
     scales = torch.from_numpy(scale.numpy().astype("float32"))
     return QuantizedTensor(
-        name=name if names is None else names[name],
+        name=key,
         codes=_name(result),
         returned=_name(result),
         domain=node.domain,

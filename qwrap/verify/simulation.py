@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from qwrap.model.block import Block
-from qwrap.model.points import Program, ValuePoint
+from qwrap.model.points import Point, Program, ValuePoint
 from qwrap.model.wrapped import WrappedModel
+from qwrap.verify.qdq_file import QuantizedTensor
 from qwrap.verify.session import Array
 from qwrap.verify.tally import TensorTally
+
+Taps = dict[Point, Callable[[Tensor], Tensor]]
 
 
 class Simulation:
@@ -43,36 +46,59 @@ class Simulation:
         self._codes: Mapping[str, Array] = {}
         by_name: dict[str, list[TensorTally]] = defaultdict(list)
         for tally in tallies:
-            by_name[tally.tensor.name].append(tally)
+            if not tally.tensor.points:
+                by_name[tally.tensor.name].append(tally)
         self._model = _sharing_copy(model).eval()
+        taps: Taps = dict(program.taps)
+        for tally in tallies:
+            if tally.tensor.points:
+                taps |= self._converted(tally, program, isolated=isolated)
         if isolated:
-            taps = dict(program.taps)
-            taps |= {ValuePoint(n): self._replacing(n, t, program) for n, t in by_name.items()}
+            for name, found in by_name.items():
+                point = ValuePoint(name)
+                taps[point] = self._tapped(point, found, program, found[0].tensor)
             program = replace(program, taps=taps)
         else:
             watchers = {name: partial(self._compare, found) for name, found in by_name.items()}
-            program = replace(program, watchers={**program.watchers, **watchers})
+            program = replace(program, taps=taps, watchers={**program.watchers, **watchers})
         stack.enter_context(self._model.running(program))
+
+    def _converted(self, tally: TensorTally, program: Program, *, isolated: bool) -> Taps:
+        """Return the taps of what is converted for some readers; compared at the first of these."""
+        points = [point for point in tally.tensor.points if point in program.taps]
+        instead = tally.tensor if isolated else None
+        return {
+            point: self._tapped(point, () if i else (tally,), program, instead)
+            for i, point in enumerate(points)
+        }
 
     def _compare(self, tallies: Sequence[TensorTally], value: Tensor) -> None:
         for tally in tallies:
             tally.add(value, self._codes[tally.tensor.returned])
 
-    def _replacing(
-        self, name: str, tallies: Sequence[TensorTally], program: Program
+    def _tapped(
+        self,
+        point: Point,
+        tallies: Sequence[TensorTally],
+        program: Program,
+        instead: QuantizedTensor | None,
     ) -> Callable[[Tensor], Tensor]:
-        """Return a tap that compares what the tap of ``program`` returns, and replaces it."""
-        point, first = ValuePoint(name), tallies[0].tensor
+        """Return a tap that compares what the tap of ``program`` returns.
+
+        With ``instead``, what goes on is onnxruntime's value of that tensor.
+        """
         tap = program.taps.get(point)
         if isinstance(tap, nn.Module) and point in self._model.attached:
             tap = self._model.tap(point)  # that of the copy, which is in evaluation mode
 
-        def replaced(value: Tensor) -> Tensor:
+        def compared(value: Tensor) -> Tensor:
             simulated = value if tap is None else tap(value)
             self._compare(tallies, simulated)
-            return first.dequantize(self._codes[first.returned]).to(simulated)
+            if instead is None:
+                return simulated
+            return instead.dequantize(self._codes[instead.returned]).to(simulated)
 
-        return replaced
+        return compared
 
     def run(
         self, inputs: Mapping[str, Tensor], codes: Mapping[str, Array] | None = None

@@ -217,15 +217,16 @@ class _Placement:
     def _writer_spec(self, value: ir.Value) -> QuantSpec | None:
         """Return how a value is quantized: as was said, or as what writes it; None if it is float.
 
-        What was said to be converted only is of the usual type, if nothing else writes it.
+        What is named without a type is of the usual one, if nothing quantized writes or reads it.
         """
         said, writer = self.specs.named.base(value), self.nodes.writer_of(value)
         if said is not None:
             return said
         if writer is not None:
             return self.specs.of(writer)
-        pinned = self.specs.named.is_pinned(value)
-        return self.config.activation_spec if pinned else None
+        alone = value in self.specs.named and not self.nodes.readers_of(value)
+        usual = alone or self.specs.named.is_pinned(value)
+        return self.config.activation_spec if usual else None
 
     def _want(self, value: ir.Value) -> None:
         if value in self.wanted:

@@ -14,7 +14,7 @@ from qwrap.model.points import UsePoint
 from qwrap.overrides import TensorOverride
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.overrides import merged_with, override_tensor, qparams_of
-from qwrap.quant.placement.specs import Specs, is_fusable_weight
+from qwrap.quant.placement.specs import Specs
 from qwrap.quant.placement.tensor_overrides import Named, middle_of
 from qwrap.quant.plan import ConstantPlan, Ends, NodePlan, Numbers, QuantPlan, TensorPlan
 
@@ -236,7 +236,6 @@ def _put_on_constant(plan: QuantPlan, named: Named, value: ir.Value, said: Tenso
     for point, constant in plan.constants.items():
         if constant.value != key:
             continue
-        _check_zero_points(plan, point, constant, said)
         if constant.given not in (None, given) and said.has_range:
             raise ConfigError(
                 f"overrides of tensor {key!r}: {said.text}, but something else was said of what is "
@@ -244,19 +243,3 @@ def _put_on_constant(plan: QuantPlan, named: Named, value: ir.Value, said: Tenso
             )
         if said.has_range:
             plan.constants[point] = replace(constant, given=given)
-
-
-def _check_zero_points(
-    plan: QuantPlan, point: tuple[str, int], constant: ConstantPlan, said: TensorOverride
-) -> None:
-    """Refuse zero points that differ where an integer kernel reads one for all channels."""
-    spec = constant.spec
-    if spec.axis is None or spec.symmetric or plan.nodes[point[0]].role != "integer":
-        return
-    differ = said.zero_point is None or len(set(said.zero_point)) > 1
-    if differ and is_fusable_weight(spec):
-        raise ConfigError(
-            f"overrides of tensor {constant.value!r}: {said.text}, so that channels have zero "
-            f"points of their own, of which onnxruntime's kernel for node {point[0]!r} reads "
-            "one; give symmetric=True, or the same zero point in all channels"
-        )

@@ -66,7 +66,7 @@ def _rows(weight: Tensor, spec: QuantSpec) -> Tensor:
     if spec.axis is None:
         return weight.reshape(1, -1).to(torch.float32)
     if spec.block_size is None:
-        return weight.movedim(spec.axis, 0).flatten(1).to(torch.float32)
+        return weight.movedim(spec.axis, 0).reshape(weight.shape[spec.axis], -1).to(torch.float32)
     along = weight.movedim(spec.axis, -1).to(torch.float32)
     missing = -along.shape[-1] % spec.block_size
     filled = pad(along, (0, missing)) if missing else along
