@@ -19,8 +19,9 @@ from qwrap.model.points import Point, UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, quantize
 from qwrap.quant.plan import Conversion, TensorPlan
-from qwrap.quant.prepare import plan_of
+from qwrap.quant.prepare import config_of, plan_of
 from qwrap.quant.stubs import BiasStub, Stub
+from qwrap.targets import find_target
 
 Use = tuple[ir.Node, int]
 
@@ -47,7 +48,8 @@ class QdqWriter:
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         self.in_float = any(not spec.dtype.is_standard for spec in specs)
         self.apart = self.plan.kept_apart
-        self.alone = Apart(self.plan, self.graph)
+        target = find_target(config_of(model).target)
+        self.alone = Apart(self.plan, self.graph, is_cpu=target.is_cpu)
         self.qparams: dict[str, Parameters] = {}
         self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters | Call]] = {}
 

@@ -382,7 +382,7 @@ def test_a_conversion_of_a_conversion_is_taken_for_a_copy(
     comes_back(small, imported, model, path)
 
 
-def test_the_codes_of_a_tensor_are_compared_where_a_conversion_has_its_name(
+def test_codes_are_compared_before_and_behind_a_conversion_that_has_the_name_of_the_tensor(
     small: Any, tmp_path: Path
 ) -> None:
     path = file_of(small, tmp_path, "a conversion is an output, and read")
@@ -391,3 +391,4 @@ def test_the_codes_of_a_tensor_are_compared_where_a_conversion_has_its_name(
     found = [(t.name, t.dtype, t.differing) for t in report.specification.tensors]
     assert found == [("y", "uint8", 0), ("y_convert", "int8", 0)]
     assert all(output.max_abs_difference < 1e-6 for output in report.specification.outputs)
+    assert not report.skipped
