@@ -8,7 +8,7 @@ from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
 from qwrap.mixed.budget import Budget
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.choices import CHOICES, Choice, Group
 from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
 from qwrap.mixed.search import search
@@ -24,12 +24,14 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable, TensorRange
 from qwrap.quantize import quantize
+from qwrap.targets import Target
 from qwrap.train.distill import Distillation
 from qwrap.train.finetune import finetune
 from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
+    "CHOICES",
     "Budget",
     "Choice",
     "Distillation",
@@ -43,6 +45,7 @@ __all__ = [
     "SearchResult",
     "Sensitivity",
     "Statistics",
+    "Target",
     "TensorRange",
     "WrappedModel",
     "calibrate",

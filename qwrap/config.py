@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from qwrap.dtypes import INT8, UINT8, QuantType, quant_type
 from qwrap.errors import ConfigError
 from qwrap.overrides import TensorOverride, parse_overrides
+from qwrap.targets import Scope, Target, find_target
 
 ScaleType = Literal["float32", "float16", "bfloat16", "float8e8m0", "float8e4m3fn"]
 
@@ -109,7 +110,6 @@ Choice = Literal[Method, "auto"]
 Training = Literal["fixed", "follow", "lsq", "lsq+", "pact", "tqt"]
 TRAININGS = get_args(Training)
 WEIGHT_METHODS = ("minmax", "mse")
-Scope = Literal["faster", "kernels", "all", "named"]
 SCOPES = get_args(Scope)
 FLOATS = ("float32", "float16")
 """What a region can be left in, beside the types of codes."""
@@ -226,6 +226,10 @@ class QConfig:
             with which integer kernels could not save any time worth speaking of.
         contrib: write com.microsoft's QuantizeLinear and DequantizeLinear, which carry 16 and 4
             bits at any opset, instead of raising the opset.
+        target: the runtime that the file is for: "onnxruntime" (on CPUs), "qnn", "tensorrt",
+            "openvino", "vitisai", or a ``Target``. What it cannot run is refused; types that are
+            given by name get the zero points and scales that it wants. ``for_target`` has types
+            that suit it. Only onnxruntime's kernels are simulated exactly.
         excluded: nodes left in float: shell patterns over node names, or operator types.
         overrides: (shell pattern over tensor names, what is known), later ones win.
         regions: nodes in other types than ``activation`` and ``weight``, later ones win.
@@ -247,6 +251,7 @@ class QConfig:
     kept_samples: int = 64
     scope: Scope | None = None
     contrib: bool = False
+    target: str | Target = "onnxruntime"
     excluded: list[str] = field(default_factory=list)
     overrides: list[tuple[str, RangeOverride]] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
@@ -269,6 +274,7 @@ class QConfig:
             raise ConfigError(f"ema={self.ema}: expected more than 0, up to 1")
         if self.kept_samples < 0:
             raise ConfigError(f"kept_samples={self.kept_samples}: expected 0 or more")
+        find_target(self.target)
         _check_width(self.activation_spec)
         _check_width(self.weight_spec(0))
 
@@ -295,16 +301,37 @@ class QConfig:
             raise ConfigError("tensors= are what the overrides say; leave one of the two out")
         return cls(tensors=parse_overrides(overrides), **settings)
 
+    @classmethod
+    def for_target(cls, target: str | Target, **settings: Any) -> QConfig:
+        """Return a config with types that suit a runtime.
+
+        Args:
+            target: see ``target`` above.
+            **settings: fields that are to be otherwise.
+
+        Raises:
+            ConfigError: there is no such target, or a setting is wrong.
+        """
+        return cls(**{**dict(find_target(target).defaults), "target": target, **settings})
+
     @property
     def activation_spec(self) -> QuantSpec | None:
         """How an activation is quantized, None if it is not."""
-        return None if self.activation is None else activation_spec(self.activation)
+        return None if self.activation is None else self.activation_spec_of(self.activation)
+
+    def activation_spec_of(self, activation: QuantType | QuantSpec | str) -> QuantSpec:
+        """Return what ``activation_spec`` would for another type of activations."""
+        if isinstance(activation, QuantSpec):
+            return activation
+        target, spec = find_target(self.target), activation_spec(activation)
+        symmetric = spec.symmetric or spec.dtype.name in target.symmetric
+        return replace(spec, symmetric=symmetric, power_of_two=target.power_of_two)
 
     @property
     def activation_specs(self) -> list[QuantSpec]:
         """How activations are quantized in the model at large, in regions and by name."""
         asked = [self.activation, *(region.activation for region in self.regions)]
-        specs = [activation_spec(a) for a in asked if a is not None and a not in FLOATS]
+        specs = [self.activation_spec_of(a) for a in asked if a is not None and a not in FLOATS]
         alike = self.activation_spec or QuantSpec(symmetric=False)
         said = [part for o in self.tensors.values() if o.axis is None for part in (o, o.convert)]
         kinds = dict.fromkeys(part.dtype for part in said if part is not None)
@@ -344,6 +371,7 @@ class QConfig:
             symmetric=dtype.signed or axis is not None,
             axis=axis,
             narrow_range=dtype.signed and dtype.is_integer,
+            power_of_two=find_target(self.target).power_of_two,
         )
 
     def exclude(self, *selectors: str) -> None:

@@ -70,6 +70,17 @@ def by_function(x: Tensor, scale: Tensor, zero_point: Tensor, dtype: QuantType) 
     return result
 
 
+def through_half(x: Tensor) -> Tensor:
+    """Return ``x`` rounded to float16, in its own type; what is too large becomes infinite.
+
+    The gradient passes as it is, in the type of ``x``: small ones do not become 0.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _ThroughHalf.apply(x)  # type: ignore[no-untyped-call]  # torch has no stub
+        return result
+    return x.to(torch.float16).to(x.dtype)
+
+
 def round_steps(steps: Tensor, dtype: QuantType) -> Tensor:
     """Return float32 steps rounded to the numbers of a float type or code book, clamped."""
     if dtype.codebook:
@@ -137,3 +148,15 @@ class _PassThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
         return gradients[0] * inside, None, None
+
+
+class _ThroughHalf(torch.autograd.Function):
+    """Rounds to float16; the gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 -- nothing is kept
+        return x.to(torch.float16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004 -- nothing was kept
+        return gradients[0]

@@ -553,3 +553,59 @@ def test_verify_against_a_missing_file_is_one_line(tmp_path: Path, data: Path) -
 
 def test_a_missing_option_exits_2() -> None:
     assert run("quantize", model_path()).exit_code == 2
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_search_writes_a_file_within_the_budget(data: Path, tmp_path: Path) -> None:
+    output, report, plot = (tmp_path / name for name in ("best.onnx", "report.json", "front.svg"))
+    ask = ("search", model_path(), "-o", output, "--calibration", data, "--limit", 32)
+    files = ("--resume", tmp_path / "state.json", "--json", report, "--plot", plot)
+    done = run(*ask, "--budget", "bytes=40%", "--points", 2, *files)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("bytes=40%: ")
+    assert done.stdout.splitlines()[-1].startswith(f"{output}: ")
+    assert output.stat().st_size < 0.45 * model_path().stat().st_size  # and the graph itself
+    chosen = json.loads(report.read_text())
+    assert chosen["points"][chosen["chosen"]]["costs"]["bytes"] <= 0.4 * model_path().stat().st_size
+    assert plot.stat().st_size > 0
+    onnxruntime.InferenceSession(output)
+    again = run(*ask, "--budget", "bytes=40%", "--points", 2, *files)
+    assert again.stdout == done.stdout
+
+
+def test_search_refuses_what_makes_no_sense(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "best.onnx"
+    ask = ("search", model_path(), "-o", output, "--calibration", data, "--limit", 32)
+    assert "give a budget" in mistake(run(*ask))
+    assert "no choice of types is within bytes of 9" in mistake(run(*ask, "--budget", "bytes=9 B"))
+    assert "by='row'" in mistake(run(*ask, "--budget", "bytes=50%", "--by", "row"))
+    wrong = ("--budget", "bytes=50%", "--metric", "accuracy")
+    assert "--metric accuracy: expected 'none'" in mistake(run(*ask, *wrong))
+    same = (
+        "search",
+        model_path(),
+        "-o",
+        model_path(),
+        "--calibration",
+        data,
+        "--budget",
+        "bytes=1",
+    )
+    assert "is the float model itself" in mistake(run(*same))
+    assert not output.exists()
+
+
+def test_search_goes_by_a_metric_of_the_user(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "def score(model):\n    return 0.5 if model.plan else 1.0\n"
+    (tmp_path / "scores.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "best.onnx"
+    ask = ("search", model_path(), "-o", output, "--calibration", data, "--limit", 32)
+    wish = ("--max-drop", 0.5, "--along", "bytes", "--points", 2, "--metric", "scores:score")
+    done = run(*ask, *wish)
+    assert done.exit_code == 0, done.output
+    assert "float model: metric 1" in done.stdout

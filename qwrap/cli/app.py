@@ -227,7 +227,7 @@ def quantize(
     console = Console(quiet=quiet, highlight=False)
     batches = None
     if calibration is not None:
-        batches = FirstBatches(_open(model, calibration, preset, limit, batch_size), verify)
+        batches = FirstBatches(open_batches(model, calibration, preset, limit, batch_size), verify)
     wrapped = qwrap.quantize(
         model,
         output,
@@ -240,15 +240,15 @@ def quantize(
     )
     assert isinstance(wrapped.plan, qwrap.QuantPlan)
     print_plan(wrapped.plan, console)
-    _print(console, f"{output}: {_size_text(model, output)}")
+    show(console, f"{output}: {size_text(model, output)}")
     if write_table is not None and table_form is not None:
         qwrap.RangeTable.of(wrapped).write(write_table, table_form)
     if batches is None:
-        _print(console, "not verified: without --calibration there is no data to run")
+        show(console, "not verified: without --calibration there is no data to run")
     elif verify:
         report = qwrap.verify(wrapped, output, batches.kept, progress=not quiet)
         files = verify_files(model, output, batches.kept, progress=False)
-        _print(console, verify_summary(report, files))
+        show(console, verify_summary(report, files))
         _fail(thresholds.failures(differing=report.deployed.fraction, sqnr=files.sqnr))
 
 
@@ -268,9 +268,9 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Compare QUANTIZED with MODEL, and its integer kernels with what it says, in onnxruntime."""
-    batches = _open(model, data, preset, limit, batch_size)
+    batches = open_batches(model, data, preset, limit, batch_size)
     report = verify_files(model, quantized, batches, progress=not quiet)
-    _print(Console(quiet=quiet, highlight=False), str(report))
+    show(Console(quiet=quiet, highlight=False), str(report))
     if json_file is not None:
         _write_json(json_file, report.to_dict())
     thresholds = Thresholds(max_differing=max_differing, min_sqnr=min_sqnr)
@@ -307,9 +307,10 @@ def main() -> None:
     app(prog_name="qwrap")
 
 
-def _open(
+def open_batches(
     model: Path, data: str, preset: str | None, limit: int | None, batch_size: int | None
 ) -> Batches:
+    """Return the samples that the options name as batches for a model."""
     return open_data(
         data,
         graph_inputs(model),
@@ -329,11 +330,13 @@ def _check_table(path: Path | None, form: str | None) -> None:
         check_target(path)
 
 
-def _print(console: Console, text: str) -> None:
+def show(console: Console, text: str) -> None:
+    """Print text as it is."""
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _size_text(before: Path, after: Path) -> str:
+def size_text(before: Path, after: Path) -> str:
+    """Say how large a file is, and against the one that it was made of."""
     sizes = [file_size(path) for path in (before, after)]
     return f"{sizes[1]} bytes, {sizes[1] / sizes[0]:.2f} of {before}"
 

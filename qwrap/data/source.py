@@ -23,7 +23,7 @@ from qwrap.errors import ConfigError, InputError
 
 DEFAULT_BATCH_SIZE = 16  # where the model leaves it open
 
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ def open_data(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: at least one sample is needed")
-    if _FUNCTION.fullmatch(source) and not Path(source).exists():
+    if FUNCTION.fullmatch(source) and not Path(source).exists():
         _refuse(source, "batches of a function", preprocessing=preprocessing, batch_size=batch_size)
-        function = _find_function(source)
+        function = find_function(source)
         return Batches(lambda: _limited(_called(function, source), limit), source)
     path = Path(source)
     images, arrays = _find_files(path)
@@ -192,7 +192,12 @@ def _is_fixed(inputs: Sequence[GraphInput]) -> bool:
     return any(wanted.shape and wanted.shape[0] is not None for wanted in inputs)
 
 
-def _find_function(source: str) -> Callable[[], object]:
+def find_function(source: str) -> Callable[..., object]:
+    """Return what ``module:function`` names, looked up from the current directory.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
     module, _, name = source.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does: the user's module lies where they stand
@@ -206,7 +211,7 @@ def _find_function(source: str) -> Callable[[], object]:
         raise InputError(f"{source}: {module} has no function {name!r}") from error
     if not callable(function):
         raise InputError(f"{source}: {name!r} is a {type(function).__name__}, not a function")
-    found: Callable[[], object] = function
+    found: Callable[..., object] = function
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT32
+from qwrap.export.apart import Apart
 from qwrap.export.custom import Call, FunctionCalls
 from qwrap.export.quantizers import Parameters, Quantizers
 from qwrap.graph.index import OnnxGraph
@@ -35,6 +36,7 @@ class QdqWriter:
             behind a DequantizeLinear onnxruntime makes MatMul an operator that rounds what it
             multiplies to 8 bits.
         apart: whether no operator may be behind a DequantizeLinear, see ``QuantPlan.kept_apart``.
+        alone: which ones may not, in any case.
     """
 
     def __init__(self, model: WrappedModel, draft: ir.Model) -> None:
@@ -45,6 +47,7 @@ class QdqWriter:
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         self.in_float = any(not spec.dtype.is_standard for spec in specs)
         self.apart = self.plan.kept_apart
+        self.alone = Apart(self.plan, self.graph)
         self.qparams: dict[str, Parameters] = {}
         self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters | Call]] = {}
 
@@ -99,6 +102,8 @@ class QdqWriter:
             nodes = self.calls.dequantize(stored, parameters, self._real(value), name)
         else:
             nodes = self.make.dequantize(stored, parameters, name)
+            if self.alone.of_weight(user, spec):
+                nodes.append(self.calls.keep_apart(nodes[-1].outputs[0], name, parameters.real))
         _graph(user).insert_before(user, nodes)
         user.replace_input_with(index, nodes[-1].outputs[0])
 
@@ -145,7 +150,8 @@ class QdqWriter:
             outputs -= set(conversion.outputs)
         results = self._rounded(value, tensor)
         for node, index in others:
-            node.replace_input_with(index, results.reader(_graph(node)))
+            apart = self.apart or self.alone.in_front_of(node, tensor.spec)
+            node.replace_input_with(index, results.reader(_graph(node), apart=apart))
         for conversion in tensor.conversions:
             self._convert(value, conversion, converted[conversion.key], results)
         if outputs and results.codes is not value:
@@ -169,7 +175,7 @@ class QdqWriter:
             return Rounded(result)
         parameters = self._parameters(tensor.source)
         data, before = value, list[ir.Node]()
-        if self._follows_clamp(value, tensor, parameters):
+        if self._starts_apart(value, tensor, parameters):
             before = [self.calls.keep_apart(value, name, parameters.real)]
             data = before[0].outputs[0]
         quantizer = self.make.quantize(data, parameters, name)
@@ -203,7 +209,9 @@ class QdqWriter:
                 quantizer.outputs[0], partial(self._dequantize, parameters, quantizer), name
             )
         for node, index in uses:
-            node.replace_input_with(index, made[_graph(node)].reader(_graph(node)))
+            apart = self.apart or self.alone.in_front_of(node, conversion.spec)
+            result = made[_graph(node)].reader(_graph(node), apart=apart)
+            node.replace_input_with(index, result)
         if conversion.outputs:
             result = made[self.draft.graph].output()
             self._take_over_output(value, result, set(conversion.outputs))
@@ -226,10 +234,14 @@ class QdqWriter:
             return self.graph.values[key]
         return self.graph.values[next(k for k, c in self.plan.conversions() if c.key == key)]
 
-    def _follows_clamp(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
-        """Whether a Relu or Clip is in front that onnxruntime must not join to the quantizer."""
+    def _starts_apart(self, value: ir.Value, tensor: TensorPlan, parameters: Parameters) -> bool:
+        """Whether something is in front that onnxruntime must not join to the quantizer."""
         producer = value.producer()
-        if producer is None or producer.op_type not in ("Relu", "Clip"):
+        if producer is None:
+            return False
+        if self.alone.behind(producer, tensor.spec):
+            return True
+        if producer.op_type not in ("Relu", "Clip"):
             return False
         zero_point = self._stub(self.plan.point_of(tensor.source)).zero_point
         return self.make.upsets(producer.op_type, parameters, zero_point)
@@ -253,7 +265,7 @@ class QdqWriter:
     ) -> ir.Value:
         """Return the dequantized value in graph ``where``: kernels fuse only within one graph."""
         nodes = self.make.dequantize(quantizer.outputs[0], parameters, name)
-        if self.apart and apart:
+        if apart:
             nodes.append(self.calls.keep_apart(nodes[-1].outputs[0], name, parameters.real))
         if where is quantizer.graph:
             where.insert_after(quantizer, nodes)
@@ -284,15 +296,15 @@ class Rounded:
     codes: ir.Value
     dequantize: Callable[..., ir.Value] | None = None
     name: str = ""
-    _readers: dict[ir.Graph, ir.Value] = field(default_factory=dict)
+    _readers: dict[tuple[ir.Graph, bool], ir.Value] = field(default_factory=dict)
 
-    def reader(self, where: ir.Graph) -> ir.Value:
-        """Return what nodes of a graph read."""
+    def reader(self, where: ir.Graph, *, apart: bool) -> ir.Value:
+        """Return what nodes of a graph read, those that stand apart or the others."""
         if self.dequantize is None:
             return self.codes
-        if where not in self._readers:
-            self._readers[where] = self.dequantize(self.name, where, apart=True)
-        return self._readers[where]
+        if (where, apart) not in self._readers:
+            self._readers[where, apart] = self.dequantize(self.name, where, apart=apart)
+        return self._readers[where, apart]
 
     def output(self) -> ir.Value:
         """Return what the graph that the codes are in can have as an output, of a name of its own.

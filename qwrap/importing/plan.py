@@ -173,7 +173,9 @@ class FilePlan:
         if (key, 1) not in self.plan.constants or x is None or not self._is_quantized(x):
             return self._weighted(node) or NodePlan(node.op_type, "float", UNQUANTIZED)
         bias = len(node.inputs) > 2 and node.inputs[2] is not None
-        if bias and (key, 2) not in self.plan.biases:
+        read = self.stripped.read_by(node, 0)
+        has_kernel = read is not None and is_fusable(read.reading.spec)
+        if bias and (key, 2) not in self.plan.biases and has_kernel:
             return NodePlan(node.op_type, "weights", FLOAT_BIAS)
         written = self._written(node)
         if written is not None and not self._agree(node, [0], written):

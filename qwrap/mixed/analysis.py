@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qwrap.errors import ConfigError
 from qwrap.mixed.book import Book
-from qwrap.mixed.carriers import Carrier, switches_of, tensors_of
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.carriers import Carrier, Place, switches_of, tensors_of
+from qwrap.mixed.choices import FLOAT, Choice, Group
 from qwrap.mixed.fisher import fisher_losses
 from qwrap.mixed.measured import (
     EVERYTHING,
@@ -27,7 +27,7 @@ from qwrap.mixed.measured import (
 )
 from qwrap.mixed.outputs import Output, in_decibel, outputs_of_graph
 from qwrap.mixed.ranking import Key, Sensitivity
-from qwrap.model.points import Point, ValuePoint
+from qwrap.model.points import ValuePoint
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.prepare import device_of, plan_of
 from qwrap.quant.statistics.fingerprint import Fingerprint
@@ -44,8 +44,8 @@ class Part:
     """
 
     group: Group
-    own: Mapping[Choice, frozenset[Point]]
-    others: Mapping[Choice, frozenset[Point]]
+    own: Mapping[Choice, frozenset[Place]]
+    others: Mapping[Choice, frozenset[Place]]
 
 
 def parts_of_groups(
@@ -63,8 +63,8 @@ def parts_of_groups(
         drop_empty: leave out those without stubs.
         with_others: say of each part also where the stubs of all else are, which takes a while.
     """
-    own: dict[str, dict[Choice, frozenset[Point]]] = {group.name: {} for group in groups}
-    others: dict[str, dict[Choice, frozenset[Point]]] = {group.name: {} for group in groups}
+    own: dict[str, dict[Choice, frozenset[Place]]] = {group.name: {} for group in groups}
+    others: dict[str, dict[Choice, frozenset[Place]]] = {group.name: {} for group in groups}
     for carrier in carriers:
         for name, points in switches_of(carrier, groups).items():
             own[name][carrier.choice] = points
@@ -83,7 +83,7 @@ def parts_of_tensors(carriers: Sequence[Carrier]) -> list[Part]:
 
     Activations have one choice for each of their types, and so have weights.
     """
-    own: dict[str, dict[Choice, frozenset[Point]]] = {}
+    own: dict[str, dict[Choice, frozenset[Place]]] = {}
     for carrier in carriers:
         for name, points in tensors_of(carrier).items():
             own.setdefault(name, {})[carrier.choice] = points
@@ -189,10 +189,10 @@ class Analysis:
         if not groups:
             raise ConfigError("nothing of the model is quantized; plan.summary() says why")
         ordered = {
-            (group.name, choice): none if choice.is_float else losses[group.name, choice]
+            (group.name, choice): none if choice == FLOAT else losses[group.name, choice]
             for group in groups
             for choice in group.choices
-            if choice.is_float or (group.name, choice) in losses
+            if choice == FLOAT or (group.name, choice) in losses
         }
         return Sensitivity(
             losses=ordered,

@@ -36,7 +36,7 @@ class Attribution:
 
     Attributes:
         groups: name of a group -> its own kernels, and conversions inside of it.
-        borders: tensor between groups -> its conversions.
+        borders: tensor between groups -> its conversions, and what only moves it.
         rest: what belongs to no group.
     """
 
@@ -68,7 +68,7 @@ class _Attributing:
                 self.readers[name].append(i)
         self.keys = [self._key(kernel) for kernel in kernels]
         self.converting = [
-            key is None and kernel.op_type in _CONVERTING
+            key in trial.owners.moving or (key is None and kernel.op_type in _CONVERTING)
             for key, kernel in zip(self.keys, kernels, strict=True)
         ]
         self.owner = [self._owner(i) for i in range(len(kernels))]
@@ -100,7 +100,7 @@ class _Attributing:
         return self.found.rest if owner is None else self.found.groups[owner]
 
     def _converter_of(self, i: int) -> str | Border | None:
-        """Return the group inside of which a conversion is, or the border that it is on."""
+        """Return the group inside of which a conversion or move is, or the border it is on."""
         above = next(self._above(i), None)
         source = None if above is None else self.owner[above]
         below = list(dict.fromkeys(self.owner[j] for j in self._below(i)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from qwrap.errors import ConfigError
-from qwrap.mixed.choices import FLOAT, Choice, Group, everywhere
+from qwrap.mixed.choices import FLOAT, Assignment, Choice, Group, everywhere
 from qwrap.mixed.linear import Limit, LinearCost
 
 UNITS: Mapping[str, Mapping[str, float]] = MappingProxyType({
@@ -73,9 +73,27 @@ class Budget:
             ConfigError: a choice that the budget names is offered to no group.
         """
         return [
-            Limit(costs[name], _absolute(name, value, costs[name], groups))
-            for name, value in self.asked.items()
+            Limit(costs[name], self.most(name, costs[name].total, groups)) for name in self.asked
         ]
+
+    def most(
+        self, name: str, total: Callable[[Assignment], float], groups: Sequence[Group]
+    ) -> float:
+        """Return the limit of one cost that the budget limits, in its unit.
+
+        Args:
+            name: of the cost.
+            total: says what an assignment costs, for a limit that is a multiple of one.
+            groups: what there is to choose for.
+
+        Raises:
+            ConfigError: a choice that the budget names is offered to no group.
+        """
+        value = self.asked[name]
+        if not isinstance(value, str):
+            return float(value)
+        number, choice = _parse(name, value)
+        return number if choice is None else number * total(everywhere(groups, choice))
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -96,15 +114,6 @@ class Budget:
                 )
             given[name] = value.strip()
         return cls(**given)
-
-
-def _absolute(name: str, value: float | str, cost: LinearCost, groups: Sequence[Group]) -> float:
-    if not isinstance(value, str):
-        return float(value)
-    number, choice = _parse(name, value)
-    if choice is None:
-        return number
-    return number * cost.total(everywhere(groups, choice))
 
 
 def _parse(name: str, text: str) -> tuple[float, Choice | None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from qwrap.config import QConfig
+from qwrap.errors import ConfigError
 from qwrap.mixed.choices import Choice, Group, config_with
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.points import Point, UsePoint, ValuePoint
@@ -21,6 +22,17 @@ from qwrap.quant.calibrate import calibrating
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import config_of, plan_of, prepare, set_mode, stubs
 from qwrap.quant.stubs import Switch
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class NodeSwitch:
+    """A node that is switched as a whole, to compute in half precision."""
+
+    node: str
+
+
+Place = Point | NodeSwitch
+"""Where something can be switched."""
 
 
 class Carrier:
@@ -33,22 +45,23 @@ class Carrier:
 
     def __init__(self, choice: Choice, model: WrappedModel) -> None:
         self.choice, self.model = choice, model
-        taps = {point: model.tap(point) for point in model.attached}
-        self._taps = {point: tap for point, tap in taps.items() if isinstance(tap, Switch)}
-        self._on: frozenset[Point] = frozenset()
+        taps: dict[Place, Any] = {point: model.tap(point) for point in model.attached}
+        taps |= {NodeSwitch(key): model.substitute(key) for key in model.replaced}
+        self._taps = {place: tap for place, tap in taps.items() if isinstance(tap, Switch)}
+        self._on: frozenset[Place] = frozenset()
         set_mode(model, "float")
 
     @property
-    def points(self) -> frozenset[Point]:
-        """Where there are stubs."""
+    def points(self) -> frozenset[Place]:
+        """Where there is something to switch."""
         return frozenset(self._taps)
 
-    def tap(self, point: Point) -> Switch:
-        """Return the stub at ``point``."""
+    def tap(self, point: Place) -> Switch:
+        """Return what is switched at ``point``."""
         return self._taps[point]
 
-    def switch(self, points: Iterable[Point]) -> None:
-        """Quantize what the stubs at ``points`` are on, in place, and nothing else."""
+    def switch(self, points: Iterable[Place]) -> None:
+        """Quantize what is at ``points``, in place, and nothing else."""
         wanted = frozenset(points)
         for point in self._on - wanted:
             self._taps[point].mode = "float"
@@ -102,7 +115,7 @@ def calibrated(
         progress: show a bar on a terminal.
 
     Raises:
-        ConfigError: a copy cannot be prepared so.
+        ConfigError: a copy cannot be prepared so, or nothing of it is quantized.
         InputError: a batch does not fit, or there is none.
     """
     copies = {choice: _prepared(model, config) for choice, config in configs.items()}
@@ -119,7 +132,11 @@ def calibrated(
     _share_weights([*copies.values()])
     for copied in copies.values():
         copied.samples = None
-    return [Carrier(choice, copied) for choice, copied in copies.items()]
+    carriers = [Carrier(choice, copied) for choice, copied in copies.items()]
+    for carrier in carriers:
+        if not carrier.points:
+            raise ConfigError(f"choice {carrier.choice}: nothing of the model is quantized in it")
+    return carriers
 
 
 def _prepared(model: WrappedModel, config: QConfig) -> WrappedModel:
@@ -158,17 +175,18 @@ def _share_weights(models: Sequence[WrappedModel]) -> None:
 # --- what belongs to what ------------------------------------------------------------------------
 
 
-def switches_of(carrier: Carrier, groups: Iterable[Group]) -> dict[str, frozenset[Point]]:
-    """Return for each group the stubs on what its nodes read and make."""
-    plan = plan_of(carrier.model)
+def switches_of(carrier: Carrier, groups: Iterable[Group]) -> dict[str, frozenset[Place]]:
+    """Return for each group what switches its nodes and quantizes what they read and make."""
+    plan, places = plan_of(carrier.model), carrier.points
     constants: dict[str, list[Point]] = {}
     for node, index in plan.constants:
         constants.setdefault(node, []).append(UsePoint(node, index))
     for (node, index), bias in plan.biases.items():  # an Add may have the bias of a MatMul
         constants.setdefault(bias.weight[0], []).append(UsePoint(node, index))
-    found: dict[str, frozenset[Point]] = {}
+    found: dict[str, frozenset[Place]] = {}
     for group in groups:
-        points: set[Point] = set()
+        points: set[Place] = set()
+        points.update(NodeSwitch(key) for key in group.nodes if NodeSwitch(key) in places)
         for key in group.nodes:
             points.update(constants.get(key, ()), _activations(carrier.model, plan, key))
         found[group.name] = frozenset(points)
@@ -177,9 +195,10 @@ def switches_of(carrier: Carrier, groups: Iterable[Group]) -> dict[str, frozense
 
 def _activations(model: WrappedModel, plan: QuantPlan, key: str) -> Iterator[Point]:
     """Yield the stubs on what a node reads and makes, conversions and what they are made of."""
-    node, planned = model.graph.nodes[key], plan.nodes.get(key)
+    planned = plan.nodes.get(key)
     if planned is None or planned.role == "float":
         return
+    node = model.graph.nodes[key]
     uses = [(v, i) for i, v in enumerate(node.inputs) if v is not None]
     for value, index in (*uses, *((v, None) for v in node.outputs if v.name)):
         tensor = plan.tensors.get(model.graph.key(value))
@@ -200,13 +219,13 @@ def _made_of(plan: QuantPlan, source: str) -> Iterator[Point]:
     yield ValuePoint(source)
 
 
-def tensors_of(carrier: Carrier) -> dict[str, frozenset[Point]]:
+def tensors_of(carrier: Carrier) -> dict[str, frozenset[Place]]:
     """Return the stubs of every tensor with a scale of its own.
 
     A bias goes with its weight, and a conversion with the tensor that is converted.
     """
     plan = plan_of(carrier.model)
-    found: dict[str, set[Point]] = {key: {ValuePoint(key)} for key in plan.sources()}
+    found: dict[str, set[Place]] = {key: {ValuePoint(key)} for key in plan.sources()}
     for key, conversion in plan.conversions():
         for point in _made_of(plan, plan.tensors[key].source):
             if isinstance(point, ValuePoint):

@@ -10,15 +10,15 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from qwrap.config import FLOATS, QConfig, QuantSpec, Scope
+from qwrap.config import FLOATS, QConfig, QuantSpec
 from qwrap.dtypes import quant_type
 from qwrap.errors import ConfigError
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.regions import Types
-from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import config_of, plan_of, prepare
+from qwrap.targets import Scope, Target, find_target
 
 By = Literal["layer", "node", "block"]
 Asked = str | QuantSpec
@@ -41,6 +41,11 @@ class Choice:
         for name in (self.activation, self.weight):
             if name not in FLOATS:
                 quant_type(name)
+        if "float16" in (self.activation, self.weight) and self.activation != self.weight:
+            raise ConfigError(
+                f"choice {self.activation}/{self.weight}: what computes in float16 has weights of "
+                "float16, and nothing else has; choose float16/float16"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -48,7 +53,8 @@ class Choice:
         return self.activation in FLOATS and self.weight in FLOATS
 
     def __str__(self) -> str:
-        return self.activation if self == FLOAT else f"{self.activation}/{self.weight}"
+        same = self.activation == self.weight and self.activation in FLOATS
+        return self.activation if same else f"{self.activation}/{self.weight}"
 
     @classmethod
     def parse(cls, text: str) -> Choice:
@@ -122,8 +128,9 @@ def groups_of(
         model: a wrapped model; a copy is prepared.
         config: what else the model will be quantized with; what it excludes, and what a region of
             it speaks of, is in no group.
-        choices: of each group with a stored weight. Where there is none, choices that differ in the
-            type of weights alone are the same, and the first of them stands for all.
+        choices: of each group with a stored weight, as far as ``config.target`` runs its operators
+            in these types. Where there is none, choices that differ in the type of weights alone
+            are the same, and the first of them stands for all.
         by: "layer": an operator with a stored weight, with what follows it up to the next such
             operator (activation functions, a residual Add, a pool), because it fuses with them or
             would cost a conversion apart from them; a Concat begins a group of its own. "node":
@@ -177,8 +184,10 @@ def _scope(config: QConfig) -> Scope:
     return "all" if config.scope == "all" else "kernels"
 
 
-def _as_asked(config: QConfig, choice: Choice) -> tuple[Asked, Asked]:
+def _as_asked(config: QConfig, choice: Choice) -> tuple[Asked, Asked | None]:
     """Return the types of a choice, with all that ``config`` says of them if they are its own."""
+    if choice.activation == "float16":
+        return choice.activation, None  # so are the weights of what computes in it
     activation: Asked = choice.activation
     weight: Asked = choice.weight
     if config.activation_spec is not None and config.activation_spec.dtype.name == activation:
@@ -232,8 +241,9 @@ class _Grouping:
 
     def __init__(self, model: WrappedModel) -> None:
         self.layout, self.graph, self.plan = model.layout, model.graph, plan_of(model)
-        self.facts = Eligibility(model.layout, ORT_CPU, {})
-        self.weights = _weights_of(self.plan)
+        self.target = find_target(config_of(model).target)
+        self.facts = Eligibility(model.layout, self.target, {})
+        self.weights = _weights_of(self.plan, self.target)
         self.leader: dict[ir.Node, ir.Node] = {}
         self.order = {node: i for i, node in enumerate(self.facts.nodes)}
         self.types = Types(model.layout, config_of(model))
@@ -304,16 +314,38 @@ class _Grouping:
         weighted = [key for key in keys if key in self.weights]
         if not weighted:
             choices = _by_activation(choices)
-        return Group((weighted or keys)[0], tuple(keys), tuple(choices))
+        runnable = [choice for choice in choices if self._runs(keys, choice)]
+        if not runnable:
+            listed = ", ".join(map(str, choices))
+            raise ConfigError(
+                f"group {(weighted or keys)[0]!r}: target {self.target.name!r} runs it in none of "
+                f"{listed}; it runs {self._known(keys)}. Offer such a choice, or exclude the nodes"
+            )
+        return Group((weighted or keys)[0], tuple(keys), tuple(runnable))
+
+    def _runs(self, keys: Sequence[str], choice: Choice) -> bool:
+        """Whether the target runs all nodes of a group in a choice."""
+        return all(
+            self.target.supports(
+                self.plan.nodes[key].op_type,
+                choice.activation,
+                choice.weight if key in self.weights else FLOAT.weight,
+            )
+            for key in keys
+        )
+
+    def _known(self, keys: Sequence[str]) -> str:
+        kinds = dict.fromkeys(self.plan.nodes[key].op_type for key in keys)
+        return ", ".join(f"{kind} in {self.target.runs(kind)}" for kind in kinds)
 
 
-def _weights_of(plan: QuantPlan) -> dict[str, list[str]]:
+def _weights_of(plan: QuantPlan, target: Target) -> dict[str, list[str]]:
     """Return node key -> the stored weights and tables that it reads."""
     found: dict[str, list[str]] = defaultdict(list)
     tables = {tensor.table for tensor in plan.tensors.values()}
     weights = {bias.weight for bias in plan.biases.values()}
     for (node, index), constant in plan.constants.items():
-        if plan.nodes[node].op_type in ORT_CPU.matrix or (node, index) in tables | weights:
+        if plan.nodes[node].op_type in target.matrix or (node, index) in tables | weights:
             found[node].append(constant.value)
     return dict(found)
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from qwrap.mixed.choices import Choice, Edge, Group
-from qwrap.mixed.fit import NANO, Parts, pairs_of, static_conversion
 from qwrap.mixed.owners import Border
+from qwrap.mixed.parts import NANO, Parts, pairs_of, static_conversion
 from qwrap.model.attributes import attributes_of
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.traits import WEIGHTED

@@ -37,17 +37,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwrap.errors import ConfigError, InputError
-from qwrap.mixed.carriers import Carrier
+from qwrap.mixed.carriers import Carrier, NodeSwitch, Place
 from qwrap.mixed.choices import Choice
 from qwrap.mixed.measured import outputs_on
 from qwrap.mixed.outputs import Output, counting, probabilities
 from qwrap.mixed.probes import Products, probes_of
-from qwrap.model.points import Point
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.prepare import device_of
 
-Own = Mapping[str, Mapping[Choice, frozenset[Point]]]
+Own = Mapping[str, Mapping[Choice, frozenset[Place]]]
 """Name of a part -> choice -> where the stubs are that quantize it."""
 
 
@@ -73,9 +72,12 @@ def fisher_losses(
         progress: show a bar on a terminal.
 
     Raises:
-        ConfigError: no output is a float tensor.
+        ConfigError: no output is a float tensor, or a choice is one of half precision.
         InputError: a gradient is NaN.
     """
+    for carrier in carriers:
+        if any(isinstance(place, NodeSwitch) for place in carrier.points):
+            raise ConfigError(f"choice {carrier.choice}: method='fisher' knows no half precision")
     found: dict[tuple[str, Choice], float] = {}
     for model, group in _by_graph(carriers):
         asked = {carrier.choice for carrier in group}
@@ -87,7 +89,7 @@ def fisher_losses(
         bar = tqdm(desc="gradients", total=total, unit="pass", disable=off)
         with closing(bar), model.running(program), _gradients_of_probes_only(model):
             for inputs in samples.on(device_of(model)):
-                products.rows = directions.rows(inputs)
+                products.begin(directions.rows(inputs), projections)
                 results = outputs_on(model, inputs)
                 for left in reversed(range(projections)):
                     along = directions.along(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
@@ -25,11 +26,13 @@ from qwrap.mixed.choices import (
     all_quantized,
     check_assignment,
 )
+from qwrap.mixed.correction import corrected
 from qwrap.mixed.cost import shapes_seen
 from qwrap.mixed.estimate import estimated_parts
-from qwrap.mixed.fit import Parts, Timed, corrected, fitted
+from qwrap.mixed.fit import fitted
 from qwrap.mixed.origin import Origin
 from qwrap.mixed.owners import Border, Owners
+from qwrap.mixed.parts import Parts, Timed
 from qwrap.mixed.profiling import Feed, kernels_of, latencies
 from qwrap.mixed.samples import sample_assignments
 from qwrap.mixed.table_file import Content, read, write
@@ -37,6 +40,8 @@ from qwrap.mixed.trial import Trial, make_trial
 from qwrap.model.wrapped import WrappedModel
 
 ROUNDS = 8
+MIXES = 12
+PROFILED = 0.04  # seconds for each round
 
 
 @dataclass(slots=True)
@@ -68,15 +73,15 @@ class LatencyTable:
         *,
         config: QConfig | None = None,
         threads: int = 0,
-        mixes: int = 8,
+        mixes: int = MIXES,
         rounds: int = ROUNDS,
         seed: int = 0,
         progress: bool = True,
     ) -> LatencyTable:
-        """Time files with one choice everywhere and random mixtures, as wholes and by kernel.
+        """Time files with one choice everywhere and mixtures, as wholes and by kernel.
 
-        Some seconds for each file, most of them to make it: with 3 choices and 8 mixtures 10
-        seconds for a small network, a minute for a large one. Nothing else should run meanwhile.
+        About a second for each file of a small network, a few for a large one, most of it to make
+        the file. Nothing else should run meanwhile.
 
         Args:
             model: a wrapped model, unchanged.
@@ -84,9 +89,9 @@ class LatencyTable:
             inputs: graph input -> tensor or array, of the shapes that latency is wanted for.
             config: what else the model will be quantized with.
             threads: that one operator may use; 0 for onnxruntime's default, one for each core.
-            mixes: how many random assignments are timed.
+            mixes: how many mixtures are timed.
             rounds: turns in which the files are timed, for some hundredths of a second each.
-            seed: of the random assignments.
+            seed: of the mixtures.
             progress: show a progress bar on a terminal.
 
         Raises:
@@ -95,14 +100,14 @@ class LatencyTable:
             ConfigError: there are no groups.
         """
         start = time.monotonic()
-        samples = sample_assignments(groups, mixes, seed)
         bench = _Bench(model, groups, inputs, config, threads)
+        borders = bench.borders()
+        samples = sample_assignments(groups, borders, mixes, seed)
         trials, walls, profiles = bench.run(samples, rounds, progress, profile=True)
         timed = [
             Timed(trial.assignment, wall, attribute(trial, kernels))
             for trial, wall, kernels in zip(trials, walls, profiles, strict=True)
         ]
-        borders = trials[0].owners.borders
         parts = fitted(groups, borders, bench.sizes(borders), timed)
         origin = Origin.here(model, groups, inputs, threads)
         whole = [(dict(t.assignment), t.seconds) for t in timed]
@@ -124,9 +129,8 @@ class LatencyTable:
         does not predict a latency. Arguments as in ``measure``.
         """
         bench = _Bench(model, groups, inputs, config, 1)
-        prepared = all_quantized(model, config)
-        borders = Owners(prepared, groups).borders
-        parts = estimated_parts(prepared, groups, borders, bench.shapes(prepared))
+        prepared = bench.prepared
+        parts = estimated_parts(prepared, groups, bench.borders(), bench.shapes())
         origin = Origin.here(model, groups, inputs, 1)
         return cls(parts.seconds, parts.edges, parts.constant, origin)
 
@@ -243,30 +247,39 @@ class _Bench:
             walls = latencies(paths, self.feed, self.threads, rounds, bar.update)
             profiles = []
             for path in paths if profile else ():
-                profiles.append(kernels_of(path, self.feed, self.threads, folder))
+                seconds = PROFILED * rounds
+                profiles.append(kernels_of(path, self.feed, self.threads, folder, seconds))
                 bar.update()
         return trials, walls, profiles
 
     def _trial(self, assignment: Assignment, path: Path) -> Trial:
         return make_trial(self.model, self.groups, assignment, self.inputs, path, self.config)
 
-    def shapes(self, prepared: WrappedModel) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all real tensors, of the first time they are made."""
-        owners = [v for node, _ in prepared.layout.placed() for v in (*node.inputs, *node.outputs)]
+    @functools.cached_property
+    def prepared(self) -> WrappedModel:
+        """A copy of the model with all quantized that can be."""
+        return all_quantized(self.model, self.config)
+
+    def borders(self) -> list[Border]:
+        """Return the tensors between groups."""
+        return Owners(self.prepared, self.groups).borders
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all float tensors, of the first time they are made."""
+        graph, values = self.prepared.graph, self.prepared.layout.values
+        nodes = [node for node, _ in self.prepared.layout.placed()]
         computed = {
-            prepared.graph.key(v)
-            for v in owners
-            if v is not None
-            and v.name
-            and prepared.graph.type_of(v).is_float
-            and prepared.layout.values.is_computed(v)
+            graph.key(v)
+            for node in nodes
+            for v in (*node.inputs, *node.outputs)
+            if v is not None and v.name and graph.type_of(v).is_float and values.is_computed(v)
         }
-        seen = shapes_seen(prepared, sorted(computed), self.inputs)
+        seen = shapes_seen(self.prepared, sorted(computed), self.inputs)
         return {key: shapes[0] for key, shapes in seen.items() if shapes}
 
     def sizes(self, borders: Sequence[Border]) -> dict[str, int]:
         """Return the number of elements of the tensors between groups; 0 if they are not made."""
-        shapes = self.shapes(all_quantized(self.model, self.config))
+        shapes = self.shapes()
         return {b.tensor: math.prod(shapes.get(b.tensor, (0,))) for b in borders}
 
 

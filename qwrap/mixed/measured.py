@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from qwrap.errors import InputError
 from qwrap.mixed.book import Book, Tally
-from qwrap.mixed.carriers import Carrier
+from qwrap.mixed.carriers import Carrier, Place
 from qwrap.mixed.choices import Choice
 from qwrap.mixed.outputs import Output, Reference
 from qwrap.mixed.prefixes import Kept, Prefixes, bytes_of, choose_cuts
-from qwrap.model.points import Point
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.prepare import device_of
@@ -39,7 +38,7 @@ class Trial:
 
     name: str
     carrier: Carrier
-    points: frozenset[Point]
+    points: frozenset[Place]
 
     @property
     def choice(self) -> Choice:

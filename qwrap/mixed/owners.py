@@ -37,6 +37,8 @@ class Owners:
 
     Attributes:
         of: node key -> name of its group, None if it is in none.
+        moving: keys of nodes in no group that only move values: their time depends on the types on
+            both sides, so it is a matter of the tensor.
         borders: the tensors between groups, in the order they are made.
     """
 
@@ -46,6 +48,7 @@ class Owners:
         self._facts = Eligibility(model.layout, ORT_CPU, {})
         self._named = {key: group.name for group in groups for key in group.nodes}
         self.of: dict[str, str | None] = {}
+        self.moving: set[str] = set()
         for node in self._facts.nodes:
             self.of[model.graph.node_key(node)] = self._owner(node)
         made = [v for node in self._facts.nodes for v in node.outputs if v.name]
@@ -62,7 +65,10 @@ class Owners:
         if key in self._named:
             return self._named[key]
         moved = self._facts.moved_input(node)
-        return None if moved is None else self._maker(moved)
+        if moved is None:
+            return None
+        self.moving.add(key)
+        return self._maker(moved)
 
     def _maker(self, value: ir.Value) -> str | None:
         node = value.producer()

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qwrap.mixed.carriers import Carrier
+from qwrap.mixed.carriers import Carrier, NodeSwitch, Place
 from qwrap.model.border import makes, reads
 from qwrap.model.layout import Layout
-from qwrap.model.points import OutputPoint, Point, Program, UsePoint
+from qwrap.model.points import OutputPoint, Program, UsePoint
 from qwrap.model.values import is_flow
 
 MOST = 8  # cuts: with more of them less is saved by each
@@ -40,15 +40,15 @@ class Prefixes:
         flows = (i for i, n in enumerate(self._layout.region.nodes()) if is_flow(n))
         self._end = next(flows, len(self.nodes))  # what runs graphs of its own cannot be left out
 
-    def start(self, points: Iterable[Point]) -> int:
+    def start(self, points: Iterable[Place]) -> int:
         """Return the first node that runs differently when the stubs at ``points`` quantize."""
         starts = [self._start(point) for point in points]
         return min([self._end, *starts])
 
-    def _start(self, point: Point) -> int:
+    def _start(self, point: Place) -> int:
         if isinstance(point, OutputPoint):
             return len(self.nodes)
-        if isinstance(point, UsePoint):
+        if isinstance(point, (UsePoint, NodeSwitch)):
             return self._index.get(point.node, 0)
         return self._first.get(point.value, 0)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwrap.mixed.carriers import Carrier
+from qwrap.mixed.carriers import Carrier, NodeSwitch, Place
 from qwrap.mixed.choices import Choice
 from qwrap.mixed.outputs import counting
 from qwrap.model.operators import function_of_node
@@ -18,9 +18,13 @@ from qwrap.numerics import fake_quantize, fake_quantize_bias
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import BiasStub, Stub, Switch
 
+ROOM = 2**28  # bytes
 Key = tuple[str, Choice]
 Look = Callable[[Tensor, Tensor], None]
 """Called with the gradient of a tensor and the tensor."""
+
+_Error = tuple[list[Key], Tensor]
+"""The parts that a rounding error belongs to, and the error."""
 
 _Rounding = tuple[Switch, Switch | None, list[Key]]
 """What rounds a tensor, what has rounded it before if it is a conversion, the parts it is in."""
@@ -32,14 +36,31 @@ _Change = tuple[Mapping[int, Switch], list[Key]]
 class Products:
     """Inner products of gradients and rounding errors, their squares added up.
 
-    Attributes:
-        rows: samples in the batch that is being run.
+    Rounding errors of a batch are the same in all its backward passes: they are kept, up to
+    ``ROOM``.
     """
 
     def __init__(self) -> None:
-        self.rows = 1
+        self.rows, self._room = 1, 0
         self._now: dict[Key, Tensor] = {}
         self._totals: dict[Key, Tensor] = {}
+
+    def begin(self, rows: int, passes: int) -> None:
+        """Expect backward passes of a batch.
+
+        Args:
+            rows: samples in the batch.
+            passes: how many there will be.
+        """
+        self.rows, self._room = rows, ROOM if passes > 1 else 0
+
+    def has_room(self, errors: Sequence[_Error]) -> bool:
+        """Return whether errors may be kept; then that much less will fit."""
+        size = sum(error.nbytes for _, error in errors)
+        if size > self._room:
+            return False
+        self._room -= size
+        return True
 
     def add(self, keys: Sequence[Key], gradient: Tensor, error: Tensor, *, divides: bool) -> None:
         """Add the product of one tensor's to those of ``keys``, in place.
@@ -103,7 +124,7 @@ def probe(x: Tensor, look: Look) -> Tensor:
 def probes_of(
     model: WrappedModel,
     carriers: Sequence[Carrier],
-    own: Mapping[str, Mapping[Choice, frozenset[Point]]],
+    own: Mapping[str, Mapping[Choice, frozenset[Place]]],
     products: Products,
 ) -> Program:
     """Return a program that computes in float and fills ``products`` in backward passes.
@@ -143,7 +164,7 @@ def probes_of(
 
 
 def _owners(
-    carrier: Carrier, own: Mapping[str, Mapping[Choice, frozenset[Point]]]
+    carrier: Carrier, own: Mapping[str, Mapping[Choice, frozenset[Place]]]
 ) -> tuple[dict[Point, list[Key]], dict[tuple[str, tuple[int, ...]], list[Key]]]:
     """Return which parts own each activation, and each set of constants that one node reads."""
     plan = plan_of(carrier.model)
@@ -158,6 +179,7 @@ def _owners(
             if isinstance(point, UsePoint) and (point.node, point.index) in stored:
                 constants.setdefault(point.node, []).append(point.index)
                 continue
+            assert not isinstance(point, NodeSwitch)  # refused before
             table = plan.tensors[point.value].table if isinstance(point, ValuePoint) else None
             # What is looked up in a rounded table is not rounded again.
             if table is None or UsePoint(*table) not in points:
@@ -196,6 +218,30 @@ def _rounded(tap: Switch, x: Tensor) -> Tensor:
     return fake_quantize(x, tap.scale, tap.zero_point, tap.grid)
 
 
+class _Look:
+    """Multiplies the gradient of one tensor with rounding errors.
+
+    Args:
+        products: takes in the products.
+        errors: computes the errors of a tensor.
+        divides: whether the first axis of the tensor may be that of samples.
+    """
+
+    def __init__(
+        self, products: Products, errors: Callable[[Tensor], Iterator[_Error]], *, divides: bool
+    ) -> None:
+        self._products, self._errors, self._divides = products, errors, divides
+        self._kept: list[_Error] | None = None
+
+    def __call__(self, gradient: Tensor, x: Tensor) -> None:
+        errors = self._kept
+        if errors is None:
+            errors = list(self._errors(x))
+            self._kept = errors if self._products.has_room(errors) else None
+        for keys, error in errors:
+            self._products.add(keys, gradient, error, divides=self._divides)
+
+
 class _OnTensor:
     """Sits on a tensor that is rounded."""
 
@@ -205,13 +251,12 @@ class _OnTensor:
         self._roundings, self._products, self._divides = roundings, products, divides
 
     def __call__(self, x: Tensor) -> Tensor:
-        return probe(x, self._look)
+        return probe(x, _Look(self._products, self._errors, divides=self._divides))
 
-    def _look(self, gradient: Tensor, x: Tensor) -> None:
+    def _errors(self, x: Tensor) -> Iterator[_Error]:
         for tap, before, keys in self._roundings:
             known = x if before is None else _rounded(before, x)
-            error = torch.where(counting(x), _rounded(tap, known) - known, 0.0)
-            self._products.add(keys, gradient, error, divides=self._divides)
+            yield keys, torch.where(counting(x), _rounded(tap, known) - known, 0.0)
 
 
 class _OnNode:
@@ -229,16 +274,16 @@ class _OnNode:
         self._products, self._divides = products, divides
 
     def __call__(self, *inputs: Any) -> Any:
-        def look(gradient: Tensor, y: Tensor) -> None:
+        def errors(y: Tensor) -> Iterator[_Error]:
             for taps, keys in self._changes:
                 changed = list(inputs)
                 for index, tap in taps.items():
                     changed[index] = _rounded(tap, inputs[index])
                 moved = self._function(*changed)
                 moved = moved[0] if isinstance(moved, tuple) else moved
-                error = torch.where(counting(y), moved - y, 0.0)
-                self._products.add(keys, gradient, error, divides=self._divides)
+                yield keys, torch.where(counting(y), moved - y, 0.0)
 
+        look = _Look(self._products, errors, divides=self._divides)
         result = self._function(*inputs)
         if isinstance(result, tuple):
             return probe(result[0], look), *result[1:]

@@ -26,8 +26,7 @@ NO_FUSION = "session.disable_quant_qdq"
 BURST = 0.03  # seconds that one session runs before the next takes over
 FEWEST = 3  # runs in a burst
 FASTEST = 0.1  # share of the runs that counts: other work on the machine only ever adds
-PROFILED = 0.4  # seconds
-FEWEST_PROFILED = 24  # runs
+FEWEST_PROFILED = 20  # runs
 FAST = 0.25  # share of the profiled runs of each kernel that counts
 MOST_EVENTS = 40_000  # of kernels in one profile; onnxruntime keeps a million at most
 OPEN = 1 << 30  # bytes of files that are open at a time
@@ -121,7 +120,7 @@ def opened(
             raise ModelError(f"{path.name}: onnxruntime refuses the file: {error}") from error
 
 
-def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kernel]:
+def kernels_of(path: Path, feed: Feed, threads: int, folder: Path, seconds: float) -> list[Kernel]:
     """Return the kernels that run a file, in order, with the time that each takes.
 
     Args:
@@ -129,6 +128,7 @@ def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kerne
         feed: graph input -> array.
         threads: as in ``latencies``.
         folder: for files of a moment.
+        seconds: how long to run it, about.
 
     Raises:
         ModelError: onnxruntime refuses the file.
@@ -139,7 +139,7 @@ def kernels_of(path: Path, feed: Feed, threads: int, folder: Path) -> list[Kerne
     once = max(min(_burst(session, feed, FEWEST)), MICROSECOND)
     graph = onnx.load(optimised, load_external_data=False).graph
     most = MOST_EVENTS // max(1, len(graph.node))
-    count = max(FEWEST_PROFILED, min(most, int(PROFILED / once)))
+    count = max(FEWEST_PROFILED, min(most, int(seconds / once)))
     for _ in range(count):
         _run(session, feed)
     profile = Path(session.end_profiling())

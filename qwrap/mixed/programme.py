@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint
 
 _LARGEST = 1e4  # coefficient of the objective: the solver stops 1e-6 from the optimum
-_LARGEST_IN_ROW = 1e3  # the same for limits
+_LARGEST_IN_ROW = 1.0  # coefficient of a limit; what exceeds it by the tolerance is cut off
 _INFEASIBLE = 2  # status of scipy's milp
 _WHOLE = 1 - 1e-6
 

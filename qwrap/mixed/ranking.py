@@ -13,7 +13,7 @@ from typing import Any
 
 from qwrap.errors import ConfigError, QwrapError, StatisticsError
 from qwrap.graph.save import check_target, replace_file
-from qwrap.mixed.choices import Choice, Group
+from qwrap.mixed.choices import FLOAT, Choice, Group
 
 FORMAT, VERSION = "qwrap sensitivity", 1
 MOST_ROWS = 40  # of a table or plot
@@ -53,8 +53,8 @@ class Sensitivity:
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices with losses, floats left out, in the order they were asked for."""
-        return [c for c in dict.fromkeys(c for _, c in self.losses) if not c.is_float]
+        """The choices with losses, float32 left out, in the order they were asked for."""
+        return [c for c in dict.fromkeys(c for _, c in self.losses) if c != FLOAT]
 
     def ranking(self, choice: Choice | None = None) -> list[str]:
         """Return the names of the groups, the most sensitive first.
@@ -68,7 +68,7 @@ class Sensitivity:
         """
         worst: dict[str, float] = {}
         for (name, of), loss in self.losses.items():
-            if of == choice or (choice is None and not of.is_float):
+            if of == choice or (choice is None and of != FLOAT):
                 worst[name] = max(loss, worst.get(name, -math.inf))
         if not worst:
             known = ", ".join(map(str, self.choices))
@@ -96,7 +96,7 @@ class Sensitivity:
         keys = [
             key
             for key in self.losses
-            if key in theirs and (key[1] == choice or (choice is None and not key[1].is_float))
+            if key in theirs and (key[1] == choice or (choice is None and key[1] != FLOAT))
         ]
         if len(keys) < 2:
             raise ConfigError(f"{len(keys)} losses in common: ranks of two or more are compared")

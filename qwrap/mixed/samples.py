@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qwrap.mixed.choices import Choice, Group, everywhere
 from qwrap.mixed.cost import all_choices
+from qwrap.mixed.owners import Border
+from qwrap.mixed.parts import Pair, types_at
 
 _STAYS = 0.5  # chance that a group has the choice of the one before it
+_COVERING = 2 / 3  # share of the mixtures that look for conversions which no other has
 
 
-def sample_assignments(groups: Sequence[Group], mixes: int, seed: int) -> list[dict[str, Choice]]:
-    """Return one assignment for each choice, which all groups have, and ``mixes`` random ones.
+def sample_assignments(
+    groups: Sequence[Group], borders: Sequence[Border], mixes: int, seed: int
+) -> list[dict[str, Choice]]:
+    """Return one assignment for each choice, which all groups have, and ``mixes`` others.
 
-    The random ones differ in how often each choice occurs, and have it in runs of groups, about
-    half of whose neighbours are of another choice.
+    Most of the others have as many conversions as can be that none before them has; the rest
+    are random, see ``random_assignments``.
     """
     rng = np.random.default_rng(seed)
-    choices = all_choices(groups)
-    found = [everywhere(groups, choice) for choice in choices]
-    for _ in range(mixes):
+    found = [everywhere(groups, choice) for choice in all_choices(groups)]
+    covering = round(mixes * _COVERING)
+    seen = _Seen(borders)
+    for mix in found:
+        seen.add(mix)
+    for _ in range(covering):
+        found.append(_covering(groups, seen, rng))
+        seen.add(found[-1])
+    found += random_assignments(groups, mixes - covering, seed)
+    unique = {tuple(sorted(mix.items())): mix for mix in found}
+    return list(unique.values())
+
+
+def random_assignments(groups: Sequence[Group], count: int, seed: int) -> list[dict[str, Choice]]:
+    """Return random assignments, which differ in how often they have each choice.
+
+    They have it in runs of groups, about half of whose neighbours are of another choice.
+    """
+    rng = np.random.default_rng(seed)
+    choices, found = all_choices(groups), []
+    for _ in range(count):
         chances = dict(zip(choices, rng.dirichlet(np.ones(len(choices))), strict=True))
         mix: dict[str, Choice] = {}
         last: Choice | None = None
@@ -31,5 +54,50 @@ def sample_assignments(groups: Sequence[Group], mixes: int, seed: int) -> list[d
                 last = group.choices[rng.choice(len(weights), p=weights / weights.sum())]
             mix[group.name] = last
         found.append(mix)
-    unique = {tuple(sorted(mix.items())): mix for mix in found}
-    return list(unique.values())
+    return found
+
+
+def _covering(groups: Sequence[Group], seen: _Seen, rng: np.random.Generator) -> dict[str, Choice]:
+    """Return an assignment with many new conversions: group by group that with the most."""
+    mix: dict[str, Choice] = {}
+    for group in groups:
+        order = rng.permutation(len(group.choices))
+        options = [group.choices[i] for i in order]
+        mix[group.name] = max(options, key=lambda c: seen.news(mix | {group.name: c}, group.name))
+    return mix
+
+
+class _Seen:
+    """The conversions of the assignments so far."""
+
+    def __init__(self, borders: Sequence[Border]) -> None:
+        self._pairs: set[tuple[str, Pair]] = set()
+        self._borders = borders
+        self._at: dict[str, list[Border]] = {}
+        for border in borders:
+            for name in {border.producer, *border.consumers} - {None}:
+                self._at.setdefault(name or "", []).append(border)
+
+    def add(self, mix: Mapping[str, Choice]) -> None:
+        """Take in the conversions of one more, in place."""
+        self._pairs.update(self._conversions(mix, self._borders))
+
+    def news(self, mix: Mapping[str, Choice], name: str) -> int:
+        """Return how many conversions at one group are new; groups without a choice do not count.
+
+        Args:
+            mix: an assignment that may be of some groups only.
+            name: of the group.
+        """
+        return len(set(self._conversions(mix, self._at.get(name, ()))) - self._pairs)
+
+    @staticmethod
+    def _conversions(
+        mix: Mapping[str, Choice], borders: Sequence[Border]
+    ) -> Iterator[tuple[str, Pair]]:
+        for border in borders:
+            if border.producer is None or border.producer in mix:
+                readers = [name for name in border.consumers if name is None or name in mix]
+                source, kinds = types_at(border.producer, readers, mix)
+                for kind in kinds:
+                    yield border.tensor, (source, kind)

@@ -6,10 +6,9 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,25 +19,26 @@ from tqdm import tqdm
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.save import check_target
+from qwrap.mixed.asked import Along, Asked
 from qwrap.mixed.budget import Budget
-from qwrap.mixed.choices import CHOICES, Assignment, By, Choice, Group, groups_of
+from qwrap.mixed.choices import CHOICES, Assignment, By, Choice, groups_of
 from qwrap.mixed.evaluate import Again, Evaluator, Metric
 from qwrap.mixed.interactions import LossModel
-from qwrap.mixed.linear import Limit, LinearCost
-from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, choose, front_of
+from qwrap.mixed.linear import LinearCost
+from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, front_of
 from qwrap.mixed.prices import Prices
+from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
 from qwrap.mixed.sensitivity import sensitivity
-from qwrap.mixed.solve import solve
 from qwrap.mixed.state import State
 from qwrap.model.batches import iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.statistics.fingerprint import Fingerprint
+from qwrap.targets import find_target
 from qwrap.train.finetune import finetune as train
 from qwrap.train.split import Split, split
 
-Along = Literal["bytes", "bit_ops", "latency"]
 SAMPLES = 64
 POINTS = 8
 
@@ -92,13 +92,15 @@ def search(
         by: what has one choice: a "layer", "node" or "block", see ``groups_of``.
         config: what else the model is quantized with; what it excludes or has regions for stays so.
         along: the cost that the front runs along, and that ``max_drop`` makes small; by default
-            the first one that the budget limits, else "latency".
+            the first one that the budget limits, else "latency" ("bit_ops" where the target is not
+            onnxruntime on CPUs, for that is where latency is measured).
         measure: how outputs are compared: "kl" or "error", perhaps by output, as in
             ``sensitivity``.
         method: how the losses of groups are found: "measured" or "fisher", as in ``sensitivity``.
         samples: of the calibration data, to measure the losses of groups on.
         held_out: share of the batches that points are compared on, or other batches.
         points: costs between the lowest and that of no loss at which assignments are looked for.
+            With corrections, three to five times as many are evaluated.
         threads: that an operator may use where latency is measured; 0 for onnxruntime's default.
         finetune: steps of training of the chosen model, without labels, as in ``finetune``.
         seed: says which batches are held out, and which assignments are timed.
@@ -115,12 +117,14 @@ def search(
         ExportError: ``resume`` cannot be written.
     """
     budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    asked = Asked(budget=budget, max_drop=max_drop, along=_along(along, budget), points=points)
+    config = copy.deepcopy(config) if config else QConfig()
+    along = _along(along, budget, config)
+    asked = Asked(budget=budget, max_drop=max_drop, along=along, points=points)
     _check(measure, samples, finetune)
+    _check_timing(asked, config)
     if resume is not None:
         check_target(resume)
     wrapped = _float_model(model)
-    config = copy.deepcopy(config) if config else QConfig()
     offered = [Choice.parse(c) if isinstance(c, str) else c for c in choices]
     groups = groups_of(wrapped, config, offered, by)
     data = _divided(batches, wrapped, held_out, seed)
@@ -132,7 +136,7 @@ def search(
         "data": _digest_of(held),
         "measure": measure if isinstance(measure, str) else dict(measure),
         "method": method,
-        "metric": metric is not None,
+        "metric": None if metric is None else getattr(metric, "__qualname__", ""),
         "samples": samples,
         "threads": threads,
         "seed": seed,
@@ -151,17 +155,23 @@ def search(
         progress=progress,
     )
     asked.check(prices.costs, groups)
-    found = sensitivity(
-        wrapped,
-        calibration,
-        groups=groups,
-        config=config,
-        method=method,
-        measure=measure,
-        samples=samples,
-        seed=seed,
-        resume=_beside(resume, "sensitivity") if method == "measured" else None,
-        progress=progress,
+
+    def analysed() -> Sensitivity:
+        return sensitivity(
+            wrapped,
+            calibration,
+            groups=groups,
+            config=config,
+            method=method,
+            measure=measure,
+            samples=samples,
+            seed=seed,
+            resume=_beside(resume, "sensitivity") if method == "measured" else None,
+            progress=progress,
+        )
+
+    found: Sensitivity = state.step(
+        "sensitivity", analysed, read=Sensitivity.from_dict, write=Sensitivity.to_dict
     )
     evaluator = Evaluator(wrapped, groups, config, calibration, held, measure, metric)
     of_float = state.measured("float", evaluator.of_float)
@@ -193,65 +203,6 @@ def search(
     return result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What the user wants of the chosen point."""
-
-    budget: Budget | None
-    max_drop: float | None
-    along: Along
-    points: int
-
-    def __post_init__(self) -> None:
-        if self.budget is None and self.max_drop is None:
-            raise ConfigError(
-                "give a budget, such as budget='latency=1.1 x uint8/int8' or 'bytes=50%', or "
-                "max_drop=, the most that the metric may fall by"
-            )
-        if self.budget is not None and not self.budget.asked:
-            raise ConfigError("Budget() limits nothing; give bytes=, bit_ops= or latency=")
-        if self.max_drop is not None and not (0 <= self.max_drop < math.inf):
-            raise ConfigError(f"max_drop={self.max_drop}: expected 0 or more")
-        if self.points < 2:
-            raise ConfigError(f"points={self.points}: expected 2 or more")
-
-    @property
-    def costs(self) -> list[str]:
-        """The costs that matter, and those that cost nothing to know."""
-        limited = self.budget.asked if self.budget else ()
-        return [*dict.fromkeys(["bytes", "bit_ops", self.along, *limited])]
-
-    @property
-    def text(self) -> str:
-        """What was asked, in words."""
-        parts = [f"{k}={v}" for k, v in (self.budget.asked if self.budget else {}).items()]
-        if self.max_drop is not None:
-            parts.append(f"least {self.along} with a drop of at most {self.max_drop:g}")
-        return ", ".join(parts)
-
-    def limits(self, costs: Mapping[str, LinearCost], groups: Sequence[Group]) -> list[Limit]:
-        """Return the limits in units of the costs."""
-        return self.budget.limits(costs, groups) if self.budget else []
-
-    def check(self, costs: Mapping[str, LinearCost], groups: Sequence[Group]) -> None:
-        """Refuse a budget that nothing is within.
-
-        Raises:
-            ConfigError: the error says what the nearest budget is.
-        """
-        solve(groups, costs[self.along], self.limits(costs, groups))
-
-    def accepts(self, of_float: Measured) -> Callable[[Measured], bool] | None:
-        """Return what says whether a point is good enough, None if all are."""
-        most = self.max_drop
-        if most is None:
-            return None
-        if of_float.metric is None:
-            return lambda found: found.loss <= most
-        least = of_float.metric - most
-        return lambda found: found.metric is not None and found.metric >= least
-
-
 def _explored(
     explorer: Explorer, alone: LinearCost, prices: Prices, asked: Asked, of_float: Measured
 ) -> tuple[list[Point], Point]:
@@ -262,15 +213,14 @@ def _explored(
     _settle(explorer, alone, asked, accepts)
     if prices.is_timed:
         front = front_of(explorer.points, asked.along)
+        front += [p for p in explorer.points if p.origin == EVERYWHERE and p not in front]
         seconds = prices.time([point.assignment for point in front])
         prices.learn([(p.assignment, s) for p, s in zip(front, seconds, strict=True)])
         explorer.reprice(prices.costs)
         explorer.lay_out(asked.points, rounds=0)
         _settle(explorer, alone, asked, accepts)
-    chosen = choose(
-        explorer.points, asked.along, asked.limits(explorer.costs, explorer.groups), accepts
-    )
-    return _timed(explorer, prices, asked, chosen)
+    points = _timed(explorer, prices, asked, of_float)
+    return points, asked.pick(points, explorer.costs, explorer.groups, of_float)
 
 
 def _settle(
@@ -289,29 +239,39 @@ def _settle(
         explorer.press(accepts)
 
 
-def _timed(
-    explorer: Explorer, prices: Prices, asked: Asked, chosen: Point
-) -> tuple[list[Point], Point]:
-    """Return all points, those that are shown with the seconds that their files take."""
+def _timed(explorer: Explorer, prices: Prices, asked: Asked, of_float: Measured) -> list[Point]:
+    """Return all points; those that are shown, or may be chosen, with the time their files take."""
     points = list(explorer.points)
     if not prices.is_timed:
-        return points, chosen
-    front = front_of(points, asked.along)
-    wanted = [p for p in points if p in front or p is chosen or p.origin == EVERYWHERE]
+        return points
+    wanted = [p for p in points if p.origin == EVERYWHERE]
+    wanted += front_of(points, asked.along)
+    wanted += asked.worth_timing(points, explorer.costs, explorer.groups, of_float)
+    wanted = [p for p in points if p in wanted]
     seconds = prices.time([point.assignment for point in wanted])
     for point, took in zip(wanted, seconds, strict=True):
         points[points.index(point)] = replace(point, latency=took)
-    return points, next(p for p in points if p.assignment == chosen.assignment)
+    return points
 
 
 # --- what is given -------------------------------------------------------------------------------
 
 
-def _along(along: Along | None, budget: Budget | None) -> Along:
+def _along(along: Along | None, budget: Budget | None, config: QConfig) -> Along:
     if along is not None and along not in get_args(Along):
         raise ConfigError(f"along={along!r}: choose one of {get_args(Along)}")
     limited: list[Along] = [name for name in get_args(Along) if budget and name in budget.asked]
-    return along or (limited[0] if limited else "latency")
+    usual: Along = "latency" if find_target(config.target).is_cpu else "bit_ops"
+    return along or (limited[0] if limited else usual)
+
+
+def _check_timing(asked: Asked, config: QConfig) -> None:
+    target = find_target(config.target)
+    if "latency" in asked.costs and not target.is_cpu:
+        raise ConfigError(
+            f"latency is measured in onnxruntime on this CPU, and the target is {target.name!r}: "
+            "limit bytes or bit_ops instead"
+        )
 
 
 def _check(measure: object, samples: int, finetune: int | None) -> None:

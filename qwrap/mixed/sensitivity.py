@@ -52,9 +52,10 @@ def sensitivity(
 
     ``model`` stays as it is: copies are prepared and calibrated once for each choice of types,
     and their parts are then switched on one after another. "measured" runs the samples for each
-    of them. "fisher" estimates the same losses to second order, for all parts and choices from
-    one backward pass a batch (see ``qwrap.mixed.fisher``): some ten times faster, and right where
-    losses are small.
+    of them, from where they first differ from the float model. "fisher" estimates the same losses
+    to second order, for all parts and choices from the same few backward passes (see
+    ``qwrap.mixed.fisher``), so that many parts and choices cost little more than few. It is right
+    to some tens of percent where losses are small.
 
     Args:
         model: prepared and calibrated, or float.
@@ -173,7 +174,7 @@ def _wanted(
     choices: Iterable[Choice | str] | None,
     groups: Sequence[Group] | None,
 ) -> list[Choice]:
-    """Return the choices to look at, floats left out.
+    """Return the choices to look at, float32 left out.
 
     Raises:
         ConfigError: there are none.
@@ -186,7 +187,7 @@ def _wanted(
         given = [own_choice(model)]
     else:
         given = list(CHOICES)
-    wanted = [choice for choice in dict.fromkeys(given) if not choice.is_float]
+    wanted = [choice for choice in dict.fromkeys(given) if choice != FLOAT]
     if not wanted:
         raise ConfigError("choices: give one or more that quantize something, as 'uint8/int8'")
     return wanted

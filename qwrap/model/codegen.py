@@ -182,7 +182,7 @@ class _BlockWriter(Writer):
             border = Border(inputs, tuple(graph.key(v) for v in graph.outputs))
             for key in inputs:
                 self.finish_value(key)
-        items = with_fusions(self.region, self.layout, self.program)
+        items = with_fusions(self.region, self.layout, self.program, self.replaced)
         dead = dying(map(self._touched, items), border.outputs, self.layout)
         for i, item in enumerate(items):
             if isinstance(item, Region):

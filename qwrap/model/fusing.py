@@ -8,7 +8,7 @@ is. So do nodes whose inner values are watched. Both ways agree to float roundin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -60,8 +60,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.t(), bias)
 
 
-def with_fusions(region: Region, layout: Layout, program: Program) -> list[Item]:
-    """Return the items of a region, with a ``Fusion`` where its last node was if nothing looks."""
+def with_fusions(
+    region: Region, layout: Layout, program: Program, replaced: Collection[str] = ()
+) -> list[Item]:
+    """Return the items of a region, with a ``Fusion`` where its last node was if nothing looks.
+
+    Nodes with keys in ``replaced`` are computed by something else and stay apart.
+    """
     if program.taps or program.kernels:
         return list(region.items)
     own = {item for item in region.items if isinstance(item, ir.Node)}
@@ -71,7 +76,8 @@ def with_fusions(region: Region, layout: Layout, program: Program) -> list[Item]
         found = _find(item, layout, readers) if isinstance(item, ir.Node) else None
         result.append(item)
         watched = found is not None and not program.watchers.keys().isdisjoint(found.hidden(layout))
-        if found is not None and not watched and own.issuperset(found.nodes):
+        apart = found is not None and any(layout.graph.node_key(n) in replaced for n in found.nodes)
+        if found is not None and not (watched or apart) and own.issuperset(found.nodes):
             own.difference_update(found.nodes)
             result[-1] = found
     return [item for item in result if not isinstance(item, ir.Node) or item in own]

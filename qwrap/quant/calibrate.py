@@ -16,11 +16,13 @@ from qwrap.model.batches import count_batches, iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import keeping
 from qwrap.quant.early_stop import WIDENING, EarlyStop
+from qwrap.quant.half import half_nodes, merge_half
 from qwrap.quant.live import end_watching, merge_live, watch_unknown
 from qwrap.quant.observe.sync import is_distributed, is_first, merge_ranks, sum_over_ranks
 from qwrap.quant.prepare import (
     config_of,
     decisions_of,
+    device_of,
     new_observer,
     observers,
     place_without,
@@ -223,6 +225,8 @@ def _start_afresh(model: WrappedModel) -> None:
     for _, stub in stubs(model):
         observer = new_observer(stub.name, config_of(model), stub.spec.axis)
         stub.forget(None if stub.observer is None else observer)
+    for _, node in half_nodes(model):
+        node.overflown = 0
     model.samples = None
     end_watching(model, use=False)
     set_mode(model, "float")
@@ -237,6 +241,7 @@ def _merge_ranks(model: WrappedModel, group: ProcessGroup | None) -> None:
         decisions.batches = sum_over_ranks(decisions.batches, home, group)
     if is_distributed(group):
         merge_live(model, group)
+        merge_half(model, device_of(model), group)
 
 
 def _finish(model: WrappedModel, group: ProcessGroup | None) -> None:

@@ -20,6 +20,7 @@ from qwrap.numerics import quantize
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant import kernels as k
 from qwrap.quant.clamp import Clamp
+from qwrap.quant.live import live_layers
 from qwrap.quant.placement.specs import is_fusable, is_fusable_weight
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.plan import NodePlan, QuantPlan
@@ -93,7 +94,8 @@ class _Lowering:
             in_kernel = isinstance(point, UsePoint) and self._is_constant(point, kernels)
             if not on_output and not in_kernel:
                 taps[point] = self.model.tap(point)
-        for key in self.model.replaced.keys() - kernels.keys():  # as deployed, in training mode too
+        live = (key for key, _ in live_layers(self.model) if key not in kernels)
+        for key in live:  # as deployed, in training mode too
             function = function_of_node(self.model, key)
             assert function is not None
             kernels[key] = function
@@ -112,6 +114,8 @@ class _Lowering:
         """
         if planned.role == "integer" or node.op_type not in ORT_CPU.elementwise or node.domain:
             return planned.role == "integer"
+        if self.graph.node_key(node) in self.plan.half:  # casts stand between it and the pairs
+            return False
         values = [*node.inputs[self._first(node) :], node.outputs[0]]
         return all(v is not None and self.graph.key(v) in self.plan.tensors for v in values)
 
@@ -122,18 +126,30 @@ class _Lowering:
         return producer
 
     def _fits(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32."""
+        """Whether onnxruntime has the kernel: for codes of 8 bits, with scales of float32.
+
+        What was placed for another target may have none here, or no pair behind it.
+        """
         key, written = self.graph.node_key(node), written_by(self.plan, self.graph, node)
+        if node.op_type in ORT_CPU.matrix:
+            if (key, WEIGHTED[node.op_type].weight) not in self.plan.constants:
+                return False
+        elif node.op_type not in ORT_CPU.elementwise:
+            return False
         inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
         read = [self.plan.read_by(key, i, self.graph.key(v)) for i, v in inputs]
         scales = self.plan.scales()
-        specs = [scales[k].spec for k in (*read, source_of(self.plan, self.graph, written)) if k]
+        source = source_of(self.plan, self.graph, written)
+        if source is None and node.op_type not in ORT_CPU.float_output:
+            return False
+        specs = [scales[k].spec for k in (*read, source) if k]
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
         fits = all(map(is_fusable, specs)) and all(map(stored, constants))
         specs += [] if node.op_type in ORT_CPU.matrix else constants
         fits = fits and len({spec.dtype for spec in specs}) <= 1 and self._clamps(written)
+        fits = fits and (node.op_type not in ORT_CPU.matrix or (key, 1) in self.plan.constants)
         # Beside constants of other types the pairs are kept from all kernels.
         return fits and not self._has_float_bias(node) and not self.plan.kept_apart
 

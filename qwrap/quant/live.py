@@ -54,6 +54,7 @@ def plan_live(
     draft: ir.Model,
     folded: FoldedNorms,
     before: Mapping[str, ir.TensorProtocol | None],
+    without: Collection[str] = (),
 ) -> LivePlan:
     """Choose the layers that stay live, and give each of them a bias in ``draft``, in place.
 
@@ -65,6 +66,7 @@ def plan_live(
         draft: its graph in canonical form.
         folded: layers that absorbed a BatchNormalization.
         before: initialisers of ``draft`` as they were before it got that form.
+        without: keys of nodes that compute in float16, and cannot have one.
     """
     plan, constants, graph = LivePlan(), Constants(draft), OnnxGraph(draft)
     earlier = dict(live_layers(model))
@@ -73,7 +75,8 @@ def plan_live(
     if not chosen:
         chosen = {graph.node_key(node): node for node in _inner_layers(draft)}
     for key, node in chosen.items():
-        obstacle = _obstacle(constants, node)
+        obstacle = "it is to compute in float16" if key in without else None
+        obstacle = obstacle or _obstacle(constants, node)
         if obstacle is not None:
             plan.changes.append(f"{label(node)}: stays without batch normalization: {obstacle}")
             continue
@@ -229,7 +232,9 @@ def fold(model: WrappedModel, keys: Collection[str]) -> None:
 def keep(model: WrappedModel, keys: Iterable[str]) -> None:
     """Let exactly these nodes have a normalization, in place; new ones change nothing."""
     known: Mapping[str, LiveBatchNorm] = dict(live_layers(model))
-    model.put_substitutes({key: known.get(key) or new_layer(model, key) for key in keys})
+    others = {key: model.substitute(key) for key in model.replaced if key not in known}
+    layers = {key: known.get(key) or new_layer(model, key) for key in keys}
+    model.put_substitutes({**others, **layers})
 
 
 def live_notes(model: WrappedModel) -> list[str]:

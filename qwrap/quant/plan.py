@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from qwrap.config import QuantSpec, RangeOverride, Training
@@ -149,13 +149,31 @@ class NodePlan:
             in float from a quantized weight, "moves" codes without computing, "absorbed" into its
             producer's kernel, or "float".
         reason: why, for "float".
-        dtype: name of the type of its inputs and outputs, empty where they are float.
+        dtype: name of the type of its inputs and outputs, empty where they are as in the graph;
+            "float16" for a float node that computes in half precision.
     """
 
     op_type: str
     role: Role
     reason: str = ""
     dtype: str = ""
+
+    def in_half(self) -> NodePlan:
+        """Return the same node as one that computes in float16."""
+        return replace(self, reason="", dtype="float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfPlan:
+    """Which tensors of a node are of float16; the node computes with that precision.
+
+    Attributes:
+        inputs: indices of the inputs that it reads so.
+        outputs: indices of the outputs that it makes so.
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -167,6 +185,7 @@ class QuantPlan:
         constants: (node key, input index) -> plan of a weight or constant operand.
         biases: (node key, input index) -> plan of a bias.
         nodes: node key -> how it runs.
+        half: node key -> what of it is in float16, see ``HalfPlan``.
         changes: what was rewritten in the graph before placement, one line each.
         without: node key -> why calibration returned the node to float.
         notes: what to know about the plan as a whole, one line each.
@@ -178,6 +197,7 @@ class QuantPlan:
     constants: dict[tuple[str, int], ConstantPlan] = field(default_factory=dict)
     biases: dict[tuple[str, int], BiasPlan] = field(default_factory=dict)
     nodes: dict[str, NodePlan] = field(default_factory=dict)
+    half: dict[str, HalfPlan] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     without: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -269,6 +289,9 @@ class QuantPlan:
             label = "in pairs" if role == "pairs" or not (role != "integer" or self.fused) else role
             if counts:
                 lines.append(f"{label + ':':10s} {', '.join(counts)}")
+        if self.half:
+            kinds = sorted(Counter(self.nodes[key].op_type for key in self.half).items())
+            lines.append(f"{'float16:':10s} {', '.join(f'{op} {n}' for op, n in kinds)}")
         lines += self._types()
         lines.append(
             f"quantized: {len(self.sources())} activations, "
@@ -279,7 +302,7 @@ class QuantPlan:
             lines.append("auto:      " + ", ".join(f"{method} {n}" for method, n in chosen))
         reasons: dict[str, list[str]] = {}
         for key, node in self.nodes.items():
-            if node.role == "float":
+            if node.role == "float" and key not in self.half:
                 reasons.setdefault(f"{node.op_type}: {node.reason}", []).append(key)
         for reason, keys in sorted(reasons.items()):
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
@@ -327,6 +350,7 @@ class QuantPlan:
             "constants": [[*key, _plain(plan)] for key, plan in self.constants.items()],
             "biases": [[*key, _plain(plan)] for key, plan in self.biases.items()],
             "nodes": {key: _plain(plan) for key, plan in self.nodes.items()},
+            "half": {key: _plain(plan) for key, plan in self.half.items()},
             "changes": list(self.changes),
             "without": dict(self.without),
             "notes": list(self.notes),
@@ -339,7 +363,7 @@ def _underflows(spec: QuantSpec) -> bool:
     return spec.scale_type == "float16" and spec.dtype.is_integer and spec.dtype.bits > 8
 
 
-def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan) -> dict[str, Any]:
+def _plain(plan: TensorPlan | ConstantPlan | BiasPlan | NodePlan | HalfPlan) -> dict[str, Any]:
     result = asdict(plan)
     for part in (result, *result.get("conversions", ())):
         if "spec" in part:

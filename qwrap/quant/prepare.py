@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from qwrap.graph.canonical import canonicalize
 from qwrap.graph.fold import FoldedNorms
 from qwrap.graph.index import OnnxGraph, opset_of
 from qwrap.graph.pads import fold_pads
+from qwrap.model.layout import Layout
 from qwrap.model.materialize import materialize
 from qwrap.model.points import Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
@@ -25,10 +27,12 @@ from qwrap.quant.bounds import bounds_of
 from qwrap.quant.clamp import Clamp
 from qwrap.quant.exact import exact_program
 from qwrap.quant.functions import check_functions
-from qwrap.quant.live import LIVE, LivePlan, keep, live_notes, plan_live, put_live
+from qwrap.quant.half import half_nodes, put_half
+from qwrap.quant.live import LIVE, LivePlan, keep, live_layers, live_notes, plan_live, put_live
 from qwrap.quant.observe.observers import HistogramObserver, MinMaxObserver, Observer
 from qwrap.quant.placement.opsets import let_carry
 from qwrap.quant.placement.place import place
+from qwrap.quant.placement.regions import Types
 from qwrap.quant.plan import ConstantPlan, Conversion, QuantPlan, TensorPlan
 from qwrap.quant.stubs import BiasStub, Mode, Stub
 
@@ -65,7 +69,7 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     changes += canonicalize(draft, folded) + fold_pads(draft, model.layout.values.constants)
     live = LivePlan()
     if config.bn == "live":
-        live = plan_live(model, draft, folded, before)
+        live = plan_live(model, draft, folded, before, _in_half(model, draft, config))
     kept = {n for n, v in draft.graph.initializers.items() if before.get(n) is v.const_value}
     kept = (kept - model.remade.keys()) | live.weights
     model.rewrite(OnnxGraph(draft, model.graph.source), kept)
@@ -75,6 +79,15 @@ def prepare(model: WrappedModel, config: QConfig | None = None) -> QuantPlan:
     plan.changes = changes
     install(model, plan, config)
     return plan
+
+
+def _in_half(model: WrappedModel, draft: ir.Model, config: QConfig) -> set[str]:
+    """Return the keys of the nodes of a draft that are to compute in float16."""
+    if not any(region.activation == "float16" for region in config.regions):
+        return set()
+    graph = OnnxGraph(draft)
+    nodes = Types(Layout(graph, model.layout.settings), config).in_half()
+    return {graph.node_key(node) for node in nodes}
 
 
 def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
@@ -102,9 +115,11 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
         assert isinstance(activation, Stub)
         assert isinstance(weight, Stub)
         stubs[UsePoint(node, index)] = BiasStub(bias.value, activation, weight)
-    decisions = Decisions(plan.without, *_left_out(model, stubs.values()), model.replaced)
+    live = [key for key, _ in live_layers(model)]
+    decisions = Decisions(plan.without, *_left_out(model, stubs.values()), live)
     plan.notes = _with_live(plan.notes, model)
     device = next((p.device for p in model.parameters()), None)
+    put_half(model, plan.half)
     model.attach(
         {point: stub.to(device) for point, stub in stubs.items()},
         _clamps(model, plan, stubs),
@@ -226,7 +241,7 @@ def follow_saved_decisions(model: WrappedModel, state: Mapping[str, Any]) -> Non
 def keep_live(model: WrappedModel, nodes: Iterable[str]) -> None:
     """Let exactly ``nodes`` have a batch normalization, in place; new ones change nothing."""
     keep(model, nodes)
-    decisions_of(model).live = sorted(model.replaced)
+    decisions_of(model).live = sorted(key for key, _ in live_layers(model))
     plan_of(model).notes = _with_live(plan_of(model).notes, model)
 
 
@@ -345,9 +360,9 @@ def bias_stubs(model: WrappedModel) -> Iterator[tuple[UsePoint, BiasStub]]:
 
 
 def set_mode(model: WrappedModel, mode: Mode) -> None:
-    """Switch every stub to ``mode``, in place."""
-    for _, stub in (*stubs(model), *bias_stubs(model)):
-        stub.mode = mode
+    """Switch every stub, and every node of float16, to ``mode``, in place."""
+    for _, switch in (*stubs(model), *bias_stubs(model), *half_nodes(model)):
+        switch.mode = mode
     for kernel in model.kernels.values():
         if isinstance(kernel, Clamp):
             kernel.look()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.half import half_nodes
 from qwrap.quant.observe.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
+from qwrap.quant.placement.half import LARGEST
 from qwrap.quant.prepare import place_without, plan_of, stubs
 from qwrap.quant.scales import deployed
 from qwrap.quant.sources import integer_users
@@ -13,6 +15,8 @@ from qwrap.quant.sources import integer_users
 
 def leave_out_problems(model: WrappedModel, known: Collection[str] = ()) -> None:
     """Return to float what no data reached, and what works on attention masks, in place.
+
+    What was to compute in float16 is returned to float32 if its values are too large.
 
     Args:
         model: prepared, observed.
@@ -28,7 +32,11 @@ def leave_out_problems(model: WrappedModel, known: Collection[str] = ()) -> None
 def _problems(model: WrappedModel, known: Collection[str]) -> dict[str, str]:
     """Return node key -> why the node cannot be quantized, after all."""
     plan = plan_of(model)
-    found: dict[str, str] = {}
+    found = {
+        key: f"not in float16: {node.overflown} values beyond {LARGEST:g}, where it ends"
+        for key, node in half_nodes(model)
+        if node.overflown
+    }
     users = integer_users(plan, model.graph)
     for _, stub in stubs(model):
         watched = stub.observer if stub.name not in known else None

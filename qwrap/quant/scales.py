@@ -20,11 +20,12 @@ from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan, Ends
+from qwrap.quant.plan import ConstantPlan, Conversion, Ends
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
 from qwrap.quant.unify import Range, unify_joined
+from qwrap.targets import find_target
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 FILLED = 7 / 8  # of an operator's range: from there on all of it costs less than a fifth of a bit
@@ -225,6 +226,8 @@ def bounds_at(model: WrappedModel, key: str) -> tuple[float, float]:
 
     onnxruntime removes it only if none of the output's codes lies outside.
     """
+    if not find_target(config_of(model).target).is_cpu:
+        return -math.inf, math.inf
     node = model.graph.values[key].producer()
     if node is None or plan_of(model).nodes[model.graph.node_key(node)].role != "absorbed":
         return -math.inf, math.inf
@@ -252,34 +255,39 @@ def _set_conversions(model: WrappedModel, known: Mapping[str, QParams]) -> None:
     for a tensor of that type, from what was observed, within what there are codes for.
     """
     plan = plan_of(model)
-    found = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
-    given = [(stub_at(model, plan.point_of(source)), conversion) for source, conversion in found]
-    narrower = _narrower_spans(model, [(base, c.spec) for base, c in given])
-    for i, (base, conversion) in enumerate(given):
-        low, high = span_of(base.qparams, base.spec)
-        if i in narrower:
-            low, high = max(low, narrower[i][0]), min(high, narrower[i][1])
-        override = conversion.override
-        if conversion.fixed is not None:
-            scale, zero_point = conversion.fixed
-            qparams = QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
-        elif override is not None and has_range(override):
-            qparams = qparams_of(conversion.key, override, conversion.spec)
-        else:
-            span = with_ends((low, high), conversion.ends)
-            qparams = known.get(conversion.key) or _spread(span, conversion.spec)
-        stub_at(model, conversion.points[0]).set_qparams(qparams)
+    waiting = [(plan.tensors[key].source, conversion) for key, conversion in plan.conversions()]
+    while waiting:  # of what was moved from a conversion there may be further ones
+        unknown = {conversion.key for _, conversion in waiting}
+        given = [(source, conversion) for source, conversion in waiting if source not in unknown]
+        waiting = [(source, conversion) for source, conversion in waiting if source in unknown]
+        spans = _narrower_spans(model, given)
+        for (_, conversion), span in zip(given, spans, strict=True):
+            qparams = _conversion_qparams(conversion, span, known.get(conversion.key))
+            stub_at(model, conversion.points[0]).set_qparams(qparams)
 
 
-def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) -> dict[int, Range]:
-    """Return what narrower conversions should cover, by index, from what the stubs observed."""
+def _conversion_qparams(conversion: Conversion, span: Range, known: QParams | None) -> QParams:
+    override = conversion.override
+    if conversion.fixed is not None:
+        scale, zero_point = conversion.fixed
+        return QParams(torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32))
+    if override is not None and has_range(override):
+        return qparams_of(conversion.key, override, conversion.spec)
+    return known or _spread(with_ends(span, conversion.ends), conversion.spec)
+
+
+def _narrower_spans(model: WrappedModel, given: list[tuple[str, Conversion]]) -> list[Range]:
+    """Return for scales and the conversions behind them what those should cover."""
     plan, ways = plan_of(model), ways_of(model)
+    bases = [stub_at(model, plan.point_of(source)) for source, _ in given]
+    spans = [span_of(base.qparams, base.spec) for base in bases]
+    seen = [_seen_before(model, source) for source, _ in given]
     narrower = [
-        (i, base.name, base.observer, spec)
-        for i, (base, spec) in enumerate(given)
-        if spec.dtype.bits < base.spec.dtype.bits
-        and base.observer is not None
-        and base.observer.seen
+        (i, stub.name, stub.observer, conversion.spec)
+        for i, ((_, conversion), base, stub) in enumerate(zip(given, bases, seen, strict=True))
+        if conversion.spec.dtype.bits < base.spec.dtype.bits
+        and stub.observer is not None
+        and stub.observer.seen
     ]
     ranges = choose_ranges(
         [observer for _, _, observer, _ in narrower],
@@ -291,8 +299,17 @@ def _narrower_spans(model: WrappedModel, given: list[tuple[Stub, QuantSpec]]) ->
         [ways[name][1] for _, name, _, _ in narrower],
         config_of(model).margin,
     )
-    chosen = map(_numbers, ranges)
-    return {i: span for (i, *_), span in zip(narrower, chosen, strict=True)}
+    for (i, *_), chosen in zip(narrower, map(_numbers, ranges), strict=True):
+        spans[i] = max(spans[i][0], chosen[0]), min(spans[i][1], chosen[1])
+    return spans
+
+
+def _seen_before(model: WrappedModel, source: str) -> Stub:
+    """Return what watches the tensor that ``source`` is, or was converted from."""
+    plan = plan_of(model)
+    while source not in plan.tensors:
+        source = plan.tensors[next(k for k, c in plan.conversions() if c.key == source)].source
+    return stub_at(model, ValuePoint(source))
 
 
 # --- constants -----------------------------------------------------------------------------------

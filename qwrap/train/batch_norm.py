@@ -184,7 +184,7 @@ def fold_batch_norm(model: nn.Module, *, nodes: str = "*") -> int:
     count = 0
     for wrapped, layers in _named(model, nodes):
         fold(wrapped, layers.keys())
-        keep_live(wrapped, [key for key in wrapped.replaced if key not in layers])
+        keep_live(wrapped, [key for key, _ in live_layers(wrapped) if key not in layers])
         count += len(layers)
     return count
 

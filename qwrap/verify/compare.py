@@ -33,6 +33,11 @@ UNFUSED = (
     "onnxruntime opens the file only with session.disable_quant_qdq=1, as its optimiser makes "
     "integer kernels for types that they do not take; the deployed level ran the training form"
 )
+HALF = (
+    "the file casts to float16: where onnxruntime has no kernel of that type, as for most "
+    "operators on CPUs, it computes in float32 and rounds constants alone, while the simulation "
+    "rounds every tensor as the file says; codes behind such nodes may be a step apart"
+)
 ISOLATED = "every tensor was computed from onnxruntime's own values of the tensors before it"
 
 
@@ -96,6 +101,7 @@ def verify(
         (NO_EXACT, not exact),
         (UNFUSED, optimised.unfused),
         (DISTURBED, optimised.disturbed),
+        (HALF, file.casts_to_half),
         (ISOLATED, isolated and bool(chosen)),
     )
     return VerifyReport(

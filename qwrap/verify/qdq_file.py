@@ -134,6 +134,13 @@ class QdqFile:
         self.inputs = [v.name or "" for v in self._model.graph.inputs if not v.is_initializer()]
         self.outputs = [v.name or "" for v in self._model.graph.outputs]
 
+    @property
+    def casts_to_half(self) -> bool:
+        """Whether a part of the file computes in float16, and another one does not."""
+        casts = (node for node in walk_nodes(self._model.graph) if node.op_type == "Cast")
+        targets = (node.attributes["to"] for node in casts if not node.domain)
+        return any(to.value in (ir.DataType.FLOAT16, "FLOAT16") for to in targets)
+
     def check_interface(self, graph: OnnxGraph, whose: str) -> None:
         """Refuse a file whose graph inputs or outputs are not those of ``graph``.
 

@@ -132,6 +132,21 @@ def test_types_of_the_config_keep_all_that_it_says_of_them(small: Any) -> None:
     assert not config.regions
 
 
+def test_a_group_has_the_choices_that_the_target_runs(small: Any) -> None:
+    model = qwrap.load(small.build(RESIDUAL, WEIGHTS))
+    choices = [*CHOICES[:2], Choice("uint16", "int4"), Choice("uint16", "int16")]
+    config = qwrap.QConfig.for_target("qnn")
+    found = {group.name: group.choices for group in groups_of(model, config, choices)}
+    assert found["/c1"] == tuple(choices[:3])
+    config = qwrap.QConfig.for_target("openvino")
+    found = {group.name: group.choices for group in groups_of(model, config, choices)}
+    assert found["/c1"] == (choices[0],)
+    with pytest.raises(
+        ConfigError, match=r"'openvino' runs it in none of uint16/int8, uint16/int4"
+    ):
+        groups_of(model, config, choices[1:])
+
+
 def test_without_a_weight_choices_that_differ_in_its_type_alone_are_one(small: Any) -> None:
     choices = [Choice("uint8", "int4"), Choice("uint8", "int8"), Choice("float32", "int8"), FLOAT]
     model = qwrap.load(small.build(RESIDUAL, WEIGHTS))
@@ -140,7 +155,9 @@ def test_without_a_weight_choices_that_differ_in_its_type_alone_are_one(small: A
     assert found["/k"] == (choices[0], FLOAT)
 
 
-@pytest.mark.parametrize("choice", [*CHOICES, Choice("float32", "int8"), Choice("float16", "int4")])
+@pytest.mark.parametrize(
+    "choice", [*CHOICES, Choice("float32", "int8"), Choice("float16", "float16")]
+)
 def test_a_choice_is_read_as_it_is_written(choice: Choice) -> None:
     assert Choice.parse(str(choice)) == choice
 
@@ -148,6 +165,8 @@ def test_a_choice_is_read_as_it_is_written(choice: Choice) -> None:
 def test_a_choice_of_an_unknown_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="word8"):
         Choice("word8", "int8")
+    with pytest.raises(ConfigError, match="choose float16/float16"):
+        Choice("float16", "int4")
     with pytest.raises(ConfigError, match="give the types of activations and weights"):
         Choice.parse("uint8")
 

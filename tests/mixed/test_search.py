@@ -13,7 +13,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, StatisticsError
-from qwrap.mixed import evaluate, prices, profiling
+from qwrap.mixed import evaluate, prices
 from qwrap.mixed.budget import Budget
 from qwrap.mixed.choices import CHOICES, FLOAT
 from qwrap.mixed.report import SearchResult
@@ -190,11 +190,24 @@ def test_the_metric_decides(net: onnx.ModelProto, data: list[np.ndarray]) -> Non
     assert all(p.measured.metric is not None and p.measured.metric < 8.0 for p in cheaper)
 
 
+def test_a_target_without_float_kernels_gets_what_it_runs(
+    net: onnx.ModelProto, data: list[np.ndarray]
+) -> None:
+    config = qwrap.QConfig.for_target("qnn")
+    choices = ["uint8/int8", "uint16/int8", "float32/int8"]
+    found = search(
+        net, data, max_drop=1e-2, choices=choices, config=config, points=2, progress=False
+    )
+    assert found.along == "bit_ops"
+    assert found.plan is not None
+    kinds = {node.dtype for node in found.plan.nodes.values() if node.role != "moves"}
+    assert kinds <= {"uint8", "uint16"}
+
+
 def test_latency_is_predicted_and_timed(
     net: onnx.ModelProto, data: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One round each: how well it predicts is tested where it is measured.
-    monkeypatch.setattr(profiling, "PROFILED", 0.02)
     table, once = prices.LatencyTable.measure, {"rounds": 1}
     monkeypatch.setattr(prices.LatencyTable, "measure", partial(table, mixes=1, **once))
     monkeypatch.setattr(prices, "measured_latencies", partial(prices.measured_latencies, **once))
@@ -274,6 +287,10 @@ def test_the_front_is_drawn(result: SearchResult, tmp_path: Path) -> None:
         ({"budget": "bytes=1 B"}, r"no choice of types is within bytes of 1; the nearest"),
         ({"budget": "bytes=50%", "along": "weight"}, "along='weight'"),
         ({"max_drop": -1}, "max_drop=-1"),
+        (
+            {"budget": "latency=1 ms", "config": qwrap.QConfig.for_target("qnn")},
+            "on this CPU, and the target is 'qnn'",
+        ),
         ({"budget": "bytes=50%", "points": 1}, "points=1"),
         ({"budget": "bytes=50%", "samples": 0}, "samples=0"),
         ({"budget": "bytes=50%", "finetune": 0}, "finetune=0"),

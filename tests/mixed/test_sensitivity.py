@@ -355,3 +355,86 @@ def test_fine_types_lose_less_than_coarse_ones(small: Any) -> None:
         losses = [found.losses[group.name, choice] for choice in (U4, U8, FINE)]
         assert losses == sorted(losses, reverse=True)
     assert replace(found, samples=1).samples == 1  # a plain value
+
+
+def test_half_precision_is_measured_too(small: Any) -> None:
+    pytest.importorskip("qwrap.quant.half")
+    half = Choice("float16", "float32")
+    model, batches = qwrap.load(chain(small)), data(small)
+    found = qwrap.sensitivity(model, batches, choices=[half, U8], measure="error", progress=False)
+    for group in found.groups:
+        assert 0 < found.losses[group.name, half] < found.losses[group.name, U8]
+    wanted = run_all(qwrap.load(chain(small)).eval(), batches)
+    asked = config(U8)
+    asked.exclude("/c1", "/r1", "/c3", "/y")
+    asked.set(["/c2", "/r2"], activation="float16")
+    alone_ = qwrap.load(chain(small)).eval()
+    qwrap.prepare(alone_, asked)
+    qwrap.calibrate(alone_, batches, progress=False)
+    loss = error(run_all(alone_, batches), wanted)
+    assert found.losses["/c2", half] == pytest.approx(loss, rel=1e-6)
+    with pytest.raises(ConfigError, match="method='fisher' knows no half precision"):
+        qwrap.sensitivity(model, batches, choices=[half], method="fisher", progress=False)
+
+
+def with_a_region(small: Any, batches: list[np.ndarray]) -> qwrap.WrappedModel:
+    """The chain with its second layer in 16 bit, so that two tensors are converted."""
+    asked = config(U8)
+    asked.set(["/c2", "/r2"], activation="uint16", weight="int4")
+    model = qwrap.load(chain(small)).eval()
+    plan = qwrap.prepare(model, asked)
+    assert [key for key, _ in plan.conversions()]
+    qwrap.calibrate(model, batches, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("by", ["layer", "tensor"])
+def test_a_model_of_several_types_is_looked_at_as_it_is(small: Any, by: Any) -> None:
+    batches = data(small)
+    model = with_a_region(small, batches)
+    wanted = run_all(qwrap.load(chain(small)).eval(), batches)
+    found = qwrap.sensitivity(model, batches, by=by, measure="error", progress=False)
+    assert found.everything[U8] == pytest.approx(error(run_all(model, batches), wanted), rel=1e-9)
+    names = ["/c1", "/c2", "/c3", "/y"] if by == "layer" else ["r1", "r2", "w2"]
+    assert all(found.losses[name, U8] > 0 for name in names)
+
+
+def test_what_reads_a_conversion_is_quantized_with_it_and_its_tensor(small: Any) -> None:
+    batches = data(small)
+    model = with_a_region(small, batches)
+    found = qwrap.sensitivity(model, batches, measure="error", progress=False)
+    wanted = run_all(qwrap.load(chain(small)).eval(), batches)
+    used = {"r1", "r1_convert", "r2", "w2"}
+    names = {m.name for m in model.modules() if hasattr(m, "mode")}
+    assert used <= names, names
+    for module in model.modules():
+        if hasattr(module, "mode"):
+            module.mode = "quantize" if module.name in used else "float"
+    loss = error(run_all(model, batches), wanted)
+    assert found.losses["/c2", U8] == pytest.approx(loss, rel=1e-9)
+
+
+def test_gradients_know_conversions(small: Any) -> None:
+    batches = data(small)
+    model = with_a_region(small, batches)
+    settings: dict[str, Any] = {"by": "tensor", "measure": "error", "progress": False}
+    measured = qwrap.sensitivity(model, batches, **settings)
+    found = qwrap.sensitivity(model, batches, method="fisher", projections=32, **settings)
+    for name in ("x", "r1", "w1", "w3", "w4"):  # not the weight of 4 bits: that is no small error
+        # 32 x 24 products, whose squares spread by one and a half of their mean
+        assert found.losses[name, U8] == pytest.approx(measured.losses[name, U8], rel=0.3), name
+
+
+def test_a_quantized_file_is_looked_at_with_the_scales_it_has(small: Any, tmp_path: Path) -> None:
+    batches = data(small)
+    model = qwrap.load(chain(small)).eval()
+    qwrap.prepare(model, config(U8))
+    qwrap.calibrate(model, batches, progress=False)
+    qwrap.export(model, tmp_path / "chain.onnx")
+    again = qwrap.load(tmp_path / "chain.onnx").eval()
+    mine, its = (
+        qwrap.sensitivity(m, batches, by="tensor", measure="error", progress=False)
+        for m in (model, again)
+    )
+    for name in ("x", "r1", "r2"):  # weights in the file are rounded for good
+        assert its.losses[name, U8] == pytest.approx(mine.losses[name, U8], rel=0.2)

@@ -94,6 +94,14 @@ def _collect(tree: Tree, specs: dict[QuantType, QuantSpec]) -> None:
             _collect(output, specs)
 
 
+def _widest(tree: Tree) -> int:
+    """Return the most bits that something behind a tensor asks for."""
+    asked = [spec.dtype.bits for _, spec in tree.readers]
+    asked += [spec.dtype.bits for _, spec, _ in tree.movers if spec is not None]
+    asked += [_widest(out) for _, spec, outs in tree.movers if spec is None for out in outs]
+    return max(asked, default=0)
+
+
 Cost = tuple[int, int]
 """Conversions, and bits that are moved."""
 
@@ -143,15 +151,19 @@ class _Search:
     def _moved(
         self, asked: QuantSpec | None, outputs: list[Tree], kinds: tuple[QuantType, ...]
     ) -> QuantType:
-        """Return in which of the types at hand values are moved."""
+        """Return in which of the types at hand, the tensor's first, values are moved.
+
+        They lose no bit on the way that the tensor has and a reader asks for.
+        """
         if asked is not None:
             return asked.dtype
+        enough = min(kinds[0].bits, max(map(_widest, outputs)))
 
         def cost(kind: QuantType) -> Cost:
             costs = [self.cost(output, kind) for output in outputs]
             return sum(c[0] for c in costs), kind.bits + sum(c[1] for c in costs)
 
-        return min(kinds, key=cost)
+        return min((kind for kind in kinds if kind.bits >= enough), key=cost)
 
     def assign(self, tree: Tree, base: QuantType, chosen: Chosen) -> None:
         """Write what is best for a tensor of type ``base`` into ``chosen``, in place."""

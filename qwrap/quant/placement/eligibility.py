@@ -74,17 +74,19 @@ class Eligibility:
         if x is None or weight is None or not self.is_real(x):
             return NOT_REAL
         if not self.is_stored(weight):
-            return self._weight_obstacle(x, weight)
+            return self._weight_obstacle(node, x, weight)
         if self.is_stored(x):
             return "both inputs are constants"
         if bias is not None and not self.is_stored(bias):
             return "its bias is computed at run time"
         return self._gemm_obstacle(node, bias) if node.op_type == "Gemm" else None
 
-    def _weight_obstacle(self, x: ir.Value, weight: ir.Value) -> str:
+    def _weight_obstacle(self, node: ir.Node, x: ir.Value, weight: ir.Value) -> str | None:
         producer = weight.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
             return "its weight is quantized already"
+        if not self.target.is_cpu and node.op_type == "MatMul" and self.is_real(weight):
+            return None  # of two activations
         computed = self.values.is_computed(x)
         return BOTH_COMPUTED if computed else "its weight is computed at run time"
 

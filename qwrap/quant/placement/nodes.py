@@ -49,8 +49,8 @@ class QuantizedNodes:
 
         Regions that are quantized in types of their own say that the user does.
         """
-        if self.target.scope == "all":
-            return True
+        if not self.target.is_cpu:
+            return self.target.scope == "all"
         if (
             not self.types.has_activations
             or self.config.activation_spec is None
@@ -91,6 +91,8 @@ class QuantizedNodes:
 
     def _odd_type(self) -> str | None:
         """Return why there are no integer kernels for the types of the graph, None if there are."""
+        if not self.target.is_cpu:
+            return None
         values = [v for node in self.chosen for v in self.facts.data_inputs(node)]
         types = {self.graph.type_of(v).dtype for v in values} - {ir.DataType.FLOAT, None}
         names = sorted(t.name.lower() for t in types if t is not None)

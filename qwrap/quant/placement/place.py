@@ -16,13 +16,14 @@ from qwrap.model.layout import Layout
 from qwrap.ops.traits import QUANTIZED, WEIGHTED
 from qwrap.quant.placement.conversions import Chosen, Tree, Use, choose_types
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
+from qwrap.quant.placement.half import place_half
 from qwrap.quant.placement.nodes import QuantizedNodes
+from qwrap.quant.placement.obey import check_obeys
 from qwrap.quant.placement.opsets import carried_reals
 from qwrap.quant.placement.outer import at_8_bits, outer_of
 from qwrap.quant.placement.overrides import apply_overrides
 from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.specs import Specs, is_fusable
-from qwrap.quant.placement.target import ORT_CPU, Target
 from qwrap.quant.placement.tensor_overrides import Named
 from qwrap.quant.placement.tensor_ranges import add_named_constants, apply_named
 from qwrap.quant.placement.trainable import choose_training
@@ -36,6 +37,7 @@ from qwrap.quant.plan import (
     Role,
     TensorPlan,
 )
+from qwrap.targets import Target, find_target
 
 NO_CLAMP = "its input comes out of an integer kernel as floats"
 UNMOVED = "stands among float nodes"
@@ -44,7 +46,7 @@ UNMOVED = "stands among float nodes"
 def place(
     layout: Layout,
     config: QConfig,
-    target: Target = ORT_CPU,
+    target: Target | None = None,
     without: Mapping[str, str] | None = None,
 ) -> QuantPlan:
     """Return the plan for one graph: which tensors and constants are quantized, and which are not.
@@ -56,21 +58,22 @@ def place(
     Args:
         layout: the graph.
         config: types, granularity and exclusions.
-        target: which kernels there are.
+        target: which kernels there are; None for those of ``config.target``.
         without: node key -> reason why it has to stay float.
 
     Raises:
-        ConfigError: a selector of ``config.excluded`` or ``config.regions`` fits no node, one of
-            ``config.overrides`` no quantized tensor, or what ``config.tensors`` says cannot be had.
+        ConfigError: the target cannot run what is asked for; a selector of ``config.excluded`` or
+            ``config.regions`` fits no node, one of ``config.overrides`` no quantized tensor, or
+            what ``config.tensors`` says cannot be had.
     """
     strict = without is None
     without = dict(without or {})
+    target = target or find_target(config.target)
     types, named = Types(layout, config), Named(layout, config)
     barred = types.left_float() | without | _excluded(layout, config)
     reals = carried_reals(config, layout.graph.opset)
-    facts = Eligibility(
-        layout, target, barred, reals, may_absorb=partial(_may_absorb, types, named)
-    )
+    may_absorb = partial(_may_absorb, types, named, target)
+    facts = Eligibility(layout, target, barred, reals, may_absorb=may_absorb)
     specs = Specs(facts, config, types, named)
     if config.activation_specs:
         plan = _Placement(facts, specs).plan()
@@ -78,8 +81,10 @@ def place(
         plan = place_weights(facts, specs)
         add_named_constants(plan, facts, specs)
     plan.notes += types.notes
+    place_half(plan, layout, types, without)
     apply_overrides(plan, layout, config, strict=strict)
     apply_named(plan, layout, named)
+    check_obeys(plan, target)
     choose_training(plan, layout.graph, config)
     plan.without = without
     return plan
@@ -99,13 +104,18 @@ def _excluded(layout: Layout, config: QConfig) -> dict[str, str]:
 
 
 def _may_absorb(
-    types: Types, named: Named, producer: ir.Node, activation: ir.Node, bounds: tuple[float, float]
+    types: Types,
+    named: Named,
+    target: Target,
+    producer: ir.Node,
+    activation: ir.Node,
+    bounds: tuple[float, float],
 ) -> bool:
-    """Whether the codes of a node can stand for the activation behind it.
+    """Whether the activation behind a node can be a part of its kernel.
 
     They are of one type: that of the node, where nothing was said of the activation and it cannot
-    be quantized by itself. And where they end at 0, all of them can lie on one side of it, as those
-    of an asymmetric type can, or else no kernel's clamp stands for the activation.
+    be quantized by itself. And in onnxruntime codes have to stand for it: where they end at 0, all
+    of them can lie on one side of it, as those of an asymmetric type can.
     """
     spec, other = types.of(producer), types.of(activation)
     if not (types.is_chosen(activation) or types.everything):
@@ -117,7 +127,7 @@ def _may_absorb(
         spec = other = said
     if spec is None or other is None:
         return spec is other
-    one_sided = not (spec.symmetric and is_fusable(spec))
+    one_sided = not (target.is_cpu and spec.symmetric and is_fusable(spec))
     return spec.dtype == other.dtype and (one_sided or 0 not in bounds)
 
 
@@ -255,7 +265,8 @@ class _Placement:
             seen = named.receives(node, value) and named.is_seen(node, index)
             received = tree.converted if seen else None
             if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
-                outputs = [self._tree(v, tree.pinned) for v in node.outputs if v in self.wanted]
+                results = [v for v in node.outputs if v in self.wanted]
+                outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]
                 if outputs:
                     asked = None if said else self._asked_of_mover(node, outputs)
                     tree.movers.append(((node, index), received or asked, outputs))
@@ -343,11 +354,16 @@ class _Placement:
                 plan.constants[key, index] = ConstantPlan(value=self.graph.key(value), spec=spec)
 
     def _add_bias(self, plan: QuantPlan, node: ir.Node, index: int, bias: ir.Value) -> None:
-        """Store a bias as int32, where the accumulator has a scale."""
+        """Store a bias as the target has it: in int32 where the accumulator has a scale."""
         key, x = self.graph.node_key(node), node.inputs[0]
         weight = (key, WEIGHTED[node.op_type].weight)
         is_vector = self.graph.type_of(bias).rank == 1
         if x is None or weight not in plan.constants or not is_vector or bias in self.specs.named:
+            return
+        if self.target.bias != "int32":
+            if self.target.bias != "float32":
+                spec = self.config.weight_spec_of(self.target.bias, None)
+                plan.constants[key, index] = ConstantPlan(value=self.graph.key(bias), spec=spec)
             return
         read = plan.read_by(key, 0, self.graph.key(x))
         if read is None:
@@ -366,7 +382,7 @@ class _Placement:
         add = self.facts.bias_add(node)
         if add is None or self.nodes.odd is not None or not self.specs.has_kernel(node):
             return
-        if add in self.integer:
+        if add in self.integer or not self.target.is_cpu:
             return
         if self.graph.key(node.outputs[0]) in plan.tensors:
             return

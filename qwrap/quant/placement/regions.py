@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
-from qwrap.config import FLOATS, QConfig, QuantSpec, Region, activation_spec
+from qwrap.config import FLOATS, QConfig, QuantSpec, Region
 from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
 from qwrap.quant.placement.paths import Paths
@@ -105,7 +105,7 @@ class Types:
         if wish.activation is None:
             return self.config.activation_spec
         assert wish.activation.activation is not None
-        return activation_spec(wish.activation.activation)
+        return self.config.activation_spec_of(wish.activation.activation)
 
     def is_chosen(self, node: ir.Node) -> bool:
         """Whether a region says of what type the inputs and outputs of a node are."""

@@ -64,8 +64,10 @@ class Specs:
     def slow(self) -> str | None:
         """Return why onnxruntime has no integer kernels for what is asked of the whole model.
 
-        None if it has.
+        None if it has; what another target has not is refused.
         """
+        if not self.facts.target.is_cpu:
+            return None
         for what, spec, has_kernels in (
             ("activations", self.config.activation_spec, is_fusable),
             ("weights", self.config.weight_spec(None, 0), is_fusable_weight),
@@ -113,6 +115,8 @@ class Specs:
         weight = node.inputs[WEIGHTED[node.op_type].weight]
         assert weight is not None
         axis = self.facts.weight_axis(node, stacked=not self.has_kernel(node))
+        if not self.facts.target.has_channels(node.op_type):
+            axis = None
         spec = self._asked_of_weight(node, axis)
         if spec.block_size is not None and spec.axis is not None:
             size = self.facts.size_of(weight)[spec.axis]
@@ -121,7 +125,7 @@ class Specs:
         return self._scaled(self.named.constant(weight, spec, weight=True), weight)
 
     def has_kernel(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has an integer kernel for input and weight of a matrix operator."""
+        """Whether the target has an integer kernel for input and weight of a matrix operator."""
         x = node.inputs[0]
         spec = self.types.of(node)
         weight = node.inputs[1]
@@ -130,11 +134,13 @@ class Specs:
         if self.types.keeps_weight(node) and weight not in self.named:
             return False
         stored = self.named.constant(weight, self._asked_of_weight(node, None), weight=True)
-        read = self.named.read(node, x) or self._widened(x, spec)
+        read, target = self.named.read(node, x) or self._widened(x, spec), self.facts.target
+        if not target.is_cpu:
+            return target.supports(node.op_type, str(read.dtype), str(stored.dtype))
         return is_fusable(read) and is_fusable_weight(stored)
 
     def has_types(self, node: ir.Node) -> bool:
-        """Whether onnxruntime has integer kernels for the types that are asked of a node."""
+        """Whether the target has integer kernels for the types that are asked of a node."""
         spec = self.types.of(node)
         if node.op_type in self.facts.target.matrix:
             return self.has_kernel(node)
@@ -142,7 +148,11 @@ class Specs:
             return False
         specs = [self.named.base(node.outputs[0]) or spec]
         specs += [self.named.read(node, v) or spec for v in self.facts.data_inputs(node)]
-        return all(map(is_fusable, specs)) and len({s.dtype for s in specs}) == 1
+        if len({s.dtype for s in specs}) > 1:
+            return False
+        if not self.facts.target.is_cpu:
+            return self.facts.target.supports(node.op_type, str(specs[0].dtype))
+        return all(map(is_fusable, specs))
 
     def _asked_of_weight(self, node: ir.Node, axis: int | None) -> QuantSpec:
         spec = self.types.weight_of(node, axis, self.facts.block_axis(node))

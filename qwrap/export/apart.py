@@ -1,0 +1,102 @@
+"""Which operators onnxruntime must not find right behind a DequantizeLinear."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwrap.config import QuantSpec
+from qwrap.dtypes import INT8
+from qwrap.graph.index import OnnxGraph
+from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.plan import QuantPlan
+
+# What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
+PASSED = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
+REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+OUTPUT_DTYPE = 21  # opset from which a QuantizeLinear may name its type
+FEW_BITS, EIGHT_BITS = 4, 8
+
+
+class Apart:
+    """Judges the readers of codes in one draft.
+
+    Measured with onnxruntime 1.31; its optimiser does the following without looking further.
+
+    - A float weight of Conv, ConvTranspose or Gemm between pairs it makes int8, asked or not; and a
+      float bias int32, at the product of two scales, with which large ones of 16 bits overflow.
+    - For Conv with input and output of 4 bits and a weight of 8, and for MaxPool of uint4, it makes
+      integer kernels that do not take them, and refuses the file.
+    - It moves pairs past operators that only move values. From opset 21 on it names the type of the
+      new ones, int8, and then makes uint8 of the zero point: it refuses what it made. And where a
+      body reads what was moved, it writes beyond the node's inputs, which ends the process.
+    - It makes a MatMulNBits of a product with a weight that it looks for in the body alone where
+      there is one, although it is outside: it refuses the file.
+    """
+
+    def __init__(self, plan: QuantPlan, graph: OnnxGraph) -> None:
+        self.plan, self.graph = plan, graph
+        self._quantized = {graph.values[key] for key in plan.tensors}
+
+    def in_front_of(self, node: ir.Node, spec: QuantSpec) -> bool:
+        """Whether ``node``, which reads codes of ``spec``, has to stand apart from the pair."""
+        if node.domain or not spec.dtype.is_integer:
+            return False
+        if node.op_type in REQUANTIZED and self._has_float_constant(node):
+            return self._is_rounded(node.outputs[0])
+        if spec.dtype.bits == FEW_BITS and self._lacks_kernel(node):
+            return True
+        if not self._is_passed(node):
+            return False
+        return self._is_renamed(spec) or self._reaches_body(node)
+
+    def behind(self, node: ir.Node, spec: QuantSpec) -> bool:
+        """Whether ``node``, whose output becomes codes of ``spec``, has to stand apart."""
+        return not node.domain and self._is_passed(node) and self._is_renamed(spec)
+
+    def of_weight(self, node: ir.Node, spec: QuantSpec) -> bool:
+        """Whether ``node`` has to stand apart from the pair of its weight, codes of ``spec``."""
+        if node.op_type != "MatMul" or node.graph is self.graph.model.graph:
+            return False
+        alone = self.plan.nodes[self.graph.node_key(node)].role == "weights"
+        return alone or spec.dtype.bits <= FEW_BITS
+
+    def _is_renamed(self, spec: QuantSpec) -> bool:
+        return spec.dtype.onnx_type == INT8.onnx_type and self.graph.opset >= OUTPUT_DTYPE
+
+    def _has_float_constant(self, node: ir.Node) -> bool:
+        """Whether weight or bias are constants that are not written as codes."""
+        key, known = self.graph.node_key(node), WEIGHTED[node.op_type]
+        planned = {*self.plan.constants, *self.plan.biases}
+        left = [i for i in (known.weight, known.bias) if (key, i) not in planned]
+        return any(v is not None and _is_constant(v) for v in (_input(node, i) for i in left))
+
+    def _is_rounded(self, value: ir.Value) -> bool:
+        """Whether a pair is behind a value, or behind an activation function that reads it."""
+        behind = [value, *(v for user in value.consumers() for v in user.outputs)]
+        return any(v in self._quantized for v in behind)
+
+    def _lacks_kernel(self, node: ir.Node) -> bool:
+        if node.op_type != "Conv":
+            return node.op_type == "MaxPool"
+        weight = self.plan.constants.get((self.graph.node_key(node), 1))
+        return weight is not None and weight.spec.dtype.bits > FEW_BITS
+
+    def _is_passed(self, node: ir.Node) -> bool:
+        moves = self.plan.nodes[self.graph.node_key(node)].role == "moves"
+        return node.op_type in PASSED and not moves
+
+    def _reaches_body(self, node: ir.Node) -> bool:
+        if node.outputs[0] in self._quantized:
+            return False
+        users = [use.node for use in node.outputs[0].uses()]
+        return any(user.graph is not node.graph for user in users) or any(
+            self._reaches_body(user) for user in users if user.op_type in PASSED
+        )
+
+
+def _input(node: ir.Node, index: int | None) -> ir.Value | None:
+    return None if index is None or index >= len(node.inputs) else node.inputs[index]
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return ir.convenience.get_const_tensor(value) is not None
