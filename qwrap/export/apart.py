@@ -8,6 +8,7 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8
 from qwrap.graph.index import OnnxGraph
 from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.placement.weights_only import is_product
 from qwrap.quant.plan import QuantPlan
 
 # What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
@@ -73,7 +74,7 @@ class Apart:
 
     def of_weight(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node`` has to stand apart from the pair of its weight, codes of ``spec``."""
-        if node.op_type != "MatMul" or node.graph is self.graph.model.graph:
+        if not is_product(node) or node.graph is self.graph.model.graph:
             return False
         alone = self.plan.nodes[self.graph.node_key(node)].role == "weights"
         return alone or spec.dtype.bits <= FEW_BITS
