@@ -12,7 +12,7 @@ import torch
 import qwrap
 from qwrap.demo import batches, digits, model_path
 
-samples = batches("calibration")[:4]
+samples = batches("calibration")[:2]
 images, labels = (torch.from_numpy(part[:500]) for part in digits("validation"))
 
 
@@ -44,6 +44,7 @@ result = qwrap.search(
     budget="bytes=0.6 x uint8/int8",
     metric=accuracy,
     choices=["uint8/int8", "uint8/int4", "float32"],
+    points=4,
     resume="search.json",
 )
 print(result.summary())
