@@ -105,6 +105,31 @@ def test_set_gives_nodes_other_types_and_converts_between(tmp_path: Path, data: 
     assert types["/head/Gemm"] == [uint8, int8]
 
 
+@pytest.mark.parametrize("target", ["qnn", "tensorrt", "openvino", "vitisai"])
+def test_a_file_for_another_target_reads_the_digits(
+    tmp_path: Path, data: Path, target: str
+) -> None:
+    path = tmp_path / "q.onnx"
+    asked = ("--calibration", data, "--target", target, "--verify", 1)
+    done = run("quantize", model_path(), "-o", path, *asked)
+    assert done.exit_code == 0, done.output
+    images, labels = digits("validation")
+    (logits,) = onnxruntime.InferenceSession(path).run(None, {"image": images[:200]})
+    assert (logits.argmax(1) == labels[:200]).mean() >= 0.95
+    types = {i.data_type for i in onnx.load(path).graph.initializer if i.name.endswith("_point")}
+    uint8, int8, int32 = 2, 3, 6
+    signed = target in ("tensorrt", "vitisai")
+    assert types - {int32} == ({int8} if signed else {uint8, int8})
+
+
+def test_a_type_that_a_target_lacks_is_a_mistake(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "q.onnx"
+    asked = ("--calibration", data, "--target", "tensorrt", "--activation", "uint8")
+    done = run("quantize", model_path(), "-o", path, *asked)
+    assert "target 'tensorrt' runs" in mistake(done)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("text", ["/head/*", "=uint16", "/head/*=", "/head/*=/"])
 def test_a_region_that_says_nothing_is_a_mistake(tmp_path: Path, text: str) -> None:
     done = run("quantize", model_path(), "-o", tmp_path / "q.onnx", "--set", text)

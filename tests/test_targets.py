@@ -232,6 +232,28 @@ def test_products_of_two_activations_are_quantized(small, target) -> None:
     assert [plan.nodes[key].role for key in ("/qk", "/av", "/q")] == ["integer"] * 3
 
 
+@pytest.mark.parametrize("target", [OPENVINO, VITISAI], ids=lambda target: target.name)
+def test_joined_tensors_have_one_scale_where_a_target_wants_that(small, quantized, target) -> None:
+    nodes = (
+        "a = Conv(x, w1) b = Conv(x, w2) h = Mul(b, hundred) c = Concat<axis=1>(a, h)"
+        " y = Conv(c, w3)"
+    )
+    weights = {"w1": (4, 3, 1, 1), "w2": (4, 3, 1, 1), "w3": (4, 8, 1, 1)}
+    source = small.build(nodes, {**weights, "hundred": np.array([[[100]]], np.float32)})
+    result = quantized(source, config=QConfig.for_target(target.name))
+    stored = {i.name: numpy_helper.to_array(i) for i in result.file().graph.initializer}
+    assert stored["a_scale"] == stored["h_scale"] == stored["c_scale"]
+    free = quantized(source, config=QConfig(scope="all"))
+    stored = {i.name: numpy_helper.to_array(i) for i in free.file().graph.initializer}
+    assert stored["a_scale"] < 0.1 * stored["h_scale"]
+
+
+def test_pools_keep_the_scale_of_what_they_read_for_vitis_ai(small, quantized) -> None:
+    result = quantized(cnn(small), config=QConfig.for_target("vitisai"))
+    stored = {i.name: numpy_helper.to_array(i) for i in result.file().graph.initializer}
+    assert stored["m_scale"] == stored["p_scale"]
+
+
 def test_an_unknown_target_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"target='tensort'.*nearest is 'tensorrt'"):
         QConfig(target="tensort")

@@ -21,6 +21,7 @@ from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
 from qwrap.errors import ConfigError, ExportError, QwrapError
 from qwrap.graph.save import check_target
 from qwrap.quant.tables import FORMS
+from qwrap.targets import TARGETS
 from qwrap.verify import verify_files
 
 BEYOND_THRESHOLD = 1
@@ -114,6 +115,13 @@ Scope = Annotated[
         help='Quantize what is "faster" in integers, all that has "kernels", or "all".',
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help=f"Runtime that the file is for, which decides what types suit: {', '.join(TARGETS)}.",
+    ),
+]
 Statistics = Annotated[
     Path | None,
     typer.Option(
@@ -184,6 +192,7 @@ def quantize(
     preset: Preset = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
+    target: Target = None,
     activation: Activation = None,
     weight: Weight = None,
     block_size: BlockSize = None,
@@ -207,6 +216,7 @@ def quantize(
     """Quantize MODEL with the ranges that calibration data shows."""
     config = config_of(
         regions,
+        target=target,
         activation=activation,
         weight=weight_type(weight, block_size),
         contrib=contrib,

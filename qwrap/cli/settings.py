@@ -24,7 +24,8 @@ def config_of(regions: list[str] | None = None, **asked: Any) -> qwrap.QConfig:
     settings = {key: value for key, value in asked.items() if value is not None}
     if settings.get("activation") == NO_ACTIVATIONS:
         settings["activation"] = None
-    config = qwrap.QConfig(**settings)
+    target = settings.pop("target", None)
+    config = qwrap.QConfig.for_target(target, **settings) if target else qwrap.QConfig(**settings)
     for text in regions or ():
         _set_region(config, text)
     return config

@@ -8,7 +8,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qwrap.errors import ExportError
-from qwrap.export.floats import keep_layers_float
 from qwrap.export.half import write_half
 from qwrap.export.qdq import QdqWriter
 from qwrap.export.runtime import Written, check_session
@@ -107,6 +106,5 @@ def _quantized(model: WrappedModel) -> tuple[ir.Model, list[Written]]:
     draft = materialize(model)
     writer = QdqWriter(model, draft)
     writer.write()
-    keep_layers_float(writer)
     write_half(writer.graph, plan_of(model).half, writer.make)
     return draft, list(writer.make.written)

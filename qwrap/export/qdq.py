@@ -19,8 +19,9 @@ from qwrap.model.points import Point, UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, quantize
 from qwrap.quant.plan import Conversion, TensorPlan
-from qwrap.quant.prepare import plan_of
+from qwrap.quant.prepare import config_of, plan_of
 from qwrap.quant.stubs import BiasStub, Stub
+from qwrap.targets import find_target
 
 Use = tuple[ir.Node, int]
 
@@ -47,7 +48,8 @@ class QdqWriter:
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         self.in_float = any(not spec.dtype.is_standard for spec in specs)
         self.apart = self.plan.kept_apart
-        self.alone = Apart(self.plan, self.graph)
+        target = find_target(config_of(model).target)
+        self.alone = Apart(self.plan, self.graph, is_cpu=target.is_cpu)
         self.qparams: dict[str, Parameters] = {}
         self.constants: dict[tuple[object, ...], tuple[ir.Value, Parameters | Call]] = {}
 
@@ -146,6 +148,8 @@ class QdqWriter:
         }
         others = [use for use in uses if not any(use in found for found in converted.values())]
         outputs = self._output_indices(value)
+        if not uses and not outputs:
+            return
         for conversion in tensor.conversions:
             outputs -= set(conversion.outputs)
         results = self._rounded(value, tensor)

@@ -24,7 +24,7 @@ from qwrap.quant.plan import ConstantPlan, Conversion, Ends
 from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
 from qwrap.quant.stubs import Stub
-from qwrap.quant.unify import Range, unify_joined
+from qwrap.quant.unify import LARGEST_LOSS, Range, unify_joined
 from qwrap.targets import find_target
 
 LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
@@ -137,13 +137,22 @@ def set_activations(
         if whole is not None:
             wanted[key] = span_of(whole, spec)
             exact[wanted[key], spec] = whole
-    for key, span in unify_joined(plan, model.graph, wanted, fixed).items():
+    for key, span in _unified(model, wanted, fixed).items():
         stub = stub_at(model, ValuePoint(key))
         qparams = exact.get((span, stub.spec)) or _spread(span, stub.spec)
         stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
     _set_conversions(model, converted or {})
     _fit_biases(model)
+
+
+def _unified(
+    model: WrappedModel, ranges: Mapping[str, Range], fixed: Mapping[str, Range]
+) -> dict[str, Range]:
+    """Return the ranges with common ones where the target wants that, or where it costs little."""
+    plan, operators = plan_of(model), find_target(config_of(model).target).unified
+    result = unify_joined(plan, model.graph, ranges, fixed, math.inf, operators)
+    return unify_joined(plan, model.graph, result, fixed, LARGEST_LOSS, {"Concat"} - operators)
 
 
 def activation_qparams(model: WrappedModel, key: str, span: Range) -> QParams:

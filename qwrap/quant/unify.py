@@ -18,6 +18,8 @@ def unify_joined(
     graph: OnnxGraph,
     ranges: Mapping[str, Range],
     fixed: Mapping[str, Range] | None = None,
+    most: float = LARGEST_LOSS,
+    operators: Collection[str] = ("Concat",),
 ) -> dict[str, Range]:
     """Return the ranges, with a common one for the inputs and output of Concats that allow it.
 
@@ -30,18 +32,21 @@ def unify_joined(
         graph: its graph.
         ranges: source tensor -> chosen range.
         fixed: source tensor -> range that must not change.
+        most: how many times as large steps may become; infinite where joined tensors have to have
+            one scale.
+        operators: types of the operators that this is about.
     """
     given = {**ranges, **(fixed or {})}
     result = dict(given)
     groups: dict[str, set[str]] = {key: {key} for key in given}
-    for members in _joined(plan, graph):
+    for members in _joined(plan, graph, operators):
         known = [key for key in members if key in groups]
         together = set[str]().union(*(groups[key] for key in known))
         common = _common(plan, together, result, fixed or {})
         if len(known) < len(members) or common is None:
             continue
         free = [key for key in together if key in ranges]
-        if all(_width(common) <= LARGEST_LOSS * _width(ranges[key]) for key in free):
+        if all(_width(common) <= most * _width(ranges[key]) for key in free):
             for key in together:
                 groups[key] = together
                 result[key] = common
@@ -66,11 +71,11 @@ def _common(
     return (low, high) if holds and not others else None
 
 
-def _joined(plan: QuantPlan, graph: OnnxGraph) -> list[set[str]]:
-    """Return for every integer Concat the source tensors it reads and writes."""
+def _joined(plan: QuantPlan, graph: OnnxGraph, operators: Collection[str]) -> list[set[str]]:
+    """Return for every such node in integers the source tensors it reads and writes."""
     found = []
     for key, node in plan.nodes.items():
-        if node.op_type == "Concat" and node.role == "integer":
+        if node.op_type in operators and node.role == "integer":
             inputs = [(i, v) for i, v in enumerate(graph.nodes[key].inputs) if v is not None]
             sources = [plan.read_by(key, i, graph.key(v)) for i, v in inputs]
             sources.append(source_of(plan, graph, graph.nodes[key].outputs[0]))

@@ -59,6 +59,7 @@ OPENVINO = Target(
     ),
     symmetric_weights=frozenset({"int4", "int8"}),
     blocks=frozenset({"int4", "uint4", "int8", "uint8"}),
+    unified=frozenset({"Concat"}),
     bias="float32",
     defaults=(("activation", "uint8"), ("weight", "int8")),
 )

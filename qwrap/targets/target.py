@@ -46,6 +46,8 @@ class Target:
         symmetric_weights: the same of weights.
         per_channel: operators whose weights may have a scale for each channel; None for all.
         blocks: types of weights that may have a scale for each block; None for all.
+        unified: operators whose inputs and output have to have one scale; what only moves values
+            always has.
         power_of_two: whether every scale is a power of two.
         bias: type that biases are stored in; "float32" leaves them as they are. Of "int32" the
             scale is the product of those of input and weight; other types have their own.
@@ -68,6 +70,7 @@ class Target:
     symmetric_weights: frozenset[str] = frozenset()
     per_channel: frozenset[str] | None = None
     blocks: frozenset[str] | None = None
+    unified: frozenset[str] = frozenset()
     power_of_two: bool = False
     bias: Literal["int32", "int8", "float32"] = "int32"
     defaults: tuple[tuple[str, Any], ...] = ()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from qwrap.graph.constants import Array
@@ -14,12 +13,12 @@ from qwrap.graph.nodes import domain_of
 from qwrap.model.layout import Layout
 from qwrap.ops.traits import QUANTIZED
 from qwrap.quant.placement.regions import Types
+from qwrap.quant.placement.schemas import Signature, signature_of
 from qwrap.quant.plan import HalfPlan, QuantPlan
 
 HALF = "tensor(float16)"
 LARGEST = float(np.finfo(np.float16).max)
 LOST = 0.01  # of the magnitude of a constant; rounding to normal numbers takes 0.0003 of it
-VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
 MEASURES = ("Shape", "Size")
 
 
@@ -72,8 +71,8 @@ class _Halves:
     def _obstacle(self, node: ir.Node) -> str | None:
         if any(True for _ in bodies(node)):
             return "it runs other nodes"
-        if self._schema(node) is None:
-            return f"the types of operators of {node.domain!r} are not known"
+        if self._signature(node) is None:
+            return f"no schema says which types {node.op_type} of {node.domain!r} takes"
         if QUANTIZED.fullmatch(node.op_type):
             return "it is quantized already"
         if node in self._measured:
@@ -92,18 +91,18 @@ class _Halves:
         An output is what the inputs of the same type variable are; one whose type an attribute
         says stays, but for that of Cast.
         """
-        schema = self._schema(node)
-        if schema is None:
+        signature = self._signature(node)
+        if signature is None:
             return HalfPlan()
-        able = {c.type_param_str for c in schema.type_constraints if HALF in c.allowed_type_strs}
+        able = {name for name, types in signature.allowed.items() if HALF in types}
         inputs = {
-            i: _formal(schema.inputs, i)
+            i: _formal(signature.inputs, i)
             for i, v in enumerate(node.inputs)
             if v is not None and self._is_float(v)
         }
         read = {i: name for i, name in inputs.items() if name in able}
         outputs = {
-            i: _formal(schema.outputs, i)
+            i: _formal(signature.outputs, i)
             for i, v in enumerate(node.outputs)
             if v.name and self._is_float(v)
         }
@@ -118,16 +117,11 @@ class _Halves:
         kind = self._type(value)
         return kind.dtype == ir.DataType.FLOAT and kind.kind == "tensor"
 
-    def _schema(self, node: ir.Node) -> onnx.defs.OpSchema | None:
-        if (node.domain, node.op_type) in ((f.domain, f.name) for f in self._functions()):
+    def _signature(self, node: ir.Node) -> Signature | None:
+        functions = self.graph.model.functions.values()
+        if any((f.domain, f.name) == (node.domain, node.op_type) for f in functions):
             return None
-        try:
-            return onnx.defs.get_schema(node.op_type, self._opset_of(node), domain_of(node.domain))
-        except onnx.defs.SchemaError:
-            return None
-
-    def _functions(self) -> Iterable[ir.Function]:
-        return self.graph.model.functions.values()
+        return signature_of(domain_of(node.domain), node.op_type, self._opset_of(node))
 
     # --- what float16 would spoil ----------------------------------------------------------------
 
@@ -180,9 +174,6 @@ def problem_of(array: Array) -> str | None:
     return None
 
 
-def _formal(parameters: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
+def _formal(names: Sequence[str], index: int) -> str:
     """Return the type variable, or the type, of an input or output."""
-    if index < len(parameters):
-        return str(parameters[index].type_str)
-    last = parameters[-1] if parameters else None
-    return str(last.type_str) if last is not None and last.option == VARIADIC else ""
+    return names[min(index, len(names) - 1)] if names else ""

@@ -158,7 +158,7 @@ class _Placement:
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         add_named_constants(plan, self.facts, self.specs)
-        warn_of_rounding(plan)
+        warn_of_rounding(plan, self.graph)
         return plan
 
     def _widen(self, plan: QuantPlan) -> None:
