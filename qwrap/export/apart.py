@@ -8,11 +8,13 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8
 from qwrap.graph.index import OnnxGraph
 from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.placement.weights_only import is_product
 from qwrap.quant.plan import QuantPlan
 
 # What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
 PASSED = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+JOINED = PASSED | {"Relu", "Clip", "Identity"}  # what it moves pairs past, or merges
 OUTPUT_DTYPE = 21  # opset from which a QuantizeLinear may name its type
 FEW_BITS, EIGHT_BITS = 4, 8
 
@@ -29,6 +31,10 @@ class Apart:
     - It moves pairs past operators that only move values. From opset 21 on it names the type of the
       new ones, int8, and then makes uint8 of the zero point: it refuses what it made. And where a
       body reads what was moved, it writes beyond the node's inputs, which ends the process.
+    - An Identity it removes, and then one of two pairs; where a body reads the codes, this too ends
+      the process.
+    - Where it moves pairs to the front of such operators, and what these read is a graph output,
+      the caller gets that rounded.
     - It makes a MatMulNBits of a product with a weight that it looks for in the body alone where
       there is one, although it is outside: it refuses the file.
 
@@ -48,21 +54,27 @@ class Apart:
             return False
         if self.graph.node_key(node) in self.plan.half:  # casts stand between
             return False
-        if node.op_type in REQUANTIZED and self._has_float_constant(node):
-            return self.is_cpu and self._is_rounded(node.outputs[0])
+        if self._is_requantized(node):
+            return self.is_cpu
         if spec.dtype.bits == FEW_BITS and self._lacks_kernel(node):
             return True
         if not self._is_passed(node):
             return False
-        return self._is_renamed(spec) or self._reaches_body(node)
+        return self._is_renamed(spec) or self._leads_astray(node)
 
     def behind(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node``, whose output becomes codes of ``spec``, has to stand apart."""
-        return not node.domain and self._is_passed(node) and self._is_renamed(spec)
+        if node.domain:
+            return False
+        if spec.dtype.bits == FEW_BITS and node.op_type == "MaxPool":
+            return True  # else the pair is moved to its front, and makes an integer kernel there
+        if node.op_type == "Identity":
+            return any(use.node.graph is not node.graph for use in node.outputs[0].uses())
+        return self._is_passed(node) and (self._is_renamed(spec) or _is_of_output(node))
 
     def of_weight(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node`` has to stand apart from the pair of its weight, codes of ``spec``."""
-        if node.op_type != "MatMul" or node.graph is self.graph.model.graph:
+        if not is_product(node) or node.graph is self.graph.model.graph:
             return False
         alone = self.plan.nodes[self.graph.node_key(node)].role == "weights"
         return alone or spec.dtype.bits <= FEW_BITS
@@ -77,10 +89,17 @@ class Apart:
         left = [i for i in (known.weight, known.bias) if (key, i) not in planned]
         return any(v is not None and _is_constant(v) for v in (_input(node, i) for i in left))
 
+    def _is_requantized(self, node: ir.Node) -> bool:
+        if node.op_type not in REQUANTIZED or not self._has_float_constant(node):
+            return False
+        return self._is_rounded(node.outputs[0])
+
     def _is_rounded(self, value: ir.Value) -> bool:
-        """Whether a pair is behind a value, or behind an activation function that reads it."""
-        behind = [value, *(v for user in value.consumers() for v in user.outputs)]
-        return any(v in self._quantized for v in behind)
+        """Whether a pair is behind a value, or behind what it can be moved past or merged with."""
+        if value in self._quantized:
+            return True
+        behind = [user for user in value.consumers() if user.op_type in JOINED]
+        return any(self._is_rounded(user.outputs[0]) for user in behind)
 
     def _lacks_kernel(self, node: ir.Node) -> bool:
         if node.op_type != "Conv":
@@ -92,13 +111,26 @@ class Apart:
         moves = self.plan.nodes[self.graph.node_key(node)].role == "moves"
         return node.op_type in PASSED and not moves
 
-    def _reaches_body(self, node: ir.Node) -> bool:
+    def _leads_astray(self, node: ir.Node) -> bool:
+        """Whether a pair that is moved past ``node`` comes to what must not have one in front."""
         if node.outputs[0] in self._quantized:
             return False
         users = [use.node for use in node.outputs[0].uses()]
-        return any(user.graph is not node.graph for user in users) or any(
-            self._reaches_body(user) for user in users if user.op_type in PASSED
+        return any(
+            user.graph is not node.graph
+            or self._is_requantized(user)
+            or (user.op_type in PASSED and self._leads_astray(user))
+            for user in users
         )
+
+
+def _is_of_output(node: ir.Node) -> bool:
+    """Whether ``node`` moves values of a graph output, perhaps moved by others before."""
+    value = node.inputs[0]
+    producer = None if value is None else value.producer()
+    if value is None or producer is None:
+        return False
+    return value.is_graph_output() or (producer.op_type in PASSED and _is_of_output(producer))
 
 
 def _input(node: ir.Node, index: int | None) -> ir.Value | None:

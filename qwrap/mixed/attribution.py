@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwrap.mixed.owners import Border
@@ -132,39 +132,51 @@ class _Attributing:
 
     def _above(self, i: int) -> Iterator[int]:
         """Yield the kernels that computed what a kernel reads, conversions passed over."""
-        for name in self.kernels[i].inputs:
-            j = self.maker.get(name)
-            if j is None or j == i:
-                continue
-            if self.converting[j] or self.keys[j] is None:
-                yield from self._above(j)
-            else:
-                yield j
+        yield from self._beyond(i, self._makers)
 
     def _below(self, i: int) -> Iterator[int]:
         """Yield the kernels that compute with what a kernel makes, conversions passed over."""
-        for name in self.kernels[i].outputs:
-            for j in self.readers[name]:
-                if self.converting[j] or self.keys[j] is None:
-                    yield from self._below(j)
-                else:
-                    yield j
+        yield from self._beyond(i, self._users)
+
+    def _beyond(self, i: int, step: Callable[[int], list[int]]) -> Iterator[int]:
+        """Yield the next kernels that compute, in the order of ``step``, each once."""
+        open_, seen = step(i)[::-1], {i}
+        while open_:
+            j = open_.pop()
+            if j in seen:
+                continue
+            seen.add(j)
+            if self.converting[j] or self.keys[j] is None:
+                open_.extend(step(j)[::-1])
+            else:
+                yield j
+
+    def _makers(self, i: int) -> list[int]:
+        return [self.maker[name] for name in self.kernels[i].inputs if name in self.maker]
+
+    def _users(self, i: int) -> list[int]:
+        return [j for name in self.kernels[i].outputs for j in self.readers[name]]
 
     def _is_activation(self, i: int) -> bool:
-        """Whether what a kernel reads was not made of constants alone: it is a graph input then."""
-        names = list(self.kernels[i].inputs)
-        while names:
-            name = names.pop()
-            if name not in self.maker:
-                return True
-            names.extend(self.kernels[self.maker[name]].inputs)
+        """Whether what a kernel reads comes from a graph input, and not from constants alone."""
+        open_, seen = [i], {i}
+        while open_:
+            for name in self.kernels[open_.pop()].inputs:
+                if name not in self.maker:
+                    return True
+                if self.maker[name] not in seen:
+                    seen.add(self.maker[name])
+                    open_.append(self.maker[name])
         return False
 
     def _leaves(self, i: int) -> bool:
         """Whether what a kernel makes is read by nothing: it is a graph output then."""
-        for name in self.kernels[i].outputs:
-            if not self.readers[name]:
+        open_, seen = [i], {i}
+        while open_:
+            j = open_.pop()
+            if any(not self.readers[name] for name in self.kernels[j].outputs):
                 return True
-            if any(self.converting[j] and self._leaves(j) for j in self.readers[name]):
-                return True
+            on = [k for k in self._users(j) if self.converting[k] and k not in seen]
+            seen.update(on)
+            open_ += on
         return False

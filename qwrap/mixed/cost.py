@@ -31,8 +31,8 @@ def bytes_of(model: WrappedModel, groups: Sequence[Group], config: QConfig | Non
 
     That is codes, packed where a type has fewer than 8 bits, scales and zero points, biases as
     int32 with theirs, and floats where they stay float. What several groups read counts for the
-    first of them. With ``rest_bytes`` this adds up to the initialisers of the exported file, but
-    for the scales and zero points of activations.
+    first of them. With ``rest_bytes`` this adds up to the constants of the exported file, but for
+    the scales and zero points of activations, and what calibration returns to float.
 
     Args:
         model: a wrapped model, unchanged; a copy is prepared for each choice.

@@ -136,8 +136,9 @@ class LatencyTable:
 
     def predict(self, assignment: Assignment) -> float:
         """Return the seconds that one run of the file of an assignment should take."""
-        values = self._parts.values()
-        return sum(values[term] for term in self._parts.terms(assignment))
+        parts = self._parts
+        values = parts.values()
+        return sum(values[term] for term in parts.terms(assignment))
 
     def learn(self, timed: Sequence[tuple[Assignment, float]]) -> LatencyTable:
         """Return a table that also fits files timed since, such as those a search has chosen.

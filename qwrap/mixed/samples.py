@@ -12,7 +12,7 @@ from qwrap.mixed.owners import Border
 from qwrap.mixed.parts import Pair, types_at
 
 _STAYS = 0.5  # chance that a group has the choice of the one before it
-_COVERING = 2 / 3  # share of the mixtures that look for conversions which no other has
+_COVERING = 2 / 3  # of the mixtures look for conversions which no other has
 
 
 def sample_assignments(
@@ -20,8 +20,8 @@ def sample_assignments(
 ) -> list[dict[str, Choice]]:
     """Return one assignment for each choice, which all groups have, and ``mixes`` others.
 
-    Most of the others have as many conversions as can be that none before them has; the rest
-    are random, see ``random_assignments``.
+    Two thirds of the others have as many conversions as can be that none before them has. The rest
+    have one choice nearly everywhere, as what a search under a budget finds.
     """
     rng = np.random.default_rng(seed)
     found = [everywhere(groups, choice) for choice in all_choices(groups)]
@@ -32,7 +32,9 @@ def sample_assignments(
     for _ in range(covering):
         found.append(_covering(groups, seen, rng))
         seen.add(found[-1])
-    found += random_assignments(groups, mixes - covering, seed)
+    choices = all_choices(groups)
+    rest = range(mixes - covering)
+    found += [_mostly(groups, choices[number % len(choices)], rng) for number in rest]
     unique = {tuple(sorted(mix.items())): mix for mix in found}
     return list(unique.values())
 
@@ -55,6 +57,15 @@ def random_assignments(groups: Sequence[Group], count: int, seed: int) -> list[d
             mix[group.name] = last
         found.append(mix)
     return found
+
+
+def _mostly(groups: Sequence[Group], choice: Choice, rng: np.random.Generator) -> dict[str, Choice]:
+    """Return an assignment that has ``choice`` in most groups, and others in some."""
+    mix, share = everywhere(groups, choice), rng.uniform(0.1, 0.4)
+    for group in groups:
+        if rng.random() < share:
+            mix[group.name] = group.choices[rng.integers(len(group.choices))]
+    return mix
 
 
 def _covering(groups: Sequence[Group], seen: _Seen, rng: np.random.Generator) -> dict[str, Choice]:

@@ -21,6 +21,7 @@ from qwrap.quant.prepare import plan_of
 
 Identity = tuple[object, ...]
 BYTE = 8
+HALF = ir.DataType.FLOAT16
 
 
 class StoredSizes:
@@ -38,7 +39,8 @@ class StoredSizes:
         self._opsets = dict(model.graph.model.graph.opset_imports)
         specs = [tensor.spec for tensor in self.plan.tensors.values()]
         self._in_float = any(not spec.dtype.is_standard for spec in specs)
-        self._replaced = set(self.plan.constants) | set(self.plan.biases)
+        self._half = {(key, i) for key, plan in self.plan.half.items() for i in plan.inputs}
+        self._replaced = set(self.plan.constants) | set(self.plan.biases) | self._half
         self._known: dict[tuple[object, ...], int] = {}
 
     def of(self, nodes: Iterable[str], seen: set[Identity]) -> int:
@@ -84,6 +86,8 @@ class StoredSizes:
         elif bias is not None:
             source = self.plan.constants[bias.weight]
             yield (key, bias.activation, source.value, source.spec), self._bias(value, source)
+        elif (node, index) in self._half:
+            yield (key, HALF), _packed(math.prod(self._shape(value)), HALF)
         if self._stays_float(value):
             yield (key, None), self._plain(value)
 

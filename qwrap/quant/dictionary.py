@@ -56,7 +56,8 @@ def _receivers(key: str, conversion: Conversion, model: WrappedModel | None) -> 
     if model is None:
         return {"recv_nodes": names}
     value = model.graph.values[key]
-    readers = {model.graph.node_key(node) for node in value.consumers()}
+    uses = [(model.graph.node_key(use.node), use.idx) for use in value.uses()]
+    readers = {node for node, index in uses if UsePoint(node, index) in model.layout.points}
     if value.is_graph_output() and not conversion.outputs and names == readers:
         return {"recv_nodes": names | {KEEPS_OUTPUT}}
     return {} if names == readers else {"recv_nodes": names}

@@ -75,7 +75,11 @@ def test_a_mixed_model_comes_back_as_it_was(
     made = quantized(small.build(BRANCHES, SHAPES, outputs=OUTPUTS, opset=opset), config=wanted)
     model = imported.load(made.path)
     assert [*made.model.plan.conversions()]
-    assert conversions(model.plan) == conversions(made.model.plan)
+    if "Max" in {node.op_type for node in model.graph.nodes.values()}:
+        # What keeps operators apart from their pairs is in the file, and reads these for them.
+        assert model.plan.scales().keys() == made.model.plan.scales().keys()
+    else:
+        assert conversions(model.plan) == conversions(made.model.plan)
     assert not model.plan.notes
     x = made.batches[0]
     assert all(map(np.array_equal, imported.run(model, x), imported.run(made.model, x)))
@@ -324,15 +328,20 @@ FILES: dict[str, tuple[str, str, dict[str, dict[str, tuple[set[Any], set[int]]]]
 }
 
 
+def file_of(small: Any, folder: Path, name: str) -> Path:
+    nodes, outputs, _, _ = FILES[name]
+    read = {word.strip(",()>") for word in nodes.replace("(", " ").split()}
+    constants = {key: np.asarray(value) for key, value in CONSTANTS.items() if key in read}
+    onnx.save(small.build(nodes, constants, outputs=outputs, opset=21), folder / "made.onnx")
+    return folder / "made.onnx"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_with_conversions_is_simulated_trained_and_comes_back(
     small: Any, imported: Any, tmp_path: Path, name: str
 ) -> None:
-    nodes, outputs, expected, others = FILES[name]
-    read = {word.strip(",()>") for word in nodes.replace("(", " ").split()}
-    constants = {key: np.asarray(value) for key, value in CONSTANTS.items() if key in read}
-    path = tmp_path / "made.onnx"
-    onnx.save(small.build(nodes, constants, outputs=outputs, opset=21), path)
+    _, _, expected, others = FILES[name]
+    path = file_of(small, tmp_path, name)
     model = imported.load(path, config=imported.learning())
     assert not model.plan.notes
     found = {
@@ -371,3 +380,15 @@ def test_a_conversion_of_a_conversion_is_taken_for_a_copy(
     )
     assert set(model.plan.scales()) == {"x", "x_convert", "ud"}
     comes_back(small, imported, model, path)
+
+
+def test_codes_are_compared_before_and_behind_a_conversion_that_has_the_name_of_the_tensor(
+    small: Any, tmp_path: Path
+) -> None:
+    path = file_of(small, tmp_path, "a conversion is an output, and read")
+    model = qwrap.load(path).eval()
+    report = qwrap.verify(model, path, small.batches(), isolated=True, progress=False)
+    found = [(t.name, t.dtype, t.differing) for t in report.specification.tensors]
+    assert found == [("y", "uint8", 0), ("y_convert", "int8", 0)]
+    assert all(output.max_abs_difference < 1e-6 for output in report.specification.outputs)
+    assert not report.skipped

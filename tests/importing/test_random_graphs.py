@@ -34,6 +34,11 @@ STEPS = {
         "{y}c = QuantizeLinear({x}, s{p}, z{p}) {y}d = DequantizeLinear({y}c, s{p}, z{p}) "
         "{y}e = QuantizeLinear({y}d, s3, z3) {y} = DequantizeLinear({y}e, s3, z3)"
     ),
+    "converted for one of two": (
+        "{y}c = QuantizeLinear({x}, s{p}, z{p}) {y}d = DequantizeLinear({y}c, s{p}, z{p}) "
+        "{y}e = QuantizeLinear({y}d, s2, z2) {y}f = DequantizeLinear({y}e, s2, z2) "
+        "{y} = Add({y}d, {y}f)"
+    ),
     "a constant": "{y}d = DequantizeLinear(w, s{p}, zw) {y} = Mul({x}, {y}d)",
 }
 CONSTANTS = {

@@ -34,17 +34,20 @@ WEIGHTS = {
     "b4": (5,),
 }
 U8, U16, U4 = Choice("uint8", "int8"), Choice("uint16", "int8"), Choice("uint8", "int4")
-WEIGHTS_ONLY = Choice("float32", "int8")
+WEIGHTS_ONLY, HALF = Choice("float32", "int8"), Choice("float16", "float16")
 CHOICES = (U8, U16, U4, FLOAT)
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of all constants of a file but the scales and zero points of activations."""
+    """Bytes of all constants of a file but what belongs to activations.
+
+    That is their scales and zero points, and the number of a Max that keeps two operators apart.
+    """
     model = ir.load(path)
     of_pairs = {
         value
         for node in model.graph
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Max")
         and node.inputs[0] is not None
         and node.inputs[0].const_value is None
         for value in node.inputs[1:]
@@ -71,10 +74,10 @@ def written(
 MIX = {"/c1": U8, "/c2": U16, "/c3": U4, "/y": FLOAT}
 
 
-@pytest.mark.parametrize("choice", [*CHOICES, WEIGHTS_ONLY, None], ids=str)
+@pytest.mark.parametrize("choice", [*CHOICES, WEIGHTS_ONLY, HALF, None], ids=str)
 def test_bytes_are_those_of_the_file(small: Any, tmp_path: Path, choice: Choice | None) -> None:
     source = small.build(RESIDUAL, WEIGHTS, outputs="float[N,5,8,8] y")
-    choices = (*CHOICES, WEIGHTS_ONLY)
+    choices = (*CHOICES, WEIGHTS_ONLY, HALF)
     model = qwrap.load(source)
     groups = groups_of(model, choices=choices)
     assignment = MIX if choice is None else {group.name: choice for group in groups}

@@ -158,7 +158,7 @@ class _Placement:
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         add_named_constants(plan, self.facts, self.specs)
-        warn_of_rounding(plan)
+        warn_of_rounding(plan, self.graph)
         return plan
 
     def _widen(self, plan: QuantPlan) -> None:
@@ -262,7 +262,8 @@ class _Placement:
         tree = Tree(value, pinned=said or moved, converted=named.converted(value))
         for use in value.uses():
             node, index = use.node, use.idx
-            received = tree.converted if named.receives(node, value) else None
+            seen = named.receives(node, value) and named.is_seen(node, index)
+            received = tree.converted if seen else None
             if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
                 results = [v for v in node.outputs if v in self.wanted]
                 outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from random import Random
 
 import onnx
 import onnxruntime
 import torch
+from fewest import Fewest, computed_floats
 from onnx import helper
 from random_models import RandomModel, random_config
 
 import qwrap
-from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.target import ORT_CPU
 from qwrap.quant.placement.weights_only import ROUNDED
 from qwrap.quant.prepare import stubs
@@ -38,9 +37,9 @@ class Made:
         return self.model.plan
 
 
-def make(random: Random, folder: Path) -> Made | None:
+def make(random: Random, folder: Path, count: int | None = None) -> Made | None:
     """Return a random model, quantized and exported; None where a region has no way to its end."""
-    source = RandomModel(random, random.randrange(2, 9))
+    source = RandomModel(random, count or random.randrange(2, 13))
     config = random_config(random, source)
     model = qwrap.load(source.proto).eval()
     try:
@@ -144,7 +143,7 @@ def types_agree(made: Made) -> None:
         node, origin = nodes[graph.nodes[key].name], graph.nodes[key]
         where = f"{key} {planned}"
         absorbed = planned.role == "absorbed"
-        computed = [] if absorbed else list(_computed_floats(made, key))
+        computed = [] if absorbed else list(computed_floats(made.model, key))
         for index in computed:
             assert file.read_as(node.input[index]) == planned.dtype, f"{where} input {index}"
         for index, value in enumerate(origin.inputs):
@@ -176,19 +175,6 @@ def _is_weight(node: onnx.NodeProto, index: int) -> bool:
     return index == 1 and node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-SKIPPED = {"Where": (0,), "Clip": (1, 2), "Resize": (1, 2, 3)}
-
-
-def _computed_floats(made: Made, key: str) -> Iterator[int]:
-    """Yield the indices of a node's inputs that are float tensors made while the model runs."""
-    node, graph = made.model.graph.nodes[key], made.model.graph
-    for index, value in enumerate(node.inputs):
-        if value is None or index in SKIPPED.get(node.op_type, ()):
-            continue
-        if made.model.layout.values.is_computed(value) and graph.type_of(value).is_float:
-            yield index
-
-
 def is_opened(made: Made) -> None:
     """onnxruntime takes the file and runs it, whatever it optimises."""
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
@@ -204,44 +190,7 @@ def is_opened(made: Made) -> None:
 
 def conversions_are_fewest(made: Made) -> None:
     """No choice of types for what only moves values needs fewer conversions than the file has."""
-    assert len(File(made.path).conversions()) == fewest_conversions(made)
-
-
-def fewest_conversions(made: Made) -> int:
-    """Return the least number of conversions, over all types of all nodes that move values."""
-    plan, graph = made.plan, made.model.graph
-    wishes = Types(made.model.layout, made.config)
-    kinds = {k: n.dtype for k, n in plan.nodes.items() if n.dtype}
-    moves = [k for k, n in plan.nodes.items() if n.role == "moves" and n.dtype]
-    lookups = {k for k in moves if (k, 0) in plan.constants}
-    free = [k for k in moves if k not in lookups and not wishes.is_chosen(graph.nodes[k])]
-    options = sorted(set(kinds.values()))
-    least = None
-    for choice in product(options, repeat=len(free)):
-        count = _conversions(made, {**kinds, **dict(zip(free, choice, strict=True))})
-        least = count if least is None else min(least, count)
-    assert least is not None
-    return least
-
-
-def _conversions(made: Made, kinds: dict[str, str]) -> int:
-    plan, graph, total = made.plan, made.model.graph, 0
-    for key in plan.tensors:
-        value = graph.values[key]
-        wanted = {
-            kinds[k]
-            for k in (graph.node_key(use.node) for use in value.uses() if _reads(made, use, plan))
-            if k in kinds
-        }
-        maker = value.producer()
-        written = None if maker is None else kinds.get(graph.node_key(maker))
-        total += len(wanted - {written}) if written else max(len(wanted) - 1, 0)
-    return total
-
-
-def _reads(made: Made, use: object, plan: qwrap.QuantPlan) -> bool:
-    key = made.model.graph.node_key(use.node)
-    return plan.nodes[key].role != "absorbed" and use.idx in set(_computed_floats(made, key))
+    assert len(File(made.path).conversions()) == Fewest(made.model, made.config).count()
 
 
 def simulations_agree(made: Made) -> None:
@@ -251,15 +200,27 @@ def simulations_agree(made: Made) -> None:
     rounded = ROUNDED in made.plan.notes
     for level in (report.specification, *([] if rounded else [report.deployed])):
         for tensor in level.tensors:
-            # Rounding differs by 1.8e-7 of a value: in 16 bits that moves one code in fifty.
-            share = 0.02 if "16" in tensor.dtype else 0.0
             where = f"{level.name} {tensor}"
-            assert tensor.worst_step <= 1, where
-            assert tensor.differing <= max(2, 3 * share * tensor.elements), where
+            share = _share(tensor.dtype)
+            # What is inside of bodies is not isolated: there a difference travels on.
+            assert tensor.worst_step <= 1 or made.source.has_bodies, where
+            assert tensor.differing <= max(2, share * tensor.elements), where
         for output in level.outputs:
-            assert output.sqnr > 60, f"{level.name} {output}"
+            assert output.sqnr > LEAST_SQNR, f"{level.name} {output}"
     if made.plan.fused and _all_have_kernels(made):
         assert report.deployed.differing == 0, str(report)
+
+
+def _share(dtype: str) -> float:
+    """Return what share of the codes of a type may differ, by a step, for float rounding alone.
+
+    Float operators differ by 1.8e-7 of a value, which is 0.01 steps of 16 bits: one code in fifty
+    is so near to a tie. Averages of codes of 4 bits are often ties themselves.
+    """
+    return 0.06 if "16" in dtype else 0.01 if "4" in dtype else 0.0
+
+
+LEAST_SQNR = 60  # dB of a float output: a step of 8 bits in one element of a few hundred
 
 
 def _all_have_kernels(made: Made) -> bool:
@@ -287,7 +248,9 @@ def gradients_arrive(made: Made) -> None:
     for batch in made.source.batches():
         outputs = model(**{name: torch.from_numpy(array) for name, array in batch.items()})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        sum(output.square().sum() for output in outputs).backward()
+        loss = sum(output.square().sum() for output in outputs)
+        if loss.requires_grad:  # not so in a branch that has nothing to learn
+            loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, missing
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

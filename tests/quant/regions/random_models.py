@@ -50,6 +50,10 @@ class RandomModel:
             self._grow()
         self.proto = self._finish(main)
 
+    @property
+    def has_bodies(self) -> bool:
+        return any(node.op_type in ("If", "Loop") for node in self.proto.graph.node)
+
     def batches(self, count: int = 2) -> Iterator[dict[str, np.ndarray]]:
         for number in range(count):
             yield {
