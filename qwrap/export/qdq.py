@@ -148,7 +148,9 @@ class QdqWriter:
         }
         others = [use for use in uses if not any(use in found for found in converted.values())]
         outputs = self._output_indices(value)
-        if not uses and not outputs:
+        producer = value.producer()
+        whole = producer is not None and producer.op_type == "Split"  # its kernel wants them all
+        if not (uses or outputs or whole):
             return
         for conversion in tensor.conversions:
             outputs -= set(conversion.outputs)
