@@ -329,7 +329,10 @@ class QuantPlan:
         """Return what the plan says of every tensor, as onnxruntime's ``TensorQuantOverrides``.
 
         Biases are not in it: their scales follow. Types are members of onnxruntime's ``QuantType``.
-        ``QConfig.from_overrides(plan.to_overrides(model), scope="named")`` gives the same file.
+        ``QConfig.from_overrides(plan.to_overrides(model), scope="named")``, with the other settings
+        as they were, gives the same file. onnxruntime's tool computes the same from it, but that it
+        quantizes whatever else it meets, such as what a Relu reads whose output is converted, and
+        that symmetric weights beyond the range end at -128 there, at -127 here.
 
         Args:
             model: the calibrated model, for its scales and zero points: numpy arrays without
