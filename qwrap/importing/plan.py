@@ -196,6 +196,12 @@ class FilePlan:
         """Return the plan of a node with the type that it reads."""
         read = (self.stripped.read_by(node, i) for i, _ in self.facts.operand_inputs(node))
         tap = next(tap for tap in read if tap is not None)
+        has_kernel = is_fusable(tap.reading.spec)
+        weight = self.plan.constants.get((self.graph.node_key(node), 1))
+        if weight is not None and node.op_type in ORT_CPU.matrix:
+            has_kernel = has_kernel and is_fusable_weight(weight.spec)
+        if self._is_fused() and not has_kernel:
+            role = "pairs"
         return NodePlan(node.op_type, role, dtype=str(tap.reading.spec.dtype))
 
     def _weighted(self, node: ir.Node) -> NodePlan | None:

@@ -83,7 +83,7 @@ def _consumers(model: WrappedModel, candidates: Candidates) -> dict[str, _Consum
             if source is not None and source in candidates:
                 uses.setdefault(source, []).append(index)
         function = function_of_node(model, key)
-        if uses and function is not None and planned.role in ("integer", "float"):
+        if uses and function is not None and planned.role in ("integer", "pairs", "float"):
             stubs = {source: tensors[source] for source in uses}
             bounds = _bounds_behind(model, node)
             found[key] = _Consumer(function, uses, stubs, candidates, bounds)

@@ -425,9 +425,15 @@ class _Placement:
             spec=spec, source=output, table=(key, 0), conversions=conversions
         )
 
+    def _lacks_kernel(self, node: ir.Node) -> bool:
+        """Whether a quantized node computes in float, where that is not so for the whole model."""
+        if self.nodes.is_in_pairs(node):
+            return True
+        return self.nodes.slow is None and not self.specs.has_types(node)
+
     def _node_plan(self, plan: QuantPlan, node: ir.Node) -> NodePlan:
         if node in self.integer:
-            role: Role = "pairs" if self.nodes.is_in_pairs(node) else "integer"
+            role: Role = "pairs" if self._lacks_kernel(node) else "integer"
             said = self.specs.named.base(self.nodes.written_by(node)) or self.specs.of(node)
             return NodePlan(node.op_type, role, dtype=str(said.dtype))
         first = self.graph.key(node.outputs[0])

@@ -159,7 +159,7 @@ def types_agree(made: Made) -> None:
                 key_behind = _key_of(made, file.readers(output)[0].name)
                 if plan.nodes[key_behind].role == "absorbed":
                     continue
-            is_float = planned.role == "integer" and node.op_type in ORT_CPU.float_output
+            is_float = planned.role in ("integer", "pairs") and node.op_type in ORT_CPU.float_output
             unread = planned.role == "moves" and graph.key(value) not in plan.tensors
             if (is_float and planned.dtype not in written) or unread:
                 assert graph.key(value) not in plan.tensors, where
