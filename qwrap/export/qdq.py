@@ -148,7 +148,7 @@ class QdqWriter:
         }
         others = [use for use in uses if not any(use in found for found in converted.values())]
         outputs = self._output_indices(value)
-        if not uses and not outputs:
+        if not uses and not outputs and not _splits(value):
             return
         for conversion in tensor.conversions:
             outputs -= set(conversion.outputs)
@@ -324,6 +324,12 @@ class Rounded:
         if self.dequantize is None:
             return self.codes
         return self.dequantize(name if self._readers else self.name, where, apart=False)
+
+
+def _splits(value: ir.Value) -> bool:
+    """Whether a value comes out of a Split, whose kernel wants all outputs quantized alike."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Split"
 
 
 def _home(value: ir.Value) -> ir.Graph:
