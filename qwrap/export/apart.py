@@ -12,7 +12,16 @@ from qwrap.quant.placement.weights_only import is_product
 from qwrap.quant.plan import QuantPlan
 
 # What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
-PASSED = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
+PASSED = frozenset({
+    "Flatten",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+})
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 JOINED = PASSED | {"Relu", "Clip", "Identity"}  # what it moves pairs past, or merges
 OUTPUT_DTYPE = 21  # opset from which a QuantizeLinear may name its type

@@ -268,6 +268,19 @@ SCENARIOS = {
         converts(recv_nodes={"n_m"})
         | {"m": [{"convert": {"quant_type": U8, "recv_nodes": ["n_a"]}}]},
     ),
+    "a graph input that is moved": (
+        "m = Transpose(x); a = Cos(m); b = Sin(x)",
+        "a b",
+        {"x": [{"quant_type": U16, "convert": {"quant_type": U8, "recv_nodes": {"n_b"}}}]},
+    ),
+    "a graph input that is moved as converted": (
+        "m = Transpose(x); a = Cos(m); b = Sin(x)",
+        "a b",
+        {
+            "x": [{"convert": {"quant_type": U16, "recv_nodes": {"n_m"}}}],
+            "m": [{"convert": {"quant_type": S16}}],
+        },
+    ),
     "a Relu that reads what is converted": (
         "t = Mul(x, x); r = Relu(t); a = Cos(r)",
         "a",

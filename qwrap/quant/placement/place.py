@@ -193,7 +193,9 @@ class _Placement:
         """Return the tensor that ``value`` was moved from."""
         node = value.producer()
         moved = None if node is None else self.facts.moved_input(node)
-        if moved is None or self.nodes.writer_of(moved) is None:
+        if moved is None:
+            return value
+        if self.nodes.writer_of(moved) is None and not self.specs.named.follows(self.facts, value):
             return value
         return self._source(moved)
 
@@ -434,7 +436,7 @@ class _Placement:
                 return NodePlan(node.op_type, "absorbed", dtype=str(plan.tensors[first].spec.dtype))
             return NodePlan(node.op_type, "float", NO_CLAMP)  # no codes to clamp
         moved = self.facts.moved_input(node)
-        follows = moved is not None and self.nodes.writer_of(moved) is not None
+        follows = moved is not None and self._source(node.outputs[0]) is not node.outputs[0]
         outputs = [self.graph.key(v) for v in node.outputs if v.name]
         quantized = [key for key in outputs if key in plan.tensors]
         if node in self.lookups or (follows and quantized):

@@ -13,8 +13,10 @@ from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
 from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.overrides import KEEPS_OUTPUT, TensorOverride
-from qwrap.quant.placement.eligibility import DILATED, is_dilated_pool
+from qwrap.quant.placement.eligibility import DILATED, Eligibility, is_dilated_pool
 from qwrap.quant.placement.forms import REALS
+
+_OF_SCALE = ("dtype", "symmetric", "low", "high")
 
 
 class Named:
@@ -159,6 +161,32 @@ class Named:
     def read(self, node: ir.Node, value: ir.Value) -> QuantSpec | None:
         """Return how a node reads a tensor, None if that is not said."""
         return self.converted(value) if self.receives(node, value) else self.base(value)
+
+    def follows(self, facts: Eligibility, value: ir.Value) -> bool:
+        """Whether a moved tensor has the scale of a named one, of floats, that it was moved from.
+
+        So it is with onnxruntime's tool. Here what has a scale or another word of its own keeps to
+        that.
+        """
+        node = value.producer()
+        word = None if node is None else self._word(facts, node)
+        if word is None:
+            return False
+        own = self.activations.get(value, TensorOverride())
+        if own.scale is not None:
+            return False
+        said = ((getattr(own, name), getattr(word, name)) for name in _OF_SCALE)
+        return all(mine in (None, theirs) for mine, theirs in said)
+
+    def _word(self, facts: Eligibility, node: ir.Node) -> TensorOverride | None:
+        """Return what was said of what a node moves, None if it moves nothing that was named."""
+        moved = facts.moved_input(node)
+        if moved is None:
+            return None
+        said, before = self.activations.get(moved), moved.producer()
+        if said is None:
+            return None if before is None else self._word(facts, before)
+        return said.convert if self.receives(node, moved) else said
 
     def outputs(self, value: ir.Value) -> tuple[int, ...]:
         """Return the graph outputs that are a tensor converted: where all that read it get that."""
