@@ -148,9 +148,7 @@ class QdqWriter:
         }
         others = [use for use in uses if not any(use in found for found in converted.values())]
         outputs = self._output_indices(value)
-        producer = value.producer()
-        whole = producer is not None and producer.op_type == "Split"  # its kernel wants them all
-        if not (uses or outputs or whole):
+        if not uses and not outputs and not _splits(value):
             return
         for conversion in tensor.conversions:
             outputs -= set(conversion.outputs)
@@ -326,6 +324,12 @@ class Rounded:
         if self.dequantize is None:
             return self.codes
         return self.dequantize(name if self._readers else self.name, where, apart=False)
+
+
+def _splits(value: ir.Value) -> bool:
+    """Whether a value comes out of a Split, whose kernel wants all outputs quantized alike."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Split"
 
 
 def _home(value: ir.Value) -> ir.Graph:
