@@ -8,10 +8,20 @@ from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8
 from qwrap.graph.index import OnnxGraph
 from qwrap.ops.traits import WEIGHTED
+from qwrap.quant.placement.weights_only import is_product
 from qwrap.quant.plan import QuantPlan
 
 # What onnxruntime moves pairs past, and the operators whose float weights it quantizes by itself.
-PASSED = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"})
+PASSED = frozenset({
+    "Flatten",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+})
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 JOINED = PASSED | {"Relu", "Clip", "Identity"}  # what it moves pairs past, or merges
 OUTPUT_DTYPE = 21  # opset from which a QuantizeLinear may name its type
@@ -73,7 +83,7 @@ class Apart:
 
     def of_weight(self, node: ir.Node, spec: QuantSpec) -> bool:
         """Whether ``node`` has to stand apart from the pair of its weight, codes of ``spec``."""
-        if node.op_type != "MatMul" or node.graph is self.graph.model.graph:
+        if not is_product(node) or node.graph is self.graph.model.graph:
             return False
         alone = self.plan.nodes[self.graph.node_key(node)].role == "weights"
         return alone or spec.dtype.bits <= FEW_BITS

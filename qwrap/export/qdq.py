@@ -148,6 +148,8 @@ class QdqWriter:
         }
         others = [use for use in uses if not any(use in found for found in converted.values())]
         outputs = self._output_indices(value)
+        if not uses and not outputs:
+            return
         for conversion in tensor.conversions:
             outputs -= set(conversion.outputs)
         results = self._rounded(value, tensor)

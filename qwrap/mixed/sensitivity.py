@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError, InputError
+from qwrap.graph.load import Source
 from qwrap.graph.save import check_target
 from qwrap.mixed.analysis import Analysis, parts_of_groups, parts_of_tensors
 from qwrap.mixed.carriers import as_prepared, calibrated, configs_of, own_choice
@@ -17,6 +18,7 @@ from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Group, groups_of
 from qwrap.mixed.measured import Metric
 from qwrap.mixed.outputs import MEASURES, Measure, check_measure
 from qwrap.mixed.ranking import Sensitivity
+from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.plan import QuantPlan
@@ -31,7 +33,7 @@ ROOM = 2**28  # bytes of samples in memory
 
 
 def sensitivity(
-    model: WrappedModel,
+    model: WrappedModel | Source,
     batches: Iterable[Any],
     *,
     by: By = "layer",
@@ -58,7 +60,7 @@ def sensitivity(
     to some tens of percent where losses are small.
 
     Args:
-        model: prepared and calibrated, or float.
+        model: prepared and calibrated, or float; or what ``qwrap.load`` takes.
         batches: as for ``calibrate``. All are calibrated with; the first ``samples`` are measured.
         by: what is quantized at a time: "layer", "node" or "block" as in ``groups_of``, with the
             weights of its nodes and the tensors they read and make; or a single "tensor" with a
@@ -99,6 +101,8 @@ def sensitivity(
     _check_together(method, measure, metric, rest, resume)
     if samples < 1 or projections < 1:
         raise ConfigError(f"samples={samples}, projections={projections}: expected 1 or more")
+    if not isinstance(model, WrappedModel):
+        model = load(model).eval()
     is_prepared = isinstance(model.plan, QuantPlan)
     is_own = is_prepared and choices is None and groups is None
     base = config or (config_of(model) if is_prepared else QConfig())

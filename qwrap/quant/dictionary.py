@@ -29,13 +29,32 @@ def to_overrides(plan: QuantPlan, model: WrappedModel | None) -> Overrides:
     """Return what ``plan`` says of every tensor, see ``QuantPlan.to_overrides``."""
     found: Overrides = {}
     for key, tensor in plan.tensors.items():
-        said = _said(key, tensor.spec, plan.point_of(tensor.source), model)[0]
+        point = plan.point_of(tensor.source)
+        if _follows(plan, key, model):
+            said = {"quant_type": _quant_type(key, tensor.spec.dtype)}
+        else:
+            said = _said(key, tensor.spec, point, model)[0]
         if tensor.conversions:
             said["convert"] = _convert(key, tensor, model)
         found[key] = [said]
     for key, spec, point in _constants(plan, model):
         found[key] = _said(key, spec, point, model)
     return found
+
+
+def _follows(plan: QuantPlan, key: str, model: WrappedModel | None) -> bool:
+    """Whether a tensor has the scale of a named one, of floats, that it was moved from.
+
+    With a scale said of it, it would be one by itself.
+    """
+    if model is None or plan.tensors[key].source == key:
+        return False
+    bases = {conversion.key: base for base, conversion in plan.conversions()}
+    while plan.tensors[key].source != key:
+        key = plan.tensors[key].source
+        key = bases.get(key, key)
+    writer = model.graph.values[key].producer()
+    return writer is None or plan.nodes[model.graph.node_key(writer)].role in ("float", "weights")
 
 
 def _convert(key: str, tensor: TensorPlan, model: WrappedModel | None) -> dict[str, Any]:
@@ -56,7 +75,8 @@ def _receivers(key: str, conversion: Conversion, model: WrappedModel | None) -> 
     if model is None:
         return {"recv_nodes": names}
     value = model.graph.values[key]
-    readers = {model.graph.node_key(node) for node in value.consumers()}
+    uses = [(model.graph.node_key(use.node), use.idx) for use in value.uses()]
+    readers = {node for node, index in uses if UsePoint(node, index) in model.layout.points}
     if value.is_graph_output() and not conversion.outputs and names == readers:
         return {"recv_nodes": names | {KEEPS_OUTPUT}}
     return {} if names == readers else {"recv_nodes": names}

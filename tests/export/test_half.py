@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -295,3 +298,61 @@ def test_a_file_with_an_island_is_read_and_written_back(small, quantized, tmp_pa
     scale = float(result.model.tap(ValuePoint("y")).scale)
     # torch adds up half precision in another order than float32 that is rounded afterwards.
     assert float((mine - theirs).abs().max()) <= 2.01 * scale
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[str, list[str], list[str], list[str]]:
+    """Nodes on a shared shape that read any earlier tensors, who is in which type, and outputs."""
+    names, nodes = ["x"], []
+    for index in range(draw(st.integers(2, 7))):
+        kind = draw(st.sampled_from(["Add", "Mul", "Max", "Relu", "Sigmoid", "Neg", "Tanh"]))
+        count = 2 if kind in ("Add", "Mul", "Max") else 1
+        read = [draw(st.sampled_from([*names, "w"][-4:])) for _ in range(count)]
+        nodes.append(f"t{index} = {kind}({', '.join(read)})")
+        names.append(f"t{index}")
+    kinds = [draw(st.sampled_from(["half", "uint8", "float32"])) for _ in nodes]
+    half, codes = ([f"/t{i}" for i, k in enumerate(kinds) if k == w] for w in ("half", "uint8"))
+    read = {name for node in nodes for name in node.split("(")[1].rstrip(")").split(", ")}
+    ends = [name for name in names[1:] if name not in read or draw(st.booleans())]
+    return " ".join(nodes), half, codes, ends
+
+
+@settings(max_examples=25, deadline=None)
+@given(drawn=graphs())
+def test_any_island_has_the_fewest_casts_and_types_that_agree(small, drawn) -> None:
+    nodes, half, codes, ends = drawn
+    outputs = ", ".join(f"float[2,4] {name}" for name in ends)
+    source = small.build(nodes, {"w": (2, 4)}, inputs="float[2,4] x", outputs=outputs)
+    config = qwrap.QConfig(scope="all", excluded=["*"] if not codes else [])
+    config.set("*", activation="float32")
+    for names, kind in ((half, "float16"), (codes, "uint8")):
+        if names:
+            config.set(names, activation=kind)
+    model, batches = qwrap.load(source).eval(), small.batches(shape=(2, 4))
+    plan = qwrap.prepare(model, config)
+    qwrap.calibrate(model, batches, progress=False)
+    with TemporaryDirectory() as folder:
+        path, again = Path(folder) / "half.onnx", Path(folder) / "again.onnx"
+        qwrap.export(model, path)
+        file = onnx.load(path)
+        onnx.checker.check_model(file, full_check=True)
+        check_island(file, set(half))
+        made = {n.output[0] for n in source.graph.node if n.name in half}
+        # One to float16 for each tensor that is not, and one back for each that is: brute force.
+        quantized = set(plan.tensors)
+        inner = [n for n in source.graph.node if n.name in half]
+        into = {name for n in inner for name in n.input if name != "w"}
+        into = {name for name in into if name not in made or name in quantized}
+        others = {name for n in source.graph.node if n.name not in half for name in n.input}
+        back = made & (others | set(ends) | quantized)
+        assert len(casts(file)) == len(into) + len(back)
+        got, want = small.run(path, batches[0]), model(torch.from_numpy(batches[0]))
+        want = want if isinstance(want, tuple) else (want,)
+        scales = [model.tap(ValuePoint(key)).scale for key in plan.sources()]
+        step = max((float(scale.max()) for scale in scales), default=0.0)
+        for mine, theirs in zip(want, got, strict=True):
+            # Seven roundings of values that Mul may square, and codes on either side of an edge.
+            slack = 64 * (HALF * max(1.0, float(np.abs(theirs).max())) + step)
+            assert np.abs(mine.detach().numpy() - theirs).max() <= slack
+        qwrap.export(qwrap.load(path), again)
+        assert again.read_bytes() == path.read_bytes()

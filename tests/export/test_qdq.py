@@ -166,3 +166,12 @@ def test_value_types_in_the_file_are_those_of_the_source(small, quantized) -> No
     for field in ("input", "output"):
         before, after = getattr(source.graph, field), getattr(file.graph, field)
         assert [v.SerializeToString() for v in before] == [v.SerializeToString() for v in after]
+
+
+def test_what_nothing_reads_gets_no_pair(small, quantized) -> None:
+    weights = {"w": (1, 16, 8), "r": (1, 16, 4)}
+    source = small.build("s, y = LSTM<hidden_size=4>(x, w, r)", weights, "float[L,N,8] x")
+    source.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", 1, [1, "N", 4]))
+    made = quantized(source, small.batches(2, (3, 2, 8)), qwrap.QConfig(scope="all"))
+    assert "s" in made.model.plan.tensors
+    assert {n.input[0] for n in nodes_of(made.file(), "QuantizeLinear")} == {"x", "y_float"}

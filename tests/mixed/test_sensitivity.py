@@ -359,7 +359,7 @@ def test_fine_types_lose_less_than_coarse_ones(small: Any) -> None:
 
 def test_half_precision_is_measured_too(small: Any) -> None:
     pytest.importorskip("qwrap.quant.half")
-    half = Choice("float16", "float32")
+    half = Choice("float16", "float16")
     model, batches = qwrap.load(chain(small)), data(small)
     found = qwrap.sensitivity(model, batches, choices=[half, U8], measure="error", progress=False)
     for group in found.groups:

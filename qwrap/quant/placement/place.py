@@ -158,7 +158,7 @@ class _Placement:
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
         add_named_constants(plan, self.facts, self.specs)
-        warn_of_rounding(plan)
+        warn_of_rounding(plan, self.graph)
         return plan
 
     def _widen(self, plan: QuantPlan) -> None:
@@ -193,7 +193,9 @@ class _Placement:
         """Return the tensor that ``value`` was moved from."""
         node = value.producer()
         moved = None if node is None else self.facts.moved_input(node)
-        if moved is None or self.nodes.writer_of(moved) is None:
+        if moved is None:
+            return value
+        if self.nodes.writer_of(moved) is None and not self.specs.named.follows(self.facts, value):
             return value
         return self._source(moved)
 
@@ -262,7 +264,8 @@ class _Placement:
         tree = Tree(value, pinned=said or moved, converted=named.converted(value))
         for use in value.uses():
             node, index = use.node, use.idx
-            received = tree.converted if named.receives(node, value) else None
+            seen = named.receives(node, value) and named.is_seen(node, index)
+            received = tree.converted if seen else None
             if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
                 results = [v for v in node.outputs if v in self.wanted]
                 outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]
@@ -433,7 +436,7 @@ class _Placement:
                 return NodePlan(node.op_type, "absorbed", dtype=str(plan.tensors[first].spec.dtype))
             return NodePlan(node.op_type, "float", NO_CLAMP)  # no codes to clamp
         moved = self.facts.moved_input(node)
-        follows = moved is not None and self.nodes.writer_of(moved) is not None
+        follows = moved is not None and self._source(node.outputs[0]) is not node.outputs[0]
         outputs = [self.graph.key(v) for v in node.outputs if v.name]
         quantized = [key for key in outputs if key in plan.tensors]
         if node in self.lookups or (follows and quantized):

@@ -11,10 +11,12 @@ import onnx_ir as ir
 from qwrap.config import QConfig, QuantSpec, retyped
 from qwrap.errors import ConfigError
 from qwrap.model.layout import Layout
-from qwrap.model.points import ValuePoint
+from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.overrides import KEEPS_OUTPUT, TensorOverride
-from qwrap.quant.placement.eligibility import DILATED, is_dilated_pool
+from qwrap.quant.placement.eligibility import DILATED, Eligibility, is_dilated_pool
 from qwrap.quant.placement.forms import REALS
+
+_OF_SCALE = ("dtype", "symmetric", "low", "high")
 
 
 class Named:
@@ -54,7 +56,8 @@ class Named:
         value = self.graph.values.get(name)
         if value is None:
             raise ConfigError(
-                f"overrides: the model has no tensor {name!r}; {_nearest(name, self.graph.values)}"
+                f"overrides: the model has no tensor {name!r}, its normalizations folded; "
+                f"{_nearest(name, self.graph.values)}"
             )
         if self.graph.type_of(value).dtype not in REALS:
             kind = self.graph.type_of(value).dtype
@@ -101,7 +104,7 @@ class Named:
             self._check_receivers(where, value, said.convert.receivers)
 
     def _check_receivers(self, where: str, value: ir.Value, names: frozenset[str]) -> None:
-        readers = [self.graph.node_key(node) for node in value.consumers()]
+        readers = [self.graph.node_key(node) for node in self.readers(value)]
         listed = f"nodes {sorted(readers)} do" if readers else "no node does"
         for name in sorted(names - {KEEPS_OUTPUT, *readers}):
             if name in self.graph.nodes:
@@ -117,6 +120,15 @@ class Named:
             )
 
     # --- activations -----------------------------------------------------------------------------
+
+    def readers(self, value: ir.Value) -> list[ir.Node]:
+        """Return the nodes that read what is in a tensor, not its shape alone."""
+        found = [use.node for use in value.uses() if self.is_seen(use.node, use.idx)]
+        return list(dict.fromkeys(found))
+
+    def is_seen(self, node: ir.Node, index: int) -> bool:
+        """Whether a node reads an input as a tensor."""
+        return UsePoint(self.graph.node_key(node), index) in self.layout.points
 
     def is_pinned(self, value: ir.Value) -> bool:
         """Whether it is said who reads a tensor in which type."""
@@ -150,13 +162,39 @@ class Named:
         """Return how a node reads a tensor, None if that is not said."""
         return self.converted(value) if self.receives(node, value) else self.base(value)
 
+    def follows(self, facts: Eligibility, value: ir.Value) -> bool:
+        """Whether a moved tensor has the scale of a named one, of floats, that it was moved from.
+
+        So it is with onnxruntime's tool. Here what has a scale or another word of its own keeps to
+        that.
+        """
+        node = value.producer()
+        word = None if node is None else self._word(facts, node)
+        if word is None:
+            return False
+        own = self.activations.get(value, TensorOverride())
+        if own.scale is not None:
+            return False
+        said = ((getattr(own, name), getattr(word, name)) for name in _OF_SCALE)
+        return all(mine in (None, theirs) for mine, theirs in said)
+
+    def _word(self, facts: Eligibility, node: ir.Node) -> TensorOverride | None:
+        """Return what was said of what a node moves, None if it moves nothing that was named."""
+        moved = facts.moved_input(node)
+        if moved is None:
+            return None
+        said, before = self.activations.get(moved), moved.producer()
+        if said is None:
+            return None if before is None else self._word(facts, before)
+        return said.convert if self.receives(node, moved) else said
+
     def outputs(self, value: ir.Value) -> tuple[int, ...]:
         """Return the graph outputs that are a tensor converted: where all that read it get that."""
         said = self.activations.get(value)
         if said is None or said.convert is None:
             return ()
         keeps = KEEPS_OUTPUT in (said.convert.receivers or ())
-        if keeps or not all(self.receives(node, value) for node in value.consumers()):
+        if keeps or not all(self.receives(node, value) for node in self.readers(value)):
             return ()
         return tuple(i for i, output in enumerate(self.graph.outputs) if output is value)
 
@@ -164,15 +202,16 @@ class Named:
         """Whether nothing keeps an activation function from going into the node before it.
 
         Then what it reads is never a tensor. It is one if it is converted, or anything is said of
-        it that does not hold of the function's output too.
+        it that does not hold of the function's output too; and with onnxruntime's tool also if that
+        output is converted, unless only what is named is quantized at all.
         """
         x, y = activation.inputs[0], activation.outputs[0]
         assert x is not None
         before, behind = self.activations.get(x), self.activations.get(y, TensorOverride())
+        if before is None:
+            return behind.convert is None or self.config.scope == "named"
         if behind.convert is not None:
             return False
-        if before is None:
-            return True
         usual = self.config.activation_spec
         kind = behind.dtype or (None if usual is None else usual.dtype)
         return before in (TensorOverride(dtype=kind), TensorOverride(dtype=behind.dtype))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwrap.graph.index import OnnxGraph
 from qwrap.graph.nodes import STANDARD
+from qwrap.model.attributes import attributes_of
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.outer import EIGHT_BITS, outer_of
@@ -19,8 +21,8 @@ TOO_SMALL = "codes and scales would take as much space as its weight"
 NOTE = "weights alone: DequantizeLinear makes floats of them, and all else computes as before"
 # Measured: 8, 4 and 2 bits, per column or in blocks of 16 and more.
 ROUNDED = (
-    "onnxruntime runs a MatMul behind such a weight as MatMulNBits, which rounds activations to 8 "
-    "bits unless the session option session.qdq_matmulnbits_accuracy_level is 1"
+    "onnxruntime runs a MatMul, or Gemm, behind such a weight as MatMulNBits, which rounds "
+    "activations to 8 bits unless the session option session.qdq_matmulnbits_accuracy_level is 1"
 )
 
 
@@ -35,14 +37,22 @@ def place_weights(facts: Eligibility, specs: Specs) -> QuantPlan:
         specs.wide_layers |= outer_of(facts, layers).layers
     for node in facts.nodes:
         plan.nodes[facts.graph.node_key(node)] = place_weight(plan, facts, specs, node)
-    warn_of_rounding(plan)
+    warn_of_rounding(plan, facts.graph)
     return plan
 
 
-def warn_of_rounding(plan: QuantPlan) -> None:
+def warn_of_rounding(plan: QuantPlan, graph: OnnxGraph) -> None:
     """Add a note, in place, where onnxruntime rounds what it multiplies with quantized weights."""
-    if any(n.role == "weights" and n.op_type == "MatMul" for n in plan.nodes.values()):
+    alone = [graph.nodes[key] for key, planned in plan.nodes.items() if planned.role == "weights"]
+    if any(map(is_product, alone)):
         plan.notes.append(ROUNDED)
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether onnxruntime makes a MatMulNBits of ``node`` and a quantized weight."""
+    if node.op_type == "Gemm":
+        return not attributes_of(node).get("transB", 0)
+    return node.op_type == "MatMul"
 
 
 def place_weight(plan: QuantPlan, facts: Eligibility, specs: Specs, node: ir.Node) -> NodePlan:

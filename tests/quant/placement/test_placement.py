@@ -236,3 +236,18 @@ def test_an_operator_of_another_domain_is_not_taken_for_that_of_onnx(small) -> N
     source.opset_import.add(domain="com.example", version=1)
     with pytest.raises(UnsupportedOpError, match=r"com\.example::Conv"):
         qwrap.load(source)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rounds"),
+    [("MatMul(x, w)", True), ("Gemm(x, w)", True), ("Gemm<transB=1>(x, w)", False)],
+)
+def test_that_onnxruntime_rounds_beside_weights_alone_is_told(
+    small, quantized, layer: str, rounds: bool
+) -> None:
+    source = small.build(f"y = {layer}", {"w": (64, 64)}, "float[4,64] x", "float[4,64] y", 21)
+    config = qwrap.QConfig(activation=None)
+    made = quantized(source, small.batches(1, (4, 64)), config)
+    (output,) = made.verify().deployed.outputs
+    assert (output.sqnr < 60) == rounds  # dB; float rounding alone is beyond 120
+    assert any("rounds activations" in note for note in made.model.plan.notes) == rounds

@@ -38,7 +38,10 @@ def converted(**more: Any) -> list[dict[str, Any]]:
 # --- what cannot be had --------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown tensor": ({"tt": [{"symmetric": True}]}, "no tensor 'tt'; the nearest name is 't'"),
+    "unknown tensor": (
+        {"tt": [{"symmetric": True}]},
+        "no tensor 'tt', its normalizations folded; the nearest name is 't'",
+    ),
     "unknown receiver": (
         {"t": converted(recv_nodes=["/aa"])},
         "tensor 't': the model has no node '/aa' of 'recv_nodes'; the nearest name is '/a'",
@@ -258,6 +261,17 @@ def test_a_graph_output_is_converted_where_all_readers_are(
     again = plan.to_overrides(model)["t"][0]["convert"]
     every = set(receivers or ()) in (set(), {"/a", "/b"})
     assert again.get("recv_nodes") == (None if every else set(receivers or ()))
+
+
+def test_who_reads_the_shape_alone_gets_nothing_converted(small: Any, quantized: Any) -> None:
+    nodes = "t = Sigmoid(x) a = Cos(t) s = Shape(t) b = Reshape(a, s)"
+    source = small.build(nodes, {}, outputs="float[N,A,B,C] b, float[N,A,B,C] t")
+    result = quantized(source, config=qwrap.QConfig.from_overrides({"t": converted()}))
+    (conversion,) = result.model.plan.tensors["t"].conversions
+    assert (conversion.consumers, conversion.outputs) == ((("/a", 0),), (1,))
+    assert result.verify().passed()
+    with pytest.raises(ConfigError, match="node '/s' of 'recv_nodes' does not read it"):
+        plan_of(source, {"t": converted(recv_nodes=["/s"])})
 
 
 @pytest.mark.parametrize("group", [1, 3])
