@@ -25,7 +25,7 @@ from qwrap.mixed.choices import CHOICES, Assignment, By, Choice, groups_of
 from qwrap.mixed.evaluate import Again, Evaluator, Metric
 from qwrap.mixed.interactions import LossModel
 from qwrap.mixed.linear import LinearCost
-from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, front_of
+from qwrap.mixed.pareto import EVERYWHERE, Explorer, Measured, Point, choose, front_of
 from qwrap.mixed.prices import Prices
 from qwrap.mixed.ranking import Sensitivity
 from qwrap.mixed.report import SearchResult
@@ -41,6 +41,7 @@ from qwrap.train.split import Split, split
 
 SAMPLES = 64
 POINTS = 8
+TIMINGS = 3  # of the files that may be chosen, each after better predictions
 
 
 def search(
@@ -219,8 +220,32 @@ def _explored(
         explorer.reprice(prices.costs)
         explorer.lay_out(asked.points, rounds=0)
         _settle(explorer, alone, asked, accepts)
-    points = _timed(explorer, prices, asked, of_float)
-    return points, asked.pick(points, explorer.costs, explorer.groups, of_float)
+    for _ in range(TIMINGS):
+        explorer.points = _timed(explorer, prices, asked, of_float)
+        chosen = asked.pick(explorer.points, explorer.costs, explorer.groups, of_float)
+        if not prices.is_timed or not _promised_more(explorer, asked, accepts, chosen):
+            break
+        # It took longer than predicted: predict better, and look again.
+        prices.learn([(p.assignment, p.latency) for p in explorer.points if p.latency is not None])
+        explorer.reprice(prices.costs)
+        with contextlib.suppress(ConfigError):  # by predictions nothing is; what was timed is
+            _settle(explorer, alone, asked, accepts)
+    return explorer.points, chosen
+
+
+def _promised_more(
+    explorer: Explorer,
+    asked: Asked,
+    accepts: Callable[[Measured], bool] | None,
+    chosen: Point,
+) -> bool:
+    """Whether predictions had a better point than the chosen one within the budget."""
+    limits = asked.limits(explorer.costs, explorer.groups)
+    try:
+        hoped = choose(explorer.points, asked.along, limits, accepts)
+    except ConfigError:
+        return False
+    return hoped.measured.quality > chosen.measured.quality
 
 
 def _settle(
