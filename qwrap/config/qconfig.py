@@ -1,184 +1,27 @@
-"""What the user asks for: how a tensor is quantized, and which nodes are."""
+"""What the user asks of a whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from qwrap.config.ranges import (
+    WEIGHT_METHODS,
+    Choice,
+    RangeOverride,
+    Training,
+    check_method,
+    check_training,
+)
+from qwrap.config.region import FLOATS, Region, Selector, check_region, names_of
+from qwrap.config.spec import QuantSpec, activation_spec, check_width, retyped
 from qwrap.dtypes import INT8, UINT8, QuantType, quant_type
 from qwrap.errors import ConfigError
 from qwrap.overrides import TensorOverride, parse_overrides
 from qwrap.targets import Scope, Target, find_target
 
-ScaleType = Literal["float32", "float16", "bfloat16", "float8e8m0", "float8e4m3fn"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantSpec:
-    """How one tensor is quantized.
-
-    Without ``axis`` the tensor has one scale (per-tensor); with it, one per index of that axis
-    (per-channel); with ``block_size`` as well, one per ``block_size`` consecutive elements along
-    it and per index of all other axes (blocked, as in ONNX QuantizeLinear-21).
-
-    Attributes:
-        dtype: storage type of the codes, or its name.
-        symmetric: zero point fixed at the middle code (0 for signed, ``2^(bits-1)`` for unsigned);
-            float types and code books, which have none, are always symmetric.
-        axis: channel axis, or None for per-tensor. In ``QConfig`` it stays None: it is filled in
-            for each weight.
-        block_size: elements that share a scale along ``axis``, None for all.
-        narrow_range: leave the smallest code of a signed type unused, so that the codes are
-            symmetric too (int8: -127 … 127, what onnxruntime does for weights). In an activation
-            it only sets the scale.
-        reduce_range: use half of the codes (7 of 8 bits), for kernels that add products in 16 bit.
-            In an activation it only sets the scale: values beyond the range get the other codes.
-        restricted: let the zero point of an asymmetric unsigned type be either 0, if no value is
-            negative, or the middle code.
-        power_of_two: round scales up to a power of two.
-        min_real_range: least width of the range, in real units; a narrower one grows upwards.
-        scale_type: what scales are rounded to and stored as. ``"float8e8m0"`` are powers of two
-            (OCP MX); ``"float8e4m3fn"`` stands for a product with one float32 scale of the whole
-            tensor (NVFP4).
-    """
-
-    dtype: QuantType = INT8
-    symmetric: bool = True
-    axis: int | None = None
-    block_size: int | None = None
-    narrow_range: bool = False
-    reduce_range: bool = False
-    restricted: bool = False
-    power_of_two: bool = False
-    min_real_range: float = 0.0
-    scale_type: ScaleType = "float32"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", quant_type(self.dtype))
-        if not self.dtype.has_zero_point:
-            object.__setattr__(self, "symmetric", True)
-        for wrong in self._contradictions():
-            raise ConfigError(wrong)
-
-    def _contradictions(self) -> list[str]:
-        kind = f"{self.dtype}, symmetric={self.symmetric}"
-        checks = {
-            f"narrow_range=True needs a symmetric signed integer; got {kind}": self.narrow_range
-            and not (self.symmetric and self.dtype.signed and self.dtype.is_integer),
-            f"reduce_range=True needs an integer of 4 bits or more; got {kind}": self.reduce_range
-            and not (self.dtype.is_integer and self.dtype.bits >= 4),
-            f"restricted=True needs an asymmetric unsigned integer; got {kind}": self.restricted
-            and (self.symmetric or self.dtype.signed),
-            f"min_real_range={self.min_real_range}: expected 0 or more": self.min_real_range < 0,
-            f"block_size={self.block_size}: expected 1 or more": self.block_size is not None
-            and self.block_size < 1,
-            f"scale_type={self.scale_type!r}: choose one of {get_args(ScaleType)}": (
-                self.scale_type not in get_args(ScaleType)
-            ),
-        }
-        return [message for message, wrong in checks.items() if wrong]
-
-    @property
-    def qmin(self) -> float:
-        """Smallest number that the scale is chosen for."""
-        if not self.reduce_range:
-            return self.dtype.qmin + self.narrow_range
-        return -((-self.dtype.qmin) // 2)
-
-    @property
-    def qmax(self) -> float:
-        """Largest number that the scale is chosen for.
-
-        Half the range of a signed type is -64 … 64 in 8 bits, as in onnxruntime, but -4 … 3 in 4.
-        """
-        if not self.reduce_range:
-            return self.dtype.qmax
-        wide = self.dtype.signed and self.dtype.bits >= 8
-        return (self.dtype.qmax + wide) // 2
-
-    def as_computed(self) -> QuantSpec:
-        """Return the spec of an activation as a runtime clamps it: at the ends of the type."""
-        if not (self.narrow_range or self.reduce_range):
-            return self
-        return replace(self, narrow_range=False, reduce_range=False)
-
-
-Method = Literal["minmax", "ema", "percentile", "mse", "l1", "cosine", "entropy", "distribution"]
-METHODS = get_args(Method)
-Choice = Literal[Method, "auto"]
-Training = Literal["fixed", "follow", "lsq", "lsq+", "pact", "tqt"]
-TRAININGS = get_args(Training)
-WEIGHT_METHODS = ("minmax", "mse")
 SCOPES = get_args(Scope)
-FLOATS = ("float32", "float16")
-"""What a region can be left in, beside the types of codes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RangeOverride:
-    """What the user says of a tensor's range: what it is, how it is chosen, how it is trained.
-
-    None leaves it open.
-
-    Attributes:
-        low: smallest value to represent, in real units.
-        high: largest value to represent.
-        scale: the scale itself, one for the tensor.
-        zero_point: the zero point that goes with ``scale``.
-        method: how the range is chosen, for this tensor.
-        percentile: as in ``QConfig``, for this tensor.
-        training: as in ``QConfig``, for this tensor.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    scale: float | None = None
-    zero_point: int | None = None
-    method: Choice | None = None
-    percentile: float | None = None
-    training: Training | None = None
-
-    def __post_init__(self) -> None:
-        if (self.low is None) != (self.high is None):
-            raise ConfigError(f"low={self.low}, high={self.high}: give both or neither")
-        if self.low is not None and self.high is not None and not self.low <= self.high:
-            raise ConfigError(f"low={self.low} is above high={self.high}")
-        if self.scale is None and self.zero_point is not None:
-            raise ConfigError(f"zero_point={self.zero_point} needs a scale")
-        if self.scale is not None and not (self.scale > 0 and self.low is None):
-            raise ConfigError(f"scale={self.scale} has to be above 0, and without low and high")
-        _check_method(self.method, self.percentile)
-        _check_training(self.training)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Region:
-    """Nodes that are quantized in other types than the rest of the model.
-
-    Attributes:
-        selectors: each a node's name, a shell pattern over node names, an operator type, the path
-            of a Block (``"layers.0.attention"``), or a tensor or pattern over tensors, which stands
-            for what writes and what reads it: the first of these kinds that fits.
-        to: if there are any, the region is all nodes on a way from the selected ones to these.
-        activation: type of the nodes' inputs and outputs, as in ``QConfig``; "float32" leaves them
-            float, "float16" computes them in half precision; None says nothing of it.
-        weight: type of the nodes' weights, as in ``QConfig``; "float32" leaves them float; None
-            says nothing of it.
-    """
-
-    selectors: tuple[str, ...]
-    to: tuple[str, ...] = ()
-    activation: QuantType | QuantSpec | str | None = None
-    weight: QuantType | QuantSpec | str | None = None
-
-    @property
-    def text(self) -> str:
-        """What was asked, for messages."""
-        where = f"{list(self.selectors)}" + (f" to {list(self.to)}" if self.to else "")
-        types = {"activation": self.activation, "weight": self.weight}
-        given = [f"{k}={getattr(v, 'dtype', v)}" for k, v in types.items() if v is not None]
-        return f"set {where}: {', '.join(given)}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -258,14 +101,14 @@ class QConfig:
     tensors: dict[str, TensorOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_method(self.method, self.percentile)
+        check_method(self.method, self.percentile)
         if self.weight_method not in WEIGHT_METHODS:
             raise ConfigError(
                 f"weight_method={self.weight_method!r}: choose one of {WEIGHT_METHODS}"
             )
         if not self.margin >= 0:
             raise ConfigError(f"margin={self.margin}: expected 0 or more")
-        _check_training(self.training)
+        check_training(self.training)
         if self.bn not in ("fold", "live"):
             raise ConfigError(f"bn={self.bn!r}: choose one of ('fold', 'live')")
         if self.scope not in (None, *SCOPES):
@@ -275,8 +118,8 @@ class QConfig:
         if self.kept_samples < 0:
             raise ConfigError(f"kept_samples={self.kept_samples}: expected 0 or more")
         find_target(self.target)
-        _check_width(self.activation_spec)
-        _check_width(self.weight_spec(0))
+        check_width(self.activation_spec)
+        check_width(self.weight_spec(0))
 
     @classmethod
     def from_overrides(cls, overrides: Mapping[str, Any], **settings: Any) -> QConfig:
@@ -427,7 +270,7 @@ class QConfig:
             percentile=percentile,
             training=training,
         )
-        selectors = _names(selector)
+        selectors = names_of(selector)
         if activation is None and weight is None:
             if to is not None:
                 raise ConfigError(f"to={to!r} goes with activation= or weight=")
@@ -440,80 +283,9 @@ class QConfig:
             )
         region = Region(
             selectors=selectors,
-            to=() if to is None else _names(to),
+            to=() if to is None else names_of(to),
             activation=activation,
             weight=weight,
         )
-        _check_region(region)
+        check_region(region)
         self.regions.append(region)
-
-
-Selector = str | Iterable[str] | Any
-"""A name or pattern, several of them, or a Block of a model."""
-
-
-def activation_spec(activation: QuantType | QuantSpec | str) -> QuantSpec:
-    """Return how activations of a type are quantized where nothing more is said."""
-    if isinstance(activation, QuantSpec):
-        return activation
-    return QuantSpec(dtype=quant_type(activation), symmetric=False)
-
-
-def retyped(spec: QuantSpec, dtype: QuantType, *, symmetric: bool) -> QuantSpec:
-    """Return the spec for another type, without what that one cannot have."""
-    return replace(
-        spec,
-        dtype=dtype,
-        symmetric=symmetric,
-        narrow_range=spec.narrow_range and symmetric and dtype.signed and dtype.is_integer,
-        reduce_range=spec.reduce_range and dtype.is_integer and dtype.bits >= 4,
-        restricted=spec.restricted and not symmetric and not dtype.signed,
-    )
-
-
-def _names(selector: Selector) -> tuple[str, ...]:
-    """Return the patterns of a selector; a Block has a path as its name."""
-    if isinstance(selector, str):
-        return (selector,)
-    path = getattr(selector, "path", None)
-    if isinstance(path, tuple):
-        if not path:
-            raise ConfigError("the root Block is the whole model; set QConfig's own fields instead")
-        return (".".join(path),)
-    names = tuple(selector) if isinstance(selector, Iterable) else ()
-    names = tuple(sorted(names)) if isinstance(selector, (set, frozenset)) else names
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            f"{selector!r} selects nothing; give a name or pattern, several of them, or a Block"
-        )
-    return names
-
-
-def _check_region(region: Region) -> None:
-    if isinstance(region.activation, QuantSpec) or region.activation not in (None, *FLOATS):
-        _check_width(activation_spec(region.activation))
-    if region.weight == "float16":
-        raise ConfigError(f"{region.text}: weights are of float16 with activation='float16'")
-    if isinstance(region.weight, QuantSpec) or region.weight not in (None, *FLOATS):
-        _check_width(activation_spec(region.weight))
-    if region.activation == "float16" and region.weight not in (None, "float32"):
-        raise ConfigError(
-            f"{region.text}: what computes in float16 has weights of float16; leave out weight="
-        )
-
-
-def _check_width(spec: QuantSpec | None) -> None:
-    if spec is not None and spec.dtype.is_integer and spec.dtype.bits > 16:
-        raise ConfigError(f"{spec.dtype} is for biases; choose a type of up to 16 bits")
-
-
-def _check_training(training: str | None) -> None:
-    if training not in (None, *TRAININGS):
-        raise ConfigError(f"training={training!r}: choose one of {TRAININGS}")
-
-
-def _check_method(method: str | None, percentile: float | None) -> None:
-    if method not in (None, "auto", *METHODS):
-        raise ConfigError(f"method={method!r}: choose one of {(*METHODS, 'auto')}")
-    if percentile is not None and not 50 < percentile <= 100:
-        raise ConfigError(f"percentile={percentile}: expected more than 50, up to 100")
