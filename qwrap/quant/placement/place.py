@@ -8,13 +8,11 @@ from functools import partial
 
 import onnx_ir as ir
 
-from qwrap.config import QConfig, QuantSpec
-from qwrap.dtypes import QuantType
+from qwrap.config import QConfig
 from qwrap.errors import ConfigError
 from qwrap.graph.nodes import STANDARD
 from qwrap.model.layout import Layout
 from qwrap.ops.traits import QUANTIZED, WEIGHTED
-from qwrap.quant.placement.conversions import Chosen, Tree, Use, choose_types
 from qwrap.quant.placement.eligibility import NO_KERNEL, QUANTIZED_ALREADY, Eligibility
 from qwrap.quant.placement.half import place_half
 from qwrap.quant.placement.nodes import QuantizedNodes
@@ -26,12 +24,12 @@ from qwrap.quant.placement.regions import Types
 from qwrap.quant.placement.specs import Specs, is_fusable
 from qwrap.quant.placement.tensor_overrides import Named
 from qwrap.quant.placement.tensor_ranges import add_named_constants, apply_named
+from qwrap.quant.placement.tensors import QuantizedTensors
 from qwrap.quant.placement.trainable import choose_training
 from qwrap.quant.placement.weights_only import place_weight, place_weights, warn_of_rounding
 from qwrap.quant.plan import (
     BiasPlan,
     ConstantPlan,
-    Conversion,
     NodePlan,
     QuantPlan,
     Role,
@@ -137,9 +135,7 @@ class _Placement:
         self.facts, self.specs = facts, specs
         self.nodes = QuantizedNodes(facts, specs)
         self.integer, self.reasons = self.nodes.chosen, self.nodes.reasons
-        self.wanted: dict[ir.Value, None] = {}
-        self.lookups = self._lookups()
-        self.chosen = Chosen()
+        self.tensors = QuantizedTensors(facts, specs, self.nodes)
 
     def plan(self) -> QuantPlan:
         plan = QuantPlan(fused=self.nodes.slow is None)
@@ -147,13 +143,12 @@ class _Placement:
             self._widen(plan)
         if self.nodes.slow is not None and self.integer:
             plan.notes.append(f"{self.nodes.slow}: it computes in float between the pairs")
-        self._find_tensors()
-        for value in self.wanted:
-            self._add_tensor(plan, value)
+        self.tensors.find()
+        self.tensors.add_to(plan)
         for node in self.integer:
             self._add_constants(plan, node)
             self._add_bias_behind(plan, node)
-        for node in self.lookups:
+        for node in self.tensors.lookups:
             self._add_lookup(plan, node)
         for node in self.facts.nodes:
             plan.nodes[self.graph.node_key(node)] = self._node_plan(plan, node)
@@ -177,162 +172,15 @@ class _Placement:
         values = [v for node in outer.ends for v in node.outputs]
         values += [v for node in outer.layers for v in self.facts.data_inputs(node)]
         wide = self.specs.wide_values
-        wide |= {self.graph.key(self._source(value)) for value in values if value.name}
+        wide |= {self.graph.key(self.tensors.source(value)) for value in values if value.name}
         for node in self.facts.nodes:  # tensors of one scale
             moved = self.facts.moved_input(node)
-            if moved is not None and self.graph.key(self._source(node.outputs[0])) in wide:
+            if moved is not None and self.graph.key(self.tensors.source(node.outputs[0])) in wide:
                 wide |= {self.graph.key(v) for v in node.outputs if v.name}
         lookups = [node for node in self.facts.nodes if self.facts.is_lookup(node)]
         for node in lookups:
             if self.graph.key(node.outputs[0]) in wide and node.inputs[0] is not None:
                 wide.add(self.graph.key(node.inputs[0]))
-
-    # --- tensors ---------------------------------------------------------------------------------
-
-    def _source(self, value: ir.Value) -> ir.Value:
-        """Return the tensor that ``value`` was moved from."""
-        node = value.producer()
-        moved = None if node is None else self.facts.moved_input(node)
-        if moved is None:
-            return value
-        if self.nodes.writer_of(moved) is None and not self.specs.named.follows(self.facts, value):
-            return value
-        return self._source(moved)
-
-    def _find_tensors(self) -> None:
-        """Find the tensors that are quantized, and in which types."""
-        for node in self.integer:
-            for value in self.facts.data_inputs(node):
-                self._want(value)
-            for value in self._written(node):
-                self._want(value)
-        for value in self.specs.named.activations:
-            if not any(self.facts.absorbed_by(u) in self.integer for u in value.consumers()):
-                self._want(value)
-        tables = {node.outputs[0]: self.specs.table(node) for node in self.lookups}
-        roots = [v for v in (*self.wanted, *tables) if self._source(v) is v]
-        self.chosen = choose_types(
-            (self._tree(root), tables.get(root) or self._writer_spec(root))
-            for root in dict.fromkeys(roots)
-        )
-
-    def _writer_spec(self, value: ir.Value) -> QuantSpec | None:
-        """Return how a value is quantized: as was said, or as what writes it; None if it is float.
-
-        What is named without a type is of the usual one, if nothing quantized writes or reads it.
-        """
-        said, writer = self.specs.named.base(value), self.nodes.writer_of(value)
-        if said is not None:
-            return said
-        if writer is not None:
-            return self.specs.of(writer)
-        alone = value in self.specs.named and not self.nodes.readers_of(value)
-        usual = alone or self.specs.named.is_pinned(value)
-        return self.config.activation_spec if usual else None
-
-    def _want(self, value: ir.Value) -> None:
-        if value in self.wanted:
-            return
-        node = value.producer()
-        if node is not None and self._source(value) is not value:
-            moved = self.facts.moved_input(node)
-            assert moved is not None
-            self._want(moved)
-        self.wanted[value] = None
-        if node is not None and node.op_type == "Split" and self._source(value) is not value:
-            for other in node.outputs:  # the kernel wants all of them quantized alike
-                self._want(other)
-
-    def _written(self, node: ir.Node) -> list[ir.Value]:
-        """Return the outputs of a quantized node that get pairs."""
-        if self.nodes.is_in_pairs(node):
-            return [v for v in node.outputs if v.name and self.facts.is_real(v)]
-        value = self.nodes.written_by(node)
-        always = node.op_type not in self.target.float_output or self.specs.types.everything
-        return [value] if always or self.nodes.readers_of(value) else []
-
-    def _tree(self, value: ir.Value, moved: bool = False) -> Tree:
-        """Return what becomes of a quantized tensor.
-
-        Args:
-            value: the tensor.
-            moved: whether it was moved from one of which it was said who reads it in which type.
-                As with onnxruntime's tool, that then holds for its readers, regions apart.
-        """
-        named, types = self.specs.named, self.specs.types
-        said = named.is_pinned(value)
-        tree = Tree(value, pinned=said or moved, converted=named.converted(value))
-        for use in value.uses():
-            node, index = use.node, use.idx
-            seen = named.receives(node, value) and named.is_seen(node, index)
-            received = tree.converted if seen else None
-            if node not in self.integer and index == 0 and self.facts.moved_input(node) is value:
-                results = [v for v in node.outputs if v in self.wanted]
-                outputs = [self._tree(v, tree.pinned) for v in results if self._source(v) is not v]
-                if outputs:
-                    asked = None if said else self._asked_of_mover(node, outputs)
-                    tree.movers.append(((node, index), received or asked, outputs))
-                    continue
-            if received is not None:
-                tree.readers.append(((node, index), received))
-            elif said or (moved and not types.is_chosen(node)):
-                continue
-            elif self._is_read(node, index, value):
-                tree.readers.append(((node, index), self.specs.of(node)))
-        return tree
-
-    def _is_read(self, node: ir.Node, index: int, value: ir.Value) -> bool:
-        """Whether a quantized node reads a tensor as its codes."""
-        return node in self.integer and (index, value) in self.facts.operand_inputs(node)
-
-    def _asked_of_mover(self, node: ir.Node, outputs: list[Tree]) -> QuantSpec | None:
-        """Return in which type a node has to move its input, None for any."""
-        said = [self.specs.named.base(output.value) for output in outputs]
-        asked = self.specs.of(node) if self.specs.types.is_chosen(node) else None
-        return next((spec for spec in said if spec is not None), asked)
-
-    def _add_tensor(self, plan: QuantPlan, value: ir.Value) -> None:
-        key, node = self.graph.key(value), value.producer()
-        if key in plan.tensors or value not in self.chosen.bases:
-            return
-        spec, source, fixed = self.chosen.bases[value], key, None
-        if node is not None and self._source(value) is not value:
-            moved = self.facts.moved_input(node)
-            assert moved is not None
-            kind = self.chosen.received(moved, node, 0)
-            tensor = plan.tensors[self.graph.key(moved)]
-            source = tensor.source if kind is None else self._conversion_key(moved, kind)
-            spec = tensor.spec if kind is None else self._converted(moved, kind)[0]
-        else:
-            spec = self.specs.activation(value, spec)
-            fixed = self.specs.fixed(node, spec)
-        plan.tensors[key] = TensorPlan(
-            spec=spec, source=source, fixed=fixed, conversions=self._conversions(value)
-        )
-
-    # --- conversions -----------------------------------------------------------------------------
-
-    def _conversions(self, value: ir.Value) -> tuple[Conversion, ...]:
-        found = []
-        outputs = self.specs.named.outputs(value)
-        for kind in self.chosen.converted.get(value, {}):
-            spec, uses = self._converted(value, kind)
-            consumers = tuple((self.graph.node_key(node), index) for node, index in uses)
-            key = self._conversion_key(value, kind)
-            found.append(Conversion(key=key, spec=spec, consumers=consumers, outputs=outputs))
-        return tuple(found)
-
-    def _converted(self, value: ir.Value, kind: QuantType) -> tuple[QuantSpec, list[Use]]:
-        spec, uses = self.chosen.converted[value][kind]
-        return self.specs.activation(value, spec), uses
-
-    def _conversion_key(self, value: ir.Value, kind: QuantType) -> str:
-        key = f"{self.graph.key(value)}_convert"
-        if len(self.chosen.converted[value]) > 1:
-            key = f"{key}_{kind}"
-        while key in self.graph.values:
-            key += "_"
-        return key
 
     # --- constants -------------------------------------------------------------------------------
 
@@ -402,25 +250,13 @@ class _Placement:
             weight=(self.graph.node_key(node), 1),
         )
 
-    def _lookups(self) -> list[ir.Node]:
-        """Return the nodes that fetch rows of tables to be read as activations are."""
-        named, found = self.specs.named, list[ir.Node]()
-        for node in filter(self.facts.is_lookup, self.facts.nodes):
-            table = node.inputs[0]
-            said = named.constants.get(table) if table is not None else None
-            by_name = said is not None or self.config.scope != "named"
-            by_row = said is not None and said.axis is not None  # no scale for what is fetched
-            if by_name and not by_row and self.specs.types.of(node) is not None:
-                found.append(node)
-        return found
-
     def _add_lookup(self, plan: QuantPlan, node: ir.Node) -> None:
         key, output = self.graph.node_key(node), self.graph.key(node.outputs[0])
         table = node.inputs[0]
         assert table is not None
         spec = self.specs.table(node)
         plan.constants[key, 0] = ConstantPlan(value=self.graph.key(table), spec=spec)
-        conversions = self._conversions(node.outputs[0])
+        conversions = self.tensors.conversions(node.outputs[0])
         plan.tensors[output] = TensorPlan(
             spec=spec, source=output, table=(key, 0), conversions=conversions
         )
@@ -442,10 +278,10 @@ class _Placement:
                 return NodePlan(node.op_type, "absorbed", dtype=str(plan.tensors[first].spec.dtype))
             return NodePlan(node.op_type, "float", NO_CLAMP)  # no codes to clamp
         moved = self.facts.moved_input(node)
-        follows = moved is not None and self._source(node.outputs[0]) is not node.outputs[0]
+        follows = moved is not None and self.tensors.source(node.outputs[0]) is not node.outputs[0]
         outputs = [self.graph.key(v) for v in node.outputs if v.name]
         quantized = [key for key in outputs if key in plan.tensors]
-        if node in self.lookups or (follows and quantized):
+        if node in self.tensors.lookups or (follows and quantized):
             dtype = str(plan.tensors[quantized[0]].spec.dtype) if quantized else ""
             return NodePlan(node.op_type, "moves", dtype=dtype)
         if self.specs.types.of(node) is None:
