@@ -7,12 +7,12 @@ from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
-from qwrap.mixed.budget import Budget
 from qwrap.mixed.choices import CHOICES, Choice, Group
-from qwrap.mixed.ranking import Sensitivity
-from qwrap.mixed.report import SearchResult
-from qwrap.mixed.search import search
-from qwrap.mixed.sensitivity import sensitivity
+from qwrap.mixed.loss.ranking import Sensitivity
+from qwrap.mixed.loss.sensitivity import sensitivity
+from qwrap.mixed.search.budget import Budget
+from qwrap.mixed.search.report import SearchResult
+from qwrap.mixed.search.search import search
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating

@@ -24,11 +24,11 @@ from shared_models import SharedModels, default_folder
 
 import qwrap
 from qwrap.mixed.choices import CHOICES, Choice, Group, everywhere, groups_of
-from qwrap.mixed.cost import all_choices
-from qwrap.mixed.latency import MIXES, LatencyTable, measured_latencies
-from qwrap.mixed.linear import Limit, LinearCost
-from qwrap.mixed.samples import random_assignments
-from qwrap.mixed.solve import solve
+from qwrap.mixed.cost.cost import all_choices
+from qwrap.mixed.cost.latency import MIXES, LatencyTable, measured_latencies
+from qwrap.mixed.cost.samples import random_assignments
+from qwrap.mixed.search.linear import Limit, LinearCost
+from qwrap.mixed.search.solve import solve
 
 _SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)  # of the way from the fastest to the dearest
 

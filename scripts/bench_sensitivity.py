@@ -29,7 +29,7 @@ from shared_models import Inputs, SharedModels, default_folder
 
 import qwrap
 from qwrap.mixed.choices import FLOAT, config_with
-from qwrap.mixed.outputs import Output, in_decibel, outputs_of_graph
+from qwrap.mixed.loss.outputs import Output, in_decibel, outputs_of_graph
 
 MODELS = ("resnet20_cifar10", "mobilenetv2_cifar10_128", "minilm_l6")
 

@@ -20,9 +20,9 @@ from measurements import latency
 from shared_models import Inputs, SharedModels, default_folder
 
 import qwrap
-from qwrap.mixed.linear import LinearCost
-from qwrap.mixed.pareto import Point
-from qwrap.mixed.solve import greedy
+from qwrap.mixed.search.linear import LinearCost
+from qwrap.mixed.search.pareto import Point
+from qwrap.mixed.search.solve import greedy
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.auto.held_out import HeldOut
+from qwrap.quant.constants import deployed
 from qwrap.quant.prepare import plan_of
-from qwrap.quant.scales import deployed
 from qwrap.quant.stubs import Stub
 
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product

@@ -32,8 +32,8 @@ from qwrap.quant.placement.forms import DEQUANTIZE, QUANTIZE
 from qwrap.quant.placement.overrides import apply_overrides, has_range, qparams_of
 from qwrap.quant.placement.trainable import choose_training
 from qwrap.quant.plan import QuantPlan
-from qwrap.quant.prepare import install, set_mode
-from qwrap.quant.scales import limit_of, stub_at
+from qwrap.quant.prepare import install, set_mode, stub_at
+from qwrap.quant.scales import limit_of
 
 
 def import_quantized(

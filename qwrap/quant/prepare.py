@@ -359,6 +359,13 @@ def bias_stubs(model: WrappedModel) -> Iterator[tuple[UsePoint, BiasStub]]:
             yield point, module
 
 
+def stub_at(model: WrappedModel, point: Point) -> Stub:
+    """Return the stub on a point of a prepared model."""
+    stub = model.tap(point)
+    assert isinstance(stub, Stub)
+    return stub
+
+
 def set_mode(model: WrappedModel, mode: Mode) -> None:
     """Switch every stub, and every node of float16, to ``mode``, in place."""
     for _, switch in (*stubs(model), *bias_stubs(model), *half_nodes(model)):

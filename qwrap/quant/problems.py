@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.constants import deployed
 from qwrap.quant.half import half_nodes
 from qwrap.quant.observe.observers import HALF_SENTINEL, SENTINEL, MinMaxObserver, Observer
 from qwrap.quant.placement.half import LARGEST
 from qwrap.quant.prepare import place_without, plan_of, stubs
-from qwrap.quant.scales import deployed
 from qwrap.quant.sources import integer_users
 
 

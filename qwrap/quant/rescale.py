@@ -16,6 +16,7 @@ from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import QParams, choose_qparams
 from qwrap.quant.auto.auto import auto_ranges
+from qwrap.quant.constants import set_constants, warn_of_enlarged
 from qwrap.quant.placement.overrides import has_range
 from qwrap.quant.prepare import (
     config_of,
@@ -23,20 +24,11 @@ from qwrap.quant.prepare import (
     place_without,
     plan_of,
     set_mode,
+    stub_at,
     stubs,
 )
 from qwrap.quant.problems import leave_out_problems
-from qwrap.quant.scales import (
-    bounds_at,
-    cut_to_bounds,
-    set_activations,
-    set_constants,
-    span_of,
-    stub_at,
-    warn_of_enlarged,
-    watched,
-    ways_of,
-)
+from qwrap.quant.scales import bounds_at, cut_to_bounds, set_activations, span_of, watched, ways_of
 from qwrap.quant.statistics.statistics import Statistics, restore
 from qwrap.quant.stubs import Stub, Switch
 from qwrap.quant.tables import RangeTable, TensorRange

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qwrap.config import WEIGHT_METHODS, QuantSpec, RangeOverride
-from qwrap.errors import QwrapWarning
-from qwrap.model.points import Point, UsePoint, ValuePoint
-from qwrap.model.shards import whole
+from qwrap.config import QuantSpec, RangeOverride
+from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
-from qwrap.numerics import QParams, choose_qparams, round_scale, shrink_into
+from qwrap.numerics import QParams, choose_qparams, shrink_into
 from qwrap.ops.traits import OUTPUT_RANGES
 from qwrap.quant.bounds import bounds_of, operator_qparams
+from qwrap.quant.constants import fit_biases
 from qwrap.quant.observe.observers import Observer
 from qwrap.quant.placement.overrides import has_range, qparams_of
-from qwrap.quant.plan import ConstantPlan, Conversion, Ends
-from qwrap.quant.prepare import config_of, plan_of, stubs
-from qwrap.quant.ranges import candidate_ranges, choose_ranges, choose_weight_range
+from qwrap.quant.plan import Conversion, Ends
+from qwrap.quant.prepare import config_of, plan_of, stub_at, stubs
+from qwrap.quant.ranges import candidate_ranges, choose_ranges
 from qwrap.quant.stubs import Stub
 from qwrap.quant.unify import LARGEST_LOSS, Range, unify_joined
 from qwrap.targets import find_target
 
-LARGEST_BIAS = 2**30  # codes; half of int32, so that the accumulator has room beside it
 FILLED = 7 / 8  # of an operator's range: from there on all of it costs less than a fifth of a bit
 
 Way = tuple[str, float]
 """How a range is chosen: method and percentile."""
-
-
-def deployed(model: WrappedModel, value: str) -> Tensor:
-    """Return a constant of the model as it would be deployed now, all of it if it is sharded."""
-    tensor = model.deployed(value)
-    assert tensor is not None
-    return whole(tensor)
 
 
 # --- activations ---------------------------------------------------------------------------------
@@ -143,7 +133,7 @@ def set_activations(
         stub.set_qparams(cut_to_bounds(model, key, qparams), limit_of(model, key, qparams))
     _set_tables(model)
     _set_conversions(model, converted or {})
-    _fit_biases(model)
+    fit_biases(model)
 
 
 def _unified(
@@ -319,96 +309,3 @@ def _seen_before(model: WrappedModel, source: str) -> Stub:
     while source not in plan.tensors:
         source = plan.tensors[next(k for k, c in plan.conversions() if c.key == source)].source
     return stub_at(model, ValuePoint(source))
-
-
-# --- constants -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def set_constants(model: WrappedModel) -> None:
-    """Choose the scales of weights and constant operands, in place."""
-    for point, constant in plan_of(model).constants.items():
-        stub = stub_at(model, UsePoint(*point))
-        stub.set_qparams(_constant_qparams(model, constant, stub.spec))
-
-
-def _constant_qparams(model: WrappedModel, constant: ConstantPlan, spec: QuantSpec) -> QParams:
-    override = constant.override or RangeOverride()
-    if constant.given is not None and constant.given.scale is not None:
-        return given_qparams(constant, spec)
-    if constant.given is None and has_range(override):
-        return qparams_of(constant.value, override, spec)  # one scale, for all channels
-    config = config_of(model)
-    method = override.method if override.method in WEIGHT_METHODS else config.weight_method
-    low, high = choose_weight_range(deployed(model, constant.value), spec, method)
-    if constant.given is not None:
-        low, high = _said(constant.given.low, low), _said(constant.given.high, high)
-    return choose_qparams(low, high, spec)
-
-
-def _said(ends: tuple[float, ...] | None, observed: Tensor) -> Tensor:
-    """Return one end of the ranges of a constant: what was said of it, if anything was."""
-    if ends is None:
-        return observed
-    return torch.tensor(ends, dtype=observed.dtype).expand_as(observed)
-
-
-def given_qparams(constant: ConstantPlan, spec: QuantSpec) -> QParams:
-    """Return the scales and zero points that were said of a constant.
-
-    Args:
-        constant: has ``given`` scales.
-        spec: how it is quantized.
-    """
-    assert constant.given is not None
-    scale, zero_point = constant.given.scale, constant.given.zero_point
-    assert scale is not None
-    stored = round_scale(torch.tensor(scale, dtype=torch.float32), spec).to(torch.float32)
-    return QParams(stored, torch.tensor(zero_point, dtype=torch.int32), spec.axis)
-
-
-@torch.no_grad()
-def _fit_biases(model: WrappedModel) -> None:
-    """Enlarge the weight scale of channels whose bias would overflow int32, in place."""
-    plan = plan_of(model)
-    for bias in plan.biases.values():
-        weight = stub_at(model, UsePoint(*bias.weight))
-        activation = stub_at(model, plan.point_of(bias.activation))
-        least = deployed(model, bias.value).abs() / (activation.scale * LARGEST_BIAS)
-        if weight.scale.numel() == 1:
-            least = least.max().reshape(1)
-        if (least > weight.scale).any():
-            enlarged = torch.maximum(weight.scale, least)
-            scale = round_scale(enlarged, weight.spec).to(torch.float32)
-            weight.set_qparams(replace(weight.qparams, scale=scale))
-
-
-def warn_of_enlarged(model: WrappedModel) -> None:
-    """Warn of scales that the user gave and that had to be enlarged for a bias."""
-    for bias in plan_of(model).biases.values():
-        override = plan_of(model).constants[bias.weight].override
-        constant = plan_of(model).constants[bias.weight]
-        stub = stub_at(model, UsePoint(*bias.weight))
-        if constant.given is not None and constant.given.scale is not None:
-            given = given_qparams(constant, stub.spec).scale
-        elif override is not None and override.scale is not None:
-            given = qparams_of(stub.name, override, stub.spec).scale
-        else:
-            continue
-        enlarged = stub.scale > given
-        if enlarged.any():
-            first = int(enlarged.nonzero()[0])
-            warnings.warn(
-                f"weight {stub.name!r}: scale={float(given[min(first, given.numel() - 1)]):g} "
-                f"would let codes of bias {bias.value!r} overflow int32; it was enlarged to "
-                f"{float(stub.scale[first]):g}",
-                QwrapWarning,
-                stacklevel=2,
-            )
-
-
-def stub_at(model: WrappedModel, point: Point) -> Stub:
-    """Return the stub on a point of a prepared model."""
-    stub = model.tap(point)
-    assert isinstance(stub, Stub)
-    return stub

@@ -14,7 +14,7 @@ import torch
 from onnxruntime.quantization import QuantType
 
 import qwrap
-from qwrap.quant.scales import stub_at
+from qwrap.quant.prepare import stub_at
 
 BRANCHES = (
     "a = Conv<pads=[1,1,1,1]>(x, w1, b1) b = Relu(a) y = Conv<pads=[1,1,1,1]>(b, w2, b2) "

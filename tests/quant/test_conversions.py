@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 import qwrap
 from qwrap.config import QuantSpec
 from qwrap.model.points import UsePoint, ValuePoint
-from qwrap.quant.prepare import observers, place_without, set_mode, stubs
-from qwrap.quant.scales import stub_at
+from qwrap.quant.prepare import observers, place_without, set_mode, stub_at, stubs
 from qwrap.quant.stubs import Stub
 
 NODES = (

@@ -207,7 +207,7 @@ def test_a_table_of_a_model_gives_another_one_its_scales(small, tmp_path) -> Non
 
 
 def test_a_scale_in_the_table_is_taken_as_it_is(small) -> None:
-    entry = TensorRange(-10, 15.5, scale=0.1, zero_point=100, dtype=qwrap.config.UINT8)
+    entry = TensorRange(-10, 15.5, scale=0.1, zero_point=100, dtype=qwrap.dtypes.UINT8)
     model = prepared(small.convs())
     qwrap.rescale(model, RangeTable({**table(**RANGES), "x": entry}))
     assert number(model, "x") == (np.float32(0.1), 100)
@@ -271,7 +271,7 @@ def test_what_the_user_set_goes_before_the_table(small) -> None:
 
 def test_a_range_below_an_absorbed_relus_zero_is_cut_to_it(small) -> None:
     model = prepared(small.convs())
-    scaled = TensorRange(-4, 4, scale=8 / 255, zero_point=128, dtype=qwrap.config.UINT8)
+    scaled = TensorRange(-4, 4, scale=8 / 255, zero_point=128, dtype=qwrap.dtypes.UINT8)
     for entry in (TensorRange(-4, 4), scaled):
         qwrap.rescale(model, RangeTable({**table(**RANGES), "b": entry}))
         assert number(model, "b") == (np.float32(4 / 255), 0)

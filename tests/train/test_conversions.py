@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import qwrap
-from qwrap.quant.scales import stub_at
+from qwrap.quant.prepare import stub_at
 from qwrap.train import Schedule, fake_quant, freeze_observers, learn_scales, learn_zero_points
 
 NODES = (

@@ -19,15 +19,8 @@ from qwrap.quant.auto.consumers import ConsumerErrors
 from qwrap.quant.auto.held_out import HeldOut, outputs_of
 from qwrap.quant.auto.samples import Samples
 from qwrap.quant.observe.sync import summed
-from qwrap.quant.prepare import device_of, plan_of, set_mode
-from qwrap.quant.scales import (
-    Way,
-    activation_qparams,
-    candidates_by,
-    ranges_by,
-    set_activations,
-    stub_at,
-)
+from qwrap.quant.prepare import device_of, plan_of, set_mode, stub_at
+from qwrap.quant.scales import Way, activation_qparams, candidates_by, ranges_by, set_activations
 from qwrap.quant.unify import Range
 
 if TYPE_CHECKING:

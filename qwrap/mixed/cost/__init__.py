@@ -1,0 +1,1 @@
+"""What the parts of a model cost in each choice of types."""

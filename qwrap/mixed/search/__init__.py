@@ -1,0 +1,1 @@
+"""The best choice of types within a budget."""
