@@ -56,8 +56,9 @@ class FilePlan:
         self._name_conversions()
         self._add_tensors()
         self._add_biases()
+        self.without_kernel: set[str] = set()
         self._add_nodes()
-        self.plan.fused = self._is_fused()
+        self._tell_pairs()
 
     # --- tensors ---------------------------------------------------------------------------------
 
@@ -130,11 +131,12 @@ class FilePlan:
                 weight=(self.graph.node_key(weight[0]), weight[1]),
             )
 
-    def _is_fused(self) -> bool:
-        """Whether there are kernels for the types of the file, or for some if it mixes them."""
-        specs = [tensor.spec for tensor in self.plan.tensors.values()]
-        weights = [constant.spec for constant in self.plan.constants.values()]
-        return (not specs or any(map(is_fusable, specs))) and all(map(is_fusable_weight, weights))
+    def _tell_pairs(self) -> None:
+        """Say which nodes compute in float between pairs, if there are others with kernels."""
+        integer = {key for key, node in self.plan.nodes.items() if node.role == "integer"}
+        self.plan.fused = not integer or bool(integer - self.without_kernel)
+        for key in integer & self.without_kernel if self.plan.fused else ():
+            self.plan.nodes[key] = replace(self.plan.nodes[key], role="pairs")
 
     # --- nodes -----------------------------------------------------------------------------------
 
@@ -200,8 +202,8 @@ class FilePlan:
         weight = self.plan.constants.get((self.graph.node_key(node), 1))
         if weight is not None and node.op_type in ORT_CPU.matrix:
             has_kernel = has_kernel and is_fusable_weight(weight.spec)
-        if self._is_fused() and not has_kernel:
-            role = "pairs"
+        if not has_kernel:
+            self.without_kernel.add(self.graph.node_key(node))
         return NodePlan(node.op_type, role, dtype=str(tap.reading.spec.dtype))
 
     def _weighted(self, node: ir.Node) -> NodePlan | None:

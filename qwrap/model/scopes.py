@@ -168,7 +168,7 @@ def _attribute(part: str) -> str:
 DEEPEST = 32  # modules in modules; torch walks them recursively
 RESERVED = frozenset((
     *dir(nn.Module()),
-    *("_compile", "_file", "_run", "namespace", "set_code", "source"),  # of Block
+    *("_compile", "_file", "_run", "namespace", "path", "set_code", "source"),  # of Block
     *("taps", "substitutes"),
     *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
     *("assign", "deployed", "kernels", "origin", "put_substitutes", "remade"),

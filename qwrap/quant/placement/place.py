@@ -138,7 +138,7 @@ class _Placement:
         self.tensors = QuantizedTensors(facts, specs, self.nodes)
 
     def plan(self) -> QuantPlan:
-        plan = QuantPlan(fused=self.nodes.slow is None)
+        plan = QuantPlan(fused=self._is_fused())
         if self.config.first_last_8bit:
             self._widen(plan)
         if self.nodes.slow is not None and self.integer:
@@ -265,7 +265,12 @@ class _Placement:
         """Whether a quantized node computes in float, where that is not so for the whole model."""
         if self.nodes.is_in_pairs(node):
             return True
-        return self.nodes.slow is None and not self.specs.has_types(node)
+        return self._is_fused() and not self.specs.has_types(node)
+
+    def _is_fused(self) -> bool:
+        """Whether there are kernels for the types of the model at large, or else of some nodes."""
+        some = self.nodes.odd is None and any(map(self.specs.has_types, self.integer))
+        return self.nodes.slow is None or some
 
     def _node_plan(self, plan: QuantPlan, node: ir.Node) -> NodePlan:
         if node in self.integer:
