@@ -81,9 +81,11 @@ def made(
         "all 16 bits": qwrap.QConfig(scope="all", activation="uint16"),
         "all kernels 8 bits": qwrap.QConfig(scope="kernels"),
         "default": qwrap.QConfig(),
-        "greedy": result.config_of(greedy_point(result)),
         "search": result.config_of(),
     }
+    by_order = greedy_point(result)
+    if by_order is not None:
+        configs["greedy"] = result.config_of(by_order)
     files = {}
     for label, config in configs.items():
         model = qwrap.load(shared.path(name)).eval()
@@ -94,13 +96,20 @@ def made(
     return files
 
 
-def greedy_point(result: qwrap.SearchResult) -> Point:
-    """Return the greedy order's point at the budget of the search, by the same losses and costs."""
+def greedy_point(result: qwrap.SearchResult) -> Point | None:
+    """Return the greedy order's point at the budget of the search, by the same losses and costs.
+
+    None if it does not get there: no step by itself saves what conversions around it cost.
+    """
     assert result.sensitivity is not None
     budget = qwrap.Budget.parse(result.asked)
     limits = budget.limits(result.costs, result.groups)
     loss = LinearCost(name="loss", of=result.sensitivity.losses)
-    assignment = greedy(result.groups, loss, limits)
+    try:
+        assignment = greedy(result.groups, loss, limits)
+    except qwrap.QwrapError as error:
+        print(f"greedy: {error}")
+        return None
     known = [point for point in result.points if point.assignment == assignment]
     if not known:
         raise SystemExit("the greedy order's assignment was not evaluated")
