@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -183,13 +186,14 @@ class Programme:
             most[unbounded] = np.inf
         integrality = np.zeros(self._width)
         integrality[: len(self._x)] = float(whole)
-        result = milp(
-            weights * _scale(objective, _LARGEST),
-            integrality=integrality,
-            bounds=Bounds(least, most),
-            constraints=rows.constraint(self._width),
-            options={"mip_rel_gap": 0.0},
-        )
+        with _quiet():
+            result = milp(
+                weights * _scale(objective, _LARGEST),
+                integrality=integrality,
+                bounds=Bounds(least, most),
+                constraints=rows.constraint(self._width),
+                options={"mip_rel_gap": 0.0},
+            )
         if result.status == _INFEASIBLE:
             return None
         if result.x is None or result.status != 0:
@@ -203,3 +207,21 @@ class Programme:
 def _scale(row: Row, largest: float) -> float:
     most = max((abs(value) for _, value in row), default=0.0)
     return largest / most if most else 1.0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what HiGHS writes to the standard output, whatever ``disp`` says, from the user."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed, as in a service
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

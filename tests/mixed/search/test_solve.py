@@ -1,6 +1,7 @@
 """The programme against all assignments of small problems."""
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from qwrap.errors import ConfigError
 from qwrap.mixed.choices import CHOICES, FLOAT, Choice, Edge, Group
+from qwrap.mixed.search import programme
 from qwrap.mixed.search import solve as solving
 from qwrap.mixed.search.linear import Limit, LinearCost
 from qwrap.mixed.search.solve import greedy, nearest, solve
@@ -237,3 +239,10 @@ def test_what_cannot_be_weighed_is_refused() -> None:
         LinearCost(name="loss", of={}, edges=[Edge("t", "a", ("b",), {("uint8", "uint16"): -1.0})])
     with pytest.raises(ConfigError, match="a limit has to be above 0"):
         Limit(problem.loss, 0.0)
+
+
+def test_nothing_is_written_while_the_solver_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    with programme._quiet():
+        os.write(1, b"as HiGHS does now and then\n")
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "after\n"
