@@ -137,6 +137,19 @@ def replace_file(target: Path, write: Callable[[Path], None]) -> None:
         raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
+def replace_text(target: Path, text: str) -> None:
+    """Let a file of text take the place of another one, all of it or nothing.
+
+    Raises:
+        ExportError: the folder cannot be written to, or the disk is full.
+    """
+
+    def write(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+
+    replace_file(target, write)
+
+
 # --- pieces --------------------------------------------------------------------------------------
 
 INSIDE = 1024  # bytes: what is smaller stays in the message, where shape inference can read it

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 NO_FUSION = "session.disable_quant_qdq"
 FATAL = 4  # onnxruntime's log severity; what goes wrong also arrives as an exception
 
-_ERRORS = (
+RUNTIME_ERRORS = (
     state.EPFail,
     state.Fail,
     state.InvalidArgument,
@@ -65,7 +65,7 @@ class Session:
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
             self._session = _open(source, _options(mode, folder, isinstance(source, bytes)))
-        except _ERRORS as error:
+        except RUNTIME_ERRORS as error:
             if not self._open_unfused(source, mode, folder):
                 raise ModelError(f"{label}: onnxruntime refuses the model: {error}") from error
 
@@ -76,7 +76,7 @@ class Session:
         options.add_session_config_entry(NO_FUSION, "1")
         try:
             self._session = _open(source, options)
-        except _ERRORS:
+        except RUNTIME_ERRORS:
             return False
         self.unfused = True
         return True
@@ -89,7 +89,7 @@ class Session:
         """
         try:
             arrays = self._session.run(list(names), dict(feed))
-        except _ERRORS as error:
+        except RUNTIME_ERRORS as error:
             shapes = {name: list(np.shape(array)) for name, array in feed.items()}
             raise InputError(
                 f"{self.label}: onnxruntime fails on inputs of shape {shapes}: {error}"

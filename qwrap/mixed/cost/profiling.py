@@ -16,13 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from qwrap.errors import InputError, ModelError
+from qwrap.verify.session import FATAL, NO_FUSION, RUNTIME_ERRORS
 
 Feed = Mapping[str, npt.NDArray[Any]]
-FATAL = 4  # onnxruntime's log severity; what goes wrong also arrives as an exception
-NO_FUSION = "session.disable_quant_qdq"
 BURST = 0.03  # seconds that one session runs before the next takes over
 FEWEST = 3  # runs in a burst
 FASTEST = 0.1  # share of the runs that counts: other work on the machine only ever adds
@@ -31,17 +29,6 @@ FAST = 0.25  # share of the profiled runs of each kernel that counts
 MOST_EVENTS = 40_000  # of kernels in one profile; onnxruntime keeps a million at most
 OPEN = 1 << 30  # bytes of files that are open at a time
 MICROSECOND = 1e-6
-
-_ERRORS = (
-    state.EPFail,
-    state.Fail,
-    state.InvalidArgument,
-    state.InvalidGraph,
-    state.InvalidProtobuf,
-    state.NotImplemented,
-    state.RuntimeException,
-    RuntimeError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +100,10 @@ def opened(
     """
     try:
         return _session(path, threads, profile, optimised, {})
-    except _ERRORS as error:
+    except RUNTIME_ERRORS as error:
         try:  # integer kernels that the optimiser makes for types they do not take
             return _session(path, threads, profile, optimised, {NO_FUSION: "1"})
-        except _ERRORS:
+        except RUNTIME_ERRORS:
             raise ModelError(f"{path.name}: onnxruntime refuses the file: {error}") from error
 
 
@@ -194,7 +181,7 @@ def _fitting(paths: Sequence[Path]) -> Iterator[list[Path]]:
 def _run(session: onnxruntime.InferenceSession, feed: Feed) -> None:
     try:
         session.run(None, dict(feed))
-    except _ERRORS as error:
+    except RUNTIME_ERRORS as error:
         shapes = {name: list(np.shape(array)) for name, array in feed.items()}
         raise InputError(f"onnxruntime fails on inputs of shape {shapes}: {error}") from error
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qwrap.errors import ConfigError, TableError
-from qwrap.graph.save import check_target, replace_file
 from qwrap.mixed.choices import Choice, Edge
 from qwrap.mixed.cost.origin import Origin
+from qwrap.mixed.document import write_document
 
 FORMAT, VERSION = "qwrap latencies", 1
 
@@ -35,7 +35,6 @@ def write(path: Path, content: Content) -> None:
     Raises:
         ExportError: the folder does not exist or cannot be written to.
     """
-    check_target(path)
     groups: dict[str, dict[str, float]] = {}
     for (name, choice), seconds in content.seconds.items():
         groups.setdefault(name, {})[str(choice)] = seconds
@@ -52,12 +51,7 @@ def write(path: Path, content: Content) -> None:
             for mix, seconds in content.timed
         ],
     }
-    text = json.dumps(document, indent=1, allow_nan=False)
-    replace_file(path, lambda draft: _write_text(draft, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+    write_document(path, document)
 
 
 def _plain_edge(edge: Edge) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwrap.errors import StatisticsError
-from qwrap.graph.save import check_target, replace_file
+from qwrap.graph.save import check_target, replace_text
 
 FORMAT, VERSION = "qwrap unfinished sensitivity", 1
 SECONDS = 30.0  # between two writings
@@ -89,7 +89,7 @@ class Book:
             ],
         }
         text = json.dumps(content)
-        replace_file(self._path, lambda draft: _write(draft, text))
+        replace_text(self._path, text)
         self._written = time.monotonic()
 
     def _read(self, path: Path) -> None:
@@ -113,7 +113,3 @@ class Book:
                 "remove this one"
             )
         self._tallies = tallies
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

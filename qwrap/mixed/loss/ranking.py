@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from qwrap.errors import ConfigError, QwrapError, StatisticsError
 from qwrap.graph.save import check_target, replace_file
 from qwrap.mixed.choices import FLOAT, Choice, Group
+from qwrap.mixed.document import check_kind, read_document, write_document
 
 FORMAT, VERSION = "qwrap sensitivity", 1
 MOST_ROWS = 40  # of a table or plot
@@ -221,9 +221,7 @@ class Sensitivity:
         Raises:
             ExportError: the folder does not exist or cannot be written to.
         """
-        check_target(path)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        replace_file(Path(path), lambda draft: _write(draft, text))
+        write_document(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
@@ -233,12 +231,7 @@ class Sensitivity:
             StatisticsError: the file cannot be read, is damaged, of another kind, or was written
                 by a later version.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            raise StatisticsError(f"{os.fspath(path)}: cannot be read: {error}") from error
-        except StatisticsError as error:
-            raise StatisticsError(f"{os.fspath(path)}: {error}") from error
+        return read_document(path, cls.from_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able lists and dictionaries; infinite losses as text."""
@@ -260,12 +253,7 @@ class Sensitivity:
         Raises:
             StatisticsError: it did not return that, or a later version did.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StatisticsError("no sensitivity analysis that qwrap wrote")
-        if content.get("version") != VERSION:
-            raise StatisticsError(
-                f"version {content.get('version')} of the format; this qwrap reads {VERSION}"
-            )
+        check_kind(content, FORMAT, VERSION, "sensitivity analysis")
         try:
             groups = (
                 Group(_text(name), tuple(map(_text, nodes)), tuple(map(Choice.parse, choices)))
@@ -285,10 +273,6 @@ class Sensitivity:
 
 
 TEXTS = ("by", "method", "measure", "rest")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _as_json(loss: float) -> float | str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from qwrap.config import QConfig
 from qwrap.errors import ConfigError, QwrapError, StatisticsError
 from qwrap.graph.save import check_target, replace_file
 from qwrap.mixed.choices import Choice, Group, config_with
+from qwrap.mixed.document import check_kind, read_document, write_document
 from qwrap.mixed.loss.ranking import Sensitivity
 from qwrap.mixed.search.linear import LinearCost
 from qwrap.mixed.search.pareto import EVERYWHERE, Measured, Point
@@ -23,7 +23,6 @@ from qwrap.mixed.search.state import (
     measured_to_json,
     point_from_json,
     point_to_json,
-    write_text,
 )
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.calibrate import calibrate
@@ -238,9 +237,7 @@ class SearchResult:
         Raises:
             ExportError: the folder does not exist or cannot be written to.
         """
-        check_target(path)
-        text = json.dumps(self.to_dict(), indent=1) + "\n"
-        replace_file(Path(path), lambda draft: write_text(draft, text))
+        write_document(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:
@@ -250,12 +247,7 @@ class SearchResult:
             StatisticsError: the file cannot be read, is damaged, of another kind, or was written
                 by a later version.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError) as error:
-            raise StatisticsError(f"{os.fspath(path)}: cannot be read: {error}") from error
-        except StatisticsError as error:
-            raise StatisticsError(f"{os.fspath(path)}: {error}") from error
+        return read_document(path, cls.from_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able lists and dictionaries."""
@@ -279,12 +271,7 @@ class SearchResult:
         Raises:
             StatisticsError: it did not return that, or a later version did.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StatisticsError("no result of a search that qwrap wrote")
-        if content.get("version") != VERSION:
-            raise StatisticsError(
-                f"version {content.get('version')} of the format; this qwrap reads {VERSION}"
-            )
+        check_kind(content, FORMAT, VERSION, "result of a search")
         try:
             points = [point_from_json(point) for point in content["points"]]
             tuned = content["tuned"]

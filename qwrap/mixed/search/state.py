@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwrap.errors import QwrapError, StatisticsError
-from qwrap.graph.save import check_target, replace_file
+from qwrap.graph.save import check_target, replace_text
 from qwrap.mixed.choices import Assignment, Choice
 from qwrap.mixed.search.linear import LinearCost
 from qwrap.mixed.search.pareto import Measured, Point
@@ -86,7 +86,7 @@ class State:
             "steps": self._steps,
         }
         text = json.dumps(content, indent=1) + "\n"
-        replace_file(self._path, lambda draft: write_text(draft, text))
+        replace_text(self._path, text)
 
     def _read(self, path: Path) -> None:
         try:
@@ -170,8 +170,3 @@ def point_from_json(content: Any) -> Point:
         origin=str(content["origin"]),
         latency=None if latency is None else float(latency),
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text."""
-    path.write_text(text, encoding="utf-8")
