@@ -74,6 +74,7 @@ class _Lowering:
         self.model = model
         assert isinstance(model.plan, QuantPlan)
         self.plan = model.plan
+        self.scales = self.plan.scales()
         self.graph = model.graph
 
     def program(self) -> Program:
@@ -138,11 +139,10 @@ class _Lowering:
             return False
         inputs = [(i, v) for i, v in enumerate(node.inputs) if v is not None]
         read = [self.plan.read_by(key, i, self.graph.key(v)) for i, v in inputs]
-        scales = self.plan.scales()
         source = source_of(self.plan, self.graph, written)
         if source is None and node.op_type not in ORT_CPU.float_output:
             return False
-        specs = [scales[k].spec for k in (*read, source) if k]
+        specs = [self.scales[k].spec for k in (*read, source) if k]
         points = [(key, i) for i in range(len(node.inputs))]
         constants = [self.plan.constants[p].spec for p in points if p in self.plan.constants]
         stored = is_fusable_weight if node.op_type in ORT_CPU.matrix else is_fusable
