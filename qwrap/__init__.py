@@ -7,7 +7,7 @@ from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.load import load
-from qwrap.mixed.choices import CHOICES, Choice, Group
+from qwrap.mixed.choices import Choice, Group
 from qwrap.mixed.loss.ranking import Sensitivity
 from qwrap.mixed.loss.sensitivity import sensitivity
 from qwrap.mixed.search.budget import Budget
@@ -31,7 +31,6 @@ from qwrap.train.groups import param_groups
 from qwrap.verify import verify
 
 __all__ = [
-    "CHOICES",
     "Budget",
     "Choice",
     "Distillation",
