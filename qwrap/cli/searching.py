@@ -67,7 +67,7 @@ Choices = Annotated[
         "--choice",
         metavar="TYPES",
         help="Types to choose from, of activations and weights, as in uint8/int8 or float32; "
-        f"repeatable. Default: {', '.join(map(str, qwrap.CHOICES))}.",
+        "repeatable. Default: uint8/int8, uint16/int8 and float32.",
     ),
 ]
 
