@@ -67,6 +67,24 @@ def cost_of(
     return cut.network.cost
 
 
+def time_in_float(facts: Eligibility) -> float:
+    """Return the estimated nanoseconds of the whole graph in float."""
+    nodes = [n for n in facts.nodes if any(facts.is_real(v) for v in n.outputs)]
+    return sum(float_cost(*_sizes(facts, node)) for node in nodes)
+
+
+def _sizes(
+    facts: Eligibility, node: ir.Node
+) -> tuple[str, list[Shape], Shape, Shape | None, int, int]:
+    """Return what the cost of a node is estimated from, see ``float_cost``."""
+    inputs = [nominal_shape(facts.graph.type_of(v)) for v in node.inputs if v is not None]
+    output = nominal_shape(facts.graph.type_of(node.outputs[0]))
+    weight = inputs[1] if node.op_type in facts.target.matrix else None
+    attributes = attributes_of(node)
+    group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
+    return node.op_type, inputs, output, weight, group, window
+
+
 class _Cut:
     def __init__(
         self,
@@ -94,12 +112,7 @@ class _Cut:
             self._connect(value)
 
     def _add(self, node: ir.Node) -> int:
-        inputs = [self._shape(v) for v in node.inputs if v is not None]
-        output = self._shape(node.outputs[0])
-        weight = inputs[1] if node.op_type in self.facts.target.matrix else None
-        attributes = attributes_of(node)
-        group, window = attributes.get("group", 1), math.prod(attributes.get("kernel_shape", (9,)))
-        sizes = (node.op_type, inputs, output, weight, group, window)
+        sizes = _sizes(self.facts, node)
         as_integer, as_float = integer_cost(*sizes) * self.margin, float_cost(*sizes)
         if node in self.held:
             as_float = NEVER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwrap.ops.traits import WEIGHTED
-from qwrap.quant.placement.cut import cost_of, worth_it
+from qwrap.quant.placement.cut import time_in_float, worth_it
 from qwrap.quant.placement.eligibility import Eligibility
 from qwrap.quant.placement.specs import Specs
 
@@ -13,7 +13,7 @@ TOO_DEAR = "an integer kernel would not pay for the conversions around it"
 UNNAMED = "not all that it reads and writes was named"
 ALONE = "no quantized neighbour on both sides: quantizing it alone would be slower than float"
 WEIGHTS_ALONE = "only its weight is quantized"
-NOTHING_TO_GAIN = 50_000.0  # nanoseconds a run; what a call of onnxruntime costs by itself
+NO_TIME = 50_000.0  # nanoseconds a run; what a call of onnxruntime costs by itself
 
 
 class QuantizedNodes:
@@ -45,9 +45,10 @@ class QuantizedNodes:
             self._drop_alone()
 
     def _is_for_all(self) -> bool:
-        """Whether the target wants all in integers, or the user wants something and speed cannot.
+        """Whether the target wants all in integers, or the user does and speed is of no account.
 
-        Regions that are quantized in types of their own say that the user does.
+        That is so where regions are quantized in types of their own, in a graph that takes no time
+        worth speaking of: an example, and no network that placement could spoil or slow down.
         """
         if not self.target.is_cpu:
             return self.target.scope == "all"
@@ -57,10 +58,7 @@ class QuantizedNodes:
             or self.slow is not None
         ):
             return False
-        candidates = [node for node in self.facts.nodes if self.facts.obstacle(node) is None]
-        fastest = worth_it(self.facts, candidates, candidates)
-        saved = cost_of(self.facts, candidates, ()) - cost_of(self.facts, candidates, fastest)
-        return saved < NOTHING_TO_GAIN
+        return time_in_float(self.facts) < NO_TIME
 
     def _find_candidates(self) -> None:
         for node in self.facts.nodes:

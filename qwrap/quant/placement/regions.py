@@ -200,7 +200,7 @@ class _Selection:
         nearest = difflib.get_close_matches(selector, list(dict.fromkeys(names)), 3, cutoff=0.0)
         return (
             f"no node, operator type, Block or tensor fits {selector!r}; the nearest names are "
-            f"{', '.join(map(repr, nearest))}"
+            f"{', '.join(map(repr, nearest))} (normalizations are folded into other layers)"
         )
 
 

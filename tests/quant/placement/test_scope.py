@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
@@ -59,6 +60,15 @@ def test_where_integer_kernels_save_time_regions_change_nothing_beside_them(
     found = roles(large, ("/y", {"activation": "uint16"}))
     assert found["/b"] == "float"
     assert found["/a"] == "integer"
+
+
+def test_where_integers_save_nothing_in_a_model_of_some_size_the_rest_stays_float(small) -> None:
+    nodes = "a = Sin(x) b = Pow(a, two) c = Mul(b, x) y = Tanh(c)"  # as in a normalization
+    source = small.build(
+        nodes, {"two": np.array(2, np.float32)}, "float[256,512] x", "float[256,512] y"
+    )
+    found = roles(source, ("/c", {"activation": "uint16"}))
+    assert found == {"/a": "float", "/b": "float", "/c": "pairs", "/y": "float"}
 
 
 def test_a_region_of_weights_alone_does_not_quantize_the_rest(small) -> None:
