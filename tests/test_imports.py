@@ -44,6 +44,8 @@ MAY_IMPORT = {
     "data": BASE,
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
     "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
+    "nbits": {*BASE, "graph", "ops", "model"},
+    "ort": {"", *BASE, "graph", "data", "nbits"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "data", "demo"},
     "demo": {"", *BASE},

@@ -1,0 +1,1 @@
+"""Weights in blocks of n-bit codes: onnxruntime's MatMulNBits, GatherBlockQuantized, blocked QDQ."""
