@@ -1,1 +1,1 @@
-"""Weights in blocks of n-bit codes: onnxruntime's MatMulNBits, GatherBlockQuantized, blocked QDQ."""
+"""Weights as blocks of n-bit codes: MatMulNBits, GatherBlockQuantized, blocked QDQ."""
