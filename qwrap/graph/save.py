@@ -120,18 +120,25 @@ def filled(proto: onnx.ModelProto, pieces: Sequence[Piece]) -> onnx.ModelProto:
 
 
 def replace_file(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file and its data elsewhere, and let them take the place of others.
+    """Let ``write`` make a file, and its data beside it, and let them take the place of others.
+
+    Args:
+        target: the file to make or replace.
+        write: is called with a path of the same name in a folder of its own. Whatever it makes
+            there goes to the folder of ``target``, the file itself last.
 
     Raises:
         ExportError: the folder cannot be written to, or the disk is full.
     """
-    data_name = f"{target.name}.data"
+    check_target(target)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             draft = Path(folder) / target.name
             write(draft)
-            if (draft.parent / data_name).exists():
-                os.replace(draft.parent / data_name, target.parent / data_name)
+            for made in [m for m in Path(folder).rglob("*") if m.is_file() and m != draft]:
+                place = target.parent / made.relative_to(folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made, place)
             os.replace(draft, target)
     except OSError as error:
         raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
