@@ -19,10 +19,15 @@ from qwrap.ort.metadata import (
     add_infer_metadata,
     add_pre_process_metadata,
     get_opset_version,
-    model_has_external_data,
     model_has_infer_metadata,
     model_has_pre_process_metadata,
 )
+from qwrap.ort.model_io import (
+    load_model_with_shape_infer,
+    model_has_external_data,
+    save_and_reload_model_with_shape_infer,
+)
+from qwrap.ort.opset import update_opset_version
 from qwrap.ort.proto_lookups import (
     attribute_to_kwarg,
     find_by_name,
@@ -97,6 +102,7 @@ __all__ = [
     "get_opset_version",
     "get_qmin_qmax_for_qType",
     "get_qrange_for_qType",
+    "load_model_with_shape_infer",
     "model_has_external_data",
     "model_has_infer_metadata",
     "model_has_pre_process_metadata",
@@ -107,7 +113,9 @@ __all__ = [
     "quantize_data",
     "quantize_nparray",
     "quantize_onnx_initializer",
+    "save_and_reload_model_with_shape_infer",
     "snap_zero_point_to_uint8",
     "tensor_proto_to_array",
     "type_to_name",
+    "update_opset_version",
 ]
