@@ -48,15 +48,8 @@ def _round(weight: Tensor, form: BlockFormat, around_zero: bool) -> tuple[Tensor
     padded = F.pad(weight.float(), (0, -inputs % size))
     blocks = padded.reshape(len(weight), -1, size)
     low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
-    top, middle = 2**form.bits - 1, 2 ** (form.bits - 1)
-    if form.symmetric:
-        exact = torch.where(high.abs() > low.abs(), high, low) / -middle
-        zero_point = torch.full_like(low, middle)
-    else:
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        exact = (high - low) / top
-        zero_point = round_half_away(torch.where(exact == 0, low, -low / exact)).clamp_(0, top)
-    scale = exact.to(weight.dtype)
+    scale, zero_point = spread(low, high, form, weight.dtype)
+    top = 2**form.bits - 1
     stored = scale.float()
     steps = blocks * torch.where(stored == 0, 0.0, 1.0 / stored)
     if around_zero:
@@ -65,6 +58,30 @@ def _round(weight: Tensor, form: BlockFormat, around_zero: bool) -> tuple[Tensor
         codes = round_half_away(steps.add_(zero_point))
     codes = codes.clamp_(0, top).flatten(1)[:, :inputs].to(torch.uint8)
     return codes, scale[..., 0], zero_point[..., 0].to(torch.uint8)
+
+
+def spread(
+    low: Tensor, high: Tensor, form: BlockFormat, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the scales that reach from ``low`` to ``high``, and zero points.
+
+    Args:
+        low: smallest values, float32.
+        high: largest values.
+        form: bits and symmetry.
+        dtype: of the scales, 0 where all values are.
+
+    Returns:
+        Scales in ``dtype``, and zero points as whole float32 numbers.
+    """
+    top, middle = 2**form.bits - 1, 2 ** (form.bits - 1)
+    if form.symmetric:
+        exact = torch.where(high.abs() > low.abs(), high, low) / -middle
+        return exact.to(dtype), torch.full_like(low, middle)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    exact = (high - low) / top
+    zero_point = round_half_away(torch.where(exact == 0, low, -low / exact)).clamp_(0, top)
+    return exact.to(dtype), zero_point
 
 
 def round_half_away(x: Tensor) -> Tensor:

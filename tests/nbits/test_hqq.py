@@ -12,6 +12,7 @@ from torch import Tensor
 from qwrap.errors import ConfigError
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.hqq import NORM, hqq, shrink
+from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.split import dequantize
 from qwrap.numerics import sqnr
 
@@ -26,16 +27,6 @@ def norms(error: Tensor, size: int) -> Tensor:
     return error.abs().pow(NORM).unflatten(1, (-1, size)).sum(2)
 
 
-def rounded_to_nearest(weight: Tensor, bits: int, size: int) -> Tensor:
-    """Whole zero points, ranges that hold 0."""
-    blocks, top = weight.unflatten(1, (-1, size)), 2**bits - 1
-    low = blocks.amin(2, keepdim=True).clamp(max=0)
-    scale = (blocks.amax(2, keepdim=True).clamp(min=0) - low) / top
-    zero_point = (-low / scale).round()
-    codes = (blocks / scale + zero_point).round().clamp(0, top)
-    return ((codes - zero_point) * scale).flatten(1)
-
-
 @pytest.mark.parametrize("size", [32, 128])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_it_is_better_than_nearest_rounding_and_onnxruntime_on_gaussian_weights(
@@ -43,7 +34,7 @@ def test_it_is_better_than_nearest_rounding_and_onnxruntime_on_gaussian_weights(
 ) -> None:
     weight = gaussian(64, 512)
     own = sqnr(weight, dequantize(hqq(weight, BlockFormat(bits, size))))
-    assert own > sqnr(weight, rounded_to_nearest(weight, bits, size)) + 0.1
+    assert own > sqnr(weight, dequantize(round_to_nearest(weight, BlockFormat(bits, size)))) + 0.1
     config = incumbent.HQQWeightOnlyQuantConfig(block_size=size, bits=bits)
     codes, scale, zero = incumbent.HQQWeightOnlyQuantizer(config).quantize_internal(
         weight, bits=bits, group_size=size

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.kquant import k_quant
+from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.split import dequantize
 from qwrap.numerics import sqnr
 
@@ -21,15 +22,6 @@ pytestmark = pytest.mark.ort(295)
 def drawn(*shape: int, seed: int = 0, kind: str = "gaussian") -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return {"gaussian": values, "heavy": values.pow(3), "positive": values.abs() + 3}[kind]
-
-
-def nearest(weight: Tensor, bits: int, size: int) -> Tensor:
-    blocks, top = weight.unflatten(1, (-1, size)), 2**bits - 1
-    low = blocks.amin(2, keepdim=True).clamp(max=0)
-    scale = (blocks.amax(2, keepdim=True).clamp(min=0) - low) / top
-    zero_point = (-low / scale).round()
-    codes = (blocks / scale + zero_point).round().clamp(0, top)
-    return ((codes - zero_point) * scale).flatten(1)
 
 
 def weighted_errors(weight: Tensor, rounded: Tensor, size: int) -> Tensor:
@@ -54,7 +46,7 @@ def test_it_is_better_than_nearest_rounding_and_onnxruntime(
     # and far worse where all weights of a block have one sign.
     weight = drawn(64, 512, kind=kind)
     own = sqnr(weight, dequantize(k_quant(weight, BlockFormat(bits, size))))
-    assert own > sqnr(weight, nearest(weight, bits, size))
+    assert own > sqnr(weight, dequantize(round_to_nearest(weight, BlockFormat(bits, size))))
     assert own > sqnr(weight, of_onnxruntime(weight, bits, size))
 
 
@@ -62,7 +54,7 @@ def test_it_is_better_than_nearest_rounding_and_onnxruntime(
 def test_no_block_is_worse_than_rounded_to_nearest(seed: int, bits: int) -> None:
     weight = drawn(4, 128, seed=seed, kind="heavy")
     own = weighted_errors(weight, dequantize(k_quant(weight, BlockFormat(bits, 32))), 32)
-    plain = weighted_errors(weight, nearest(weight, bits, 32), 32)
+    plain = weighted_errors(weight, dequantize(round_to_nearest(weight, BlockFormat(bits, 32))), 32)
     assert (own <= plain * (1 + 1e-4) + 1e-10).all()  # sums in another order
 
 
