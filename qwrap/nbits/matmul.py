@@ -12,6 +12,7 @@ from qwrap.nbits.blocks import Blocks
 from qwrap.nbits.draft import MICROSOFT, Draft, Weight
 from qwrap.nbits.packing import operator_arrays, pair_arrays
 from qwrap.nbits.request import Naming, Request
+from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.unfit import Unfit
 
 SMALLEST_BLOCK = 16
@@ -62,7 +63,17 @@ def matrix_of(weight: Weight) -> Tensor:
 
 
 def _blocks(weight: Weight, request: Request) -> Blocks:
-    return request.method(matrix_of(weight), request.format, request.statistics)
+    """Return codes of a weight.
+
+    onnxruntime 1.31 has no kernel for 8 bits with float zero points: it loads the file and fails
+    when it is run. At 8 bits there is little to gain over rounding to nearest, which is done then.
+    """
+    matrix, form = matrix_of(weight), request.format
+    blocks = request.method(matrix, form, request.statistics)
+    zero_point = blocks.zero_point
+    if form.bits == 8 and zero_point is not None and zero_point.is_floating_point():
+        return round_to_nearest(matrix, replace(form, symmetric=False))
+    return blocks
 
 
 # --- MatMulNBits ---------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -17,8 +18,10 @@ from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
 from qwrap.nbits.blocks import BlockFormat
+from qwrap.nbits.draft import Draft
+from qwrap.nbits.inputs import observe_inputs
 from qwrap.nbits.matmul import is_operator_block
-from qwrap.nbits.methods import METHODS, Method
+from qwrap.nbits.methods import FROM_DATA, METHODS, Method
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
 from qwrap.nbits.rtn import round_to_nearest
@@ -45,6 +48,7 @@ def quantize_weights(
     exclude: Iterable[str] = (),
     formats: Mapping[str, BlockFormat] | None = None,
     axis: int = 1,
+    batches: Iterable[Any] | None = None,
     external_data: bool | None = None,
     report: Report | None = None,
 ) -> onnx.ModelProto | None:
@@ -62,7 +66,10 @@ def quantize_weights(
             ``form="operator"`` a power of 2 from 16 on; 0, with ``form="qdq"``, for one scale an
             output.
         symmetric: keep no zero points; the middle code means 0.
-        method: name of one of ``METHODS``, or a function of that kind.
+        method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
+            zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a search, always with zero
+            points; ``"gptq"``, with ``batches``, so that errors cancel on the data; or a function
+            of the kind that ``qwrap.nbits.methods`` describes. Tables are rounded to nearest.
         form: ``"operator"`` writes MatMulNBits and GatherBlockQuantized of com.microsoft;
             ``"qdq"`` DequantizeLinear with ``block_size`` before MatMul, which needs opset 21, for
             2 bits 25. onnxruntime makes MatMulNBits of those when it loads the file, and then
@@ -77,6 +84,7 @@ def quantize_weights(
         exclude: names of nodes to leave.
         formats: name of a node -> format that differs for it, such as 8 bits for the last layer.
         axis: of a table, along which its blocks lie.
+        batches: data for ``"gptq"``, as for ``qwrap.calibrate``; some 30 samples do.
         external_data: write weights to ``<output>.data``; None does so if the source has external
             data or the result is too large for one file.
         report: is told of each node, whether it was quantized, as what or why not.
@@ -85,9 +93,10 @@ def quantize_weights(
         The quantized model, None if it was written to ``output``.
 
     Raises:
-        ModelError: the source cannot be loaded.
+        ModelError: the source cannot be loaded, or with data cannot be run.
+        InputError: a batch does not fit.
         ConfigError: an argument is none of these, or names a node that the model does not have or
-            that has no weight to quantize.
+            that has no weight to quantize, or the method lacks data or is given data in vain.
         ExportError: the file cannot be written or would replace the source, or the model cannot be
             raised to the opset that int4 needs.
     """
@@ -103,9 +112,12 @@ def quantize_weights(
         raise ConfigError(f"op_types: {sorted(unknown)}: choose from {list(REWRITES)}")
     draft = read_model(model) if isinstance(model, ir.Model) else read_model(model).clone()
     chosen = _chosen(draft, op_types, nodes, set(exclude), set(settings.formats))
+    seen = _seen(draft, chosen, method, batches)
 
     def choose(node: ir.Node) -> Request | None:
-        return settings.request(node) if node in chosen else None
+        if node not in chosen:
+            return None
+        return replace(settings.request(node), statistics=seen.pop(node, None))
 
     edit = partial(rewrite, draft, choose, report=report)
     if output is None:
@@ -153,6 +165,21 @@ def _size(model: ir.Model) -> int:
     graphs = (model.graph, *model.graph.subgraphs())
     tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _seen(
+    draft: ir.Model, nodes: set[ir.Node], method: str | Method, batches: Iterable[Any] | None
+) -> dict[ir.Node, Any]:
+    """Return statistics of the inputs of products of constants, if the method is given data."""
+    if batches is None:
+        if method in FROM_DATA:
+            raise ConfigError(f'method="{method}" needs data: give batches')
+        return {}
+    if isinstance(method, str) and method not in FROM_DATA:
+        raise ConfigError(f'method="{method}" uses no data; leave batches out')
+    constants = Draft(draft)
+    products = [n for n in nodes if n.op_type == "MatMul" and constants.weight(n.inputs[1])]
+    return dict(observe_inputs(draft, products, batches)) if products else {}
 
 
 # --- what was asked for --------------------------------------------------------------------------

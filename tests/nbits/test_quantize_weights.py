@@ -338,6 +338,8 @@ def test_names_choose_nodes_and_formats() -> None:
         ({"block_size": 0}, 'form="qdq"'),
         ({"block_size": -1, "form": "qdq"}, "0 or more"),
         ({"method": "rnt"}, "no method 'rnt'; 'rtn'"),
+        ({"method": "gptq"}, "needs data: give batches"),
+        ({"batches": []}, "uses no data"),
         ({"form": "QDQ"}, 'choose "operator" or "qdq"'),
         ({"accuracy_level": 5}, "choose from"),
         ({"op_types": ["Conv"]}, "choose from"),
@@ -396,3 +398,18 @@ def test_a_function_of_ones_own_makes_the_codes() -> None:
 
     model = quantized(product(drawn(64, 24)), method=zeros)
     assert not run(model, {"x": drawn(3, 64, seed=1)})[0].any()
+
+
+@pytest.mark.ort(293, 295, 296)
+@pytest.mark.parametrize("method", ["hqq", "k_quant", "gptq"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_files_of_each_method_compute_their_codes(bits: int, method: str) -> None:
+    batches = [drawn(8, 72, seed=i) for i in range(4)] if method == "gptq" else None
+    source = product(drawn(72, 24))
+    model = quantized(source, method=method, bits=bits, block_size=32, batches=batches)
+    assert_computes_its_codes(model, {"x": drawn(3, 72, seed=9)})
+
+
+def test_float_zero_points_do_not_fit_pairs() -> None:
+    with pytest.raises(ConfigError, match="integer zero points"):
+        quantized(product(drawn(64, 24)), method="hqq", form="qdq")
