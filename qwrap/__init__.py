@@ -15,6 +15,7 @@ from qwrap.mixed.search.report import SearchResult
 from qwrap.mixed.search.search import search
 from qwrap.model.observation import observe
 from qwrap.model.wrapped import WrappedModel
+from qwrap.nbits.quantize_weights import quantize_weights
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
@@ -62,6 +63,7 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_weights",
     "register_op",
     "rescale",
     "round_weights",
