@@ -13,6 +13,7 @@ from qwrap.mixed.loss.sensitivity import sensitivity
 from qwrap.mixed.search.budget import Budget
 from qwrap.mixed.search.report import SearchResult
 from qwrap.mixed.search.search import search
+from qwrap.model.observation import observe
 from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
@@ -57,6 +58,7 @@ __all__ = [
     "function_type",
     "integer_type",
     "load",
+    "observe",
     "param_groups",
     "prepare",
     "quantize",

@@ -16,6 +16,7 @@ BASE = {
     "config",
     "rounding",
     "numerics",
+    "compensation",
     "fused",
     "learned",
 }
@@ -28,7 +29,8 @@ MAY_IMPORT = {
     "targets": {"errors"},
     "config": {"errors", "dtypes", "overrides", "targets"},
     "rounding": {"minifloat", "codebook", "dtypes"},
-    "numerics": BASE - {"numerics", "fused", "learned"},
+    "numerics": BASE - {"numerics", "compensation", "fused", "learned"},
+    "compensation": set(),
     "fused": {"errors"},
     "learned": {"config", "fused", "rounding"},
     "graph": BASE,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
+from qwrap.compensation import compensate
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
 from qwrap.model.batches import iterate
@@ -25,7 +26,6 @@ from qwrap.quant.constants import deployed
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.stubs import Stub
 
-BLOCK = 128  # inputs whose errors are spread over the later ones in one product
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
 LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
 CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
@@ -174,8 +174,9 @@ class _Layer:
             for values in (qparams.scale, qparams.zero_point)
         )
 
-        def round_to_grid(values: Tensor, inputs: Tensor) -> Tensor:
+        def round_to_grid(rest: Tensor, inputs: Tensor) -> Tensor:
             """Round what one input of each group contributes to every output, ``[G, R]``."""
+            values = rest[:, 0]
             rows = inputs[:, None, None].expand(-1, 1, values.shape[1])
             rounded = fake_quantize(
                 values.flatten().to(torch.float32),
@@ -186,50 +187,6 @@ class _Layer:
             return rounded.reshape(values.shape).to(values.dtype)
 
         return round_to_grid
-
-
-def compensate(
-    weight: Tensor, second: Tensor, grid: Callable[[Tensor, Tensor], Tensor], damping: float
-) -> Tensor:
-    """Return ``weight`` on its grid, every rounding error made good by the inputs still to round.
-
-    Inputs are rounded in order of falling power. What is never there is rounded to nearest.
-
-    Args:
-        weight: float64 ``[G, K, R]``.
-        second: second moments of the inputs, float64 ``[G, K, K]``.
-        grid: rounds ``[G, R]`` values, one of each output, that belong to inputs ``[G]``.
-        damping: share of the mean power that is added to every power.
-
-    Source: Frantar et al., arXiv:2210.17323, algorithm 1; the order is their "act_order".
-    """
-    power = second.diagonal(dim1=1, dim2=2)
-    order = torch.argsort(power, dim=1, descending=True, stable=True)
-    weight = weight.gather(1, order[:, :, None].expand_as(weight))
-    factor = _inverse_factor(second, order, damping)
-    inputs = weight.shape[1]
-    for start in range(0, inputs, BLOCK):
-        end = min(start + BLOCK, inputs)
-        errors = torch.empty_like(weight[:, start:end])
-        for k in range(start, end):
-            value = weight[:, k].clone()
-            weight[:, k] = grid(value, order[:, k])
-            error = (value - weight[:, k]) / factor[:, k, k, None]
-            weight[:, k + 1 : end] -= factor[:, k, k + 1 : end, None] * error[:, None]
-            errors[:, k - start] = error
-        weight[:, end:] -= factor[:, start:end, end:].mT @ errors
-    return torch.empty_like(weight).scatter_(1, order[:, :, None].expand_as(weight), weight)
-
-
-def _inverse_factor(second: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of damped moments, inputs in ``order``."""
-    rows = order[:, :, None].expand_as(second)
-    damped = second.gather(1, rows).gather(2, rows.mT)
-    power = damped.diagonal(dim1=1, dim2=2)
-    power += torch.where(power > 0, damping * power.mean(1, keepdim=True), 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
 
 
 def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:

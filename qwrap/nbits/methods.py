@@ -1,0 +1,27 @@
+"""The ways to make codes of a matrix, by name."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qwrap.nbits.blocks import BlockFormat, Blocks
+from qwrap.nbits.rtn import round_to_nearest
+
+
+class Method(Protocol):
+    """Makes codes of one matrix."""
+
+    def __call__(self, weight: Tensor, form: BlockFormat, statistics: Any, /) -> Blocks:
+        """Return codes of ``weight`` ``[N, K]``.
+
+        Args:
+            weight: float32, float16 or bfloat16.
+            form: bits, block size, symmetry.
+            statistics: what was seen of the K inputs, of a method that needs data; else None.
+        """
+
+
+METHODS: dict[str, Method] = {"rtn": round_to_nearest}
+"""Those that need no data."""

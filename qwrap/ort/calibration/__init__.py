@@ -1,0 +1,1 @@
+"""Ranges of tensors: what they are, how data gives them, where they are kept."""
