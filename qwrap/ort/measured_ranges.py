@@ -14,13 +14,13 @@ from qwrap.ort.errors import QuantizationError
 from qwrap.ort.quant_utils import get_qrange_for_qType
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_values import CodeValues
 
 Measured = tuple[str, str, list[int], list[int]]
 
 
 def measure(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], kind: int, initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], kind: int, initial_type: int
 ) -> Measured:
     """Append nodes that compute scale and zero point of a tensor, in place.
 
@@ -45,7 +45,7 @@ def measure(
 
 
 def _symmetric(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], initial_type: int
 ) -> Measured:
     low, high = f"{name}_ReduceMin", f"{name}_ReduceMax"
     divisor = float(get_qrange_for_qType(TensorProto.INT8)) / 2.0
@@ -68,7 +68,7 @@ def _symmetric(
 
 
 def _asymmetric(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], initial_type: int
 ) -> Measured:
     """Measure a range that is widened to hold 0, without which the zero point would not fit."""
     low, high, zero = f"{name}_ReduceMin", f"{name}_ReduceMax", quantizer.fixed_zero_name
@@ -82,9 +82,7 @@ def _asymmetric(
         _node("Min", [f"{low}:0", zero], f"{low}_Zero"),
         _node("Max", [f"{high}:0", zero], f"{high}_Zero"),
         _node("Sub", [f"{high}_Zero:0", f"{low}_Zero:0"], f"{scale}_Sub"),
-        _node(
-            "Div", [f"{scale}_Sub:0", quantizer.fixed_qrange_uint8_name], f"{scale}_Div", scale
-        ),
+        _node("Div", [f"{scale}_Sub:0", quantizer.fixed_qrange_uint8_name], f"{scale}_Div", scale),
         _node("Sub", [zero, f"{low}_Zero:0"], f"{zero_point}_Sub"),
         _node("Div", [f"{zero_point}_Sub:0", scale], f"{zero_point}_Div"),
         _node("Floor", [f"{zero_point}_Div:0"], f"{zero_point}_Floor"),
@@ -103,7 +101,7 @@ def _node(op_type: str, inputs: list[str], name: str, output: str = "") -> NodeP
     return helper.make_node(op_type, inputs, [output or f"{name}:0"], name)
 
 
-def _constant(quantizer: ONNXQuantizer, name: str, data_type: int, value: float) -> None:
+def _constant(quantizer: CodeValues, name: str, data_type: int, value: float) -> None:
     """Add a scalar to the main graph, once for all that read it."""
     while quantizer.parent is not None:
         quantizer = quantizer.parent

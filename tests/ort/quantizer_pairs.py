@@ -1,56 +1,175 @@
-"""qwrap's base quantizer beside the incumbent's, of one model."""
+"""onnxruntime's quantizer to operators on codes and this one, on one model with the same ranges.
+
+Both build ``ONNXQuantizer`` by hand, so that neither calibration nor
+reading of files plays a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime.quantization.base_quantizer as incumbent
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+import onnx
+import onnxruntime.quantization.calibrate as incumbent_calibrate
+import onnxruntime.quantization.onnx_quantizer as incumbent_quantizer
+import onnxruntime.quantization.quant_utils as incumbent_utils
+import onnxruntime.quantization.registry as incumbent_registry
+from one_operator import Batch, open_session, run, sqnr
+from onnx import ModelProto, helper, numpy_helper
 
-from qwrap.ort.base_quantizer import BaseQuantizer
+from qwrap.ort import registry
+from qwrap.ort.calibrate import TensorData
+from qwrap.ort.enums import QuantizationMode, QuantType
+from qwrap.ort.onnx_quantizer import ONNXQuantizer
 
-INT8, UINT8, INT16 = TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16
-FLOAT8 = TensorProto.FLOAT8E4M3FN
-INTEGERS = (INT8, UINT8, INT16, TensorProto.UINT16, TensorProto.INT4, TensorProto.UINT4)
-GENERATOR = np.random.default_rng(0)
+Ranges = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
-def conv_relu(dtype: type = np.float32, **weights: np.ndarray) -> ModelProto:
-    """Return x -> Conv "conv" -> h -> Relu "relu" -> y, with weight "w" and bias "b"."""
-    weights.setdefault("w", GENERATOR.normal(size=(4, 3, 2, 2)).astype(dtype))
-    weights.setdefault("b", GENERATOR.normal(size=weights["w"].shape[0]).astype(dtype))
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["h"], "conv"),
-        helper.make_node("Relu", ["h"], ["y"], "relu"),
-    ]
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", kind, [1, 3, 5, 5])],
-        [helper.make_tensor_value_info("y", kind, None)],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+def observe(model: ModelProto, batches: Sequence[Batch]) -> Ranges:
+    """Smallest and largest value of each float tensor of the main graph, by onnxruntime."""
+    shown = onnx.shape_inference.infer_shapes(model)
+    values = [*shown.graph.value_info, *shown.graph.input, *shown.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    outputs = {value.name for value in shown.graph.output}
+    made = [n for node in model.graph.node for n in node.output if types.get(n) in (1, 10)]
+    shown.graph.output.extend(
+        helper.make_tensor_value_info(name, types[name], None)
+        for name in made
+        if name not in outputs
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = open_session(shown, optimised=False)
+    names = [output.name for output in session.get_outputs()]
+    seen: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        for name, value in {
+            **dict(zip(names, session.run(None, dict(batch)), strict=True)),
+            **batch,
+        }.items():
+            if np.asarray(value).dtype.kind == "f":
+                seen.setdefault(name, []).append(np.asarray(value, np.float32))
+    return {
+        name: (np.array(min(v.min() for v in values)), np.array(max(v.max() for v in values)))
+        for name, values in seen.items()
+    }
 
 
-def pair(model: ModelProto, weight_type: int = INT8, activation_type: int = UINT8, **options):
-    """Return qwrap's quantizer and the incumbent's, of one model and with the same settings."""
-    arguments = (model, True, options.pop("reduce_range", False), weight_type, activation_type)
-    rest = ([], [], ["Conv", "Relu"], options)
-    return (
-        BaseQuantizer(*arguments, None, *rest),
-        incumbent.BaseQuantizer(*arguments, None, *rest),
+def quantize_own(
+    model: ModelProto,
+    ranges: Ranges | None,
+    weight: str = "QInt8",
+    activation: str = "QUInt8",
+    per_channel: bool = False,
+    reduce_range: bool = False,
+    options: Mapping[str, Any] | None = None,
+    op_types: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> ONNXQuantizer:
+    """This package's quantizer, after ``quantize_model()``; without ranges it is dynamic."""
+    static = ranges is not None
+    known = registry.QLinearOpsRegistry if static else registry.IntegerOpsRegistry
+    quantizer = ONNXQuantizer(
+        model,
+        per_channel,
+        reduce_range,
+        QuantizationMode.QLinearOps if static else QuantizationMode.IntegerOps,
+        static,
+        QuantType[weight],
+        QuantType[activation],
+        None
+        if ranges is None
+        else {n: TensorData(lowest=low, highest=high) for n, (low, high) in ranges.items()},
+        list(include),
+        list(exclude),
+        list(op_types or known),
+        _options(options, static, QuantType),
     )
+    quantizer.quantize_model()
+    return quantizer
 
 
-def made(quantizer, name: str) -> np.ndarray:
-    found = {tensor.name: tensor for tensor in quantizer.model.initializer()}
-    return numpy_helper.to_array(found[name])
+def quantize_incumbent(
+    model: ModelProto,
+    ranges: Ranges | None,
+    folder: Path,
+    weight: str = "QInt8",
+    activation: str = "QUInt8",
+    per_channel: bool = False,
+    reduce_range: bool = False,
+    options: Mapping[str, Any] | None = None,
+    op_types: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+) -> ModelProto:
+    """What onnxruntime's quantizer makes of the model, nodes sorted."""
+    static = ranges is not None
+    modes = incumbent_utils.QuantizationMode
+    registries = incumbent_registry
+    known = registries.QLinearOpsRegistry if static else registries.IntegerOpsRegistry
+    path = folder / "float.onnx"
+    onnx.save(model, path)
+    data = incumbent_calibrate.TensorData
+    quantizer = incumbent_quantizer.ONNXQuantizer(
+        incumbent_utils.load_model_with_shape_infer(path),
+        per_channel,
+        reduce_range,
+        modes.QLinearOps if static else modes.IntegerOps,
+        static,
+        incumbent_utils.QuantType[weight],
+        incumbent_utils.QuantType[activation],
+        None
+        if ranges is None
+        else {n: data(lowest=low, highest=high) for n, (low, high) in ranges.items()},
+        list(include),
+        list(exclude),
+        list(op_types or known),
+        _options(options, static, incumbent_utils.QuantType),
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    made: ModelProto = quantizer.model.model
+    return made
 
 
-def assert_same_initializers(ours, theirs) -> None:
-    expected = {tensor.name: numpy_helper.to_array(tensor) for tensor in theirs.model.initializer()}
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in ours.model.initializer()}
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert found[name].tobytes() == value.tobytes(), name
+def _options(options: Mapping[str, Any] | None, static: bool, types: Any) -> dict[str, Any]:
+    """The options, with types of overrides by name, and what quantize_dynamic adds."""
+    made = dict({} if static else {"MatMulConstBOnly": True}, **(options or {}))
+    overrides = made.get("TensorQuantOverrides", {})
+    made["TensorQuantOverrides"] = {
+        name: [{k: types[v] if k == "quant_type" else v for k, v in e.items()} for e in entries]
+        for name, entries in overrides.items()
+    }
+    return made
+
+
+def form(model: ModelProto) -> tuple[list[Any], dict[str, Any], list[Any]]:
+    """Nodes in any order, initializers to the bit, and opset imports."""
+    nodes = sorted(
+        (
+            node.domain,
+            node.op_type,
+            node.name,
+            tuple(node.input),
+            tuple(node.output),
+            tuple(sorted((a.name, str(helper.get_attribute_value(a))) for a in node.attribute)),
+        )
+        for node in model.graph.node
+    )
+    tensors = {
+        tensor.name: (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        for tensor in model.graph.initializer
+    }
+    return nodes, tensors, sorted((opset.domain, opset.version) for opset in model.opset_import)
+
+
+def quality(wanted: ModelProto, got: ModelProto, batches: Sequence[Batch]) -> float:
+    """SQNR of the second model's outputs, in dB, as onnxruntime runs both."""
+    pairs = [(run(wanted, batch), run(got, batch)) for batch in batches]
+    return sqnr([v for w, _ in pairs for v in w], [v for _, g in pairs for v in g])
+
+
+def op_types(model: ModelProto) -> list[str]:
+    """Operator types in graph order."""
+    return [node.op_type for node in model.graph.node]

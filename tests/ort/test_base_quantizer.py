@@ -5,7 +5,7 @@ import onnxruntime.quantization.base_quantizer as incumbent
 import onnxruntime.quantization.calibrate as incumbent_calibrate
 import pytest
 from onnx import ModelProto, TensorProto, helper
-from quantizer_pairs import (
+from base_quantizer_pairs import (
     FLOAT8,
     INT8,
     INTEGERS,

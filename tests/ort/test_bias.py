@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 from onnx import TensorProto
-from quantizer_pairs import (
+from base_quantizer_pairs import (
     FLOAT8,
     assert_same_initializers,
     conv_relu,

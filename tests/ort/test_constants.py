@@ -5,7 +5,7 @@ import onnxruntime.quantization.base_quantizer as incumbent
 import pytest
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType as IncumbentType
-from quantizer_pairs import (
+from base_quantizer_pairs import (
     FLOAT8,
     GENERATOR,
     INT8,
