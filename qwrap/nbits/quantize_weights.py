@@ -25,7 +25,7 @@ from qwrap.nbits.methods import FROM_DATA, METHODS, Method
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
 from qwrap.nbits.rtn import round_to_nearest
-from qwrap.nbits.streaming import stream_model
+from qwrap.nbits.streaming import stream_model, take_in
 
 BITS = (2, 4, 8)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -67,9 +67,10 @@ def quantize_weights(
             output.
         symmetric: keep no zero points; the middle code means 0.
         method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
-            zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a search, always with zero
-            points; ``"gptq"``, with ``batches``, so that errors cancel on the data; or a function
-            of the kind that ``qwrap.nbits.methods`` describes. Tables are rounded to nearest.
+            zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a
+            search, always with zero points; ``"gptq"``, with ``batches``, so that errors cancel on
+            the data; or a function of the kind that ``qwrap.nbits.methods`` describes. Tables are
+            rounded to nearest.
         form: ``"operator"`` writes MatMulNBits and GatherBlockQuantized of com.microsoft;
             ``"qdq"`` DequantizeLinear with ``block_size`` before MatMul, which needs opset 21, for
             2 bits 25. onnxruntime makes MatMulNBits of those when it loads the file, and then
@@ -122,6 +123,7 @@ def quantize_weights(
     edit = partial(rewrite, draft, choose, report=report)
     if output is None:
         edit()
+        take_in(draft)
         return ir.to_proto(draft)
     write_edited(model, draft, Path(output), edit, external_data)
     return None
@@ -153,6 +155,7 @@ def write_edited(
         stream_model(target, draft, lambda store: edit(store=store))
         return
     edit()
+    take_in(draft)
     message = ir.to_proto(draft).SerializeToString()
     replace_file(target, lambda file: _write(file, message))
 
