@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quant_utils as incumbent
 
-from qwrap.ort import metadata, model_io, opset
+from qwrap.ort import metadata, model_io, opset, proto_file
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import InvalidModelError
 
@@ -207,8 +208,9 @@ def test_a_file_is_replaced_as_a_whole_with_its_data(tmp_path: Path) -> None:
     assert np.array_equal(outputs(path, x=x)[0], outputs(model, x=x)[0])
 
 
+@pytest.mark.skipif("QWRAP_LARGE" not in os.environ, reason="half a minute; set QWRAP_LARGE=1")
 @pytest.mark.ort(275, "G66")
-def test_models_beyond_two_gigabytes_are_read_and_raised(tmp_path: Path) -> None:
+def test_models_beyond_two_gigabytes_are_read_raised_and_written(tmp_path: Path) -> None:
     model = parse(
         "(float[1,4] x) => (float[] y) { h = MatMul(x, w) s = Squeeze<axes=[0]>(h) y = Relu(s) }",
         version=11,
@@ -231,7 +233,21 @@ def test_models_beyond_two_gigabytes_are_read_and_raised(tmp_path: Path) -> None
         "s": [BEYOND // 16],
         "y": [BEYOND // 16],
     }
-    assert len(raised.graph.initializer[0].raw_data) == BEYOND
+    model_io.write_model(raised, tmp_path / "raised.onnx")
+    assert (tmp_path / "raised.onnx.data").stat().st_size == BEYOND
+
+
+@pytest.mark.ort(12, 275)
+def test_what_is_too_large_for_a_message_goes_to_a_file_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proto_file, "LIMIT", 100_000)  # of 160 000 bytes
+    path = tmp_path / "m.onnx"
+    model_io.write_model(two_layers(), path)
+    assert (tmp_path / "m.onnx.data").stat().st_size == 160_000
+    assert np.array_equal(
+        outputs(path, x=random(3, 200))[0], outputs(two_layers(), x=random(3, 200))[0]
+    )
 
 
 # --- opsets --------------------------------------------------------------------------------------
