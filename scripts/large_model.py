@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import time
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import TensorProto, helper
+
+import qwrap
 
 WIDTH = 2048
 MIB = 1 << 20
@@ -49,13 +53,13 @@ def make(path: Path, layers: int, width: int = WIDTH) -> int:
 def quantize(source: Path, target: Path, **settings: str | int) -> dict[str, float]:
     """Quantize in a process of its own; return its seconds and the rise of its peak, in bytes."""
     command = [sys.executable, __file__, "--run", str(source), str(target), json.dumps(settings)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    here = {**os.environ, "PYTHONPATH": str(Path(qwrap.__file__).parents[1])}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=here)
     result: dict[str, float] = json.loads(done.stdout)
     return result
 
 
 def _run(source: str, target: str, settings: str) -> None:
-    import torch
 
     import qwrap
 
