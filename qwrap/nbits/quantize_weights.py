@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
 from qwrap.nbits.blocks import BlockFormat
+from qwrap.nbits.bnb4 import KINDS
 from qwrap.nbits.draft import Draft
 from qwrap.nbits.inputs import observe_inputs
 from qwrap.nbits.matmul import is_operator_block
@@ -73,8 +74,9 @@ def quantize_weights(
             rounded to nearest.
         form: ``"operator"`` writes MatMulNBits and GatherBlockQuantized of com.microsoft;
             ``"qdq"`` DequantizeLinear with ``block_size`` before MatMul, which needs opset 21, for
-            2 bits 25. onnxruntime makes MatMulNBits of those when it loads the file, and then
-            with accuracy level 4, unless the session option
+            2 bits 25; ``"nf4"`` and ``"fp4"`` MatMulBnb4 of 4-bit floats, which know no method but
+            rounding to nearest. onnxruntime makes MatMulNBits of pairs when it loads the file, and
+            then with accuracy level 4, unless the session option
             ``session.qdq_matmulnbits_accuracy_level`` says otherwise.
         accuracy_level: what MatMulNBits may round its float input to: 1 float32, 2 float16,
             3 bfloat16, 4 int8. None or 0 writes none, and onnxruntime computes in the type of the
@@ -200,8 +202,8 @@ class _Settings:
     formats: dict[str, BlockFormat]
 
     def __post_init__(self) -> None:
-        if self.form not in ("operator", "qdq"):
-            raise ConfigError(f'form={self.form!r}: choose "operator" or "qdq"')
+        if self.form not in get_args(Form):
+            raise ConfigError(f"form={self.form!r}: choose from {list(get_args(Form))}")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise ConfigError(
                 f"accuracy_level={self.accuracy_level}: choose from {ACCURACY_LEVELS}"
@@ -223,9 +225,11 @@ def check_format(form: BlockFormat, written: Form) -> None:
     """
     if form.bits not in BITS:
         raise ConfigError(f"bits={form.bits}: only 2, 4 or 8 bits")
-    if written == "operator" and not is_operator_block(form.block_size):
+    if written in KINDS and form.bits != 4:
+        raise ConfigError(f'form="{written}" has 4 bits, not {form.bits}')
+    if written != "qdq" and not is_operator_block(form.block_size):
         raise ConfigError(
-            f"block_size={form.block_size}: MatMulNBits takes a power of 2 from 16 on"
+            f"block_size={form.block_size}: the operators take a power of 2 from 16 on"
             + ('; one scale an output needs form="qdq"' if form.block_size == 0 else "")
         )
     if form.block_size < 0:
@@ -235,6 +239,8 @@ def check_format(form: BlockFormat, written: Form) -> None:
 def _method(name: str, form: Form) -> Method:
     if name not in METHODS:
         raise ConfigError(_unknown("method", name, METHODS))
+    if name != "rtn" and form in KINDS:
+        raise ConfigError(f'form="{form}" knows no method but "rtn"; got "{name}"')
     if name == "rtn" and form == "qdq":
         return partial(round_to_nearest, around_zero=True)
     return METHODS[name]
