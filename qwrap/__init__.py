@@ -13,7 +13,9 @@ from qwrap.mixed.loss.sensitivity import sensitivity
 from qwrap.mixed.search.budget import Budget
 from qwrap.mixed.search.report import SearchResult
 from qwrap.mixed.search.search import search
+from qwrap.model.observation import observe
 from qwrap.model.wrapped import WrappedModel
+from qwrap.nbits.quantize_weights import quantize_weights
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
@@ -57,9 +59,11 @@ __all__ = [
     "function_type",
     "integer_type",
     "load",
+    "observe",
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_weights",
     "register_op",
     "rescale",
     "round_weights",

@@ -240,6 +240,21 @@ def infer_types(model: ir.Model) -> Types:
     return types
 
 
+def inferred_message(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of ``proto`` that declares what ONNX shape inference knows of its values.
+
+    Operators of com.microsoft are seen through where their types follow from their inputs. The
+    copy is good for its declarations only: it has other nodes in their place. Tensors without
+    data may stand for large weights. Where inference fails, what ``proto`` declares remains.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    put_stand_ins(copy)
+    with contextlib.suppress(*FAILURES):
+        copy = onnx.shape_inference.infer_shapes(copy, data_prop=True)
+    return copy
+
+
 def infer_strictly(model: ir.Model, unknown: Container[ir.Node] = ()) -> tuple[Types, str]:
     """Infer types and shapes from graph inputs and initialisers alone.
 

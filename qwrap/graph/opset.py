@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qwrap.errors import ExportError
+from qwrap.graph.canonical import ROI_OPTIONAL
 from qwrap.graph.constants import label
 from qwrap.graph.index import ValueType, opset_of, walk_nodes
+from qwrap.graph.load import to_model
 from qwrap.graph.opset_adapters import ADAPTERS
 from qwrap.graph.opset_edit import Editor, known_types, refuse
 
 ONNX_DOMAINS = ("", "ai.onnx")
+OLDEST_TARGET = 11  # Resize-10 cannot say which pixels an Upsample took
 
 # Operator revisions that extend types, allow more (negative axes, new optional inputs and
 # attributes whose default is what was before), or say more clearly what held before. A node of
@@ -116,7 +120,7 @@ def raise_opset(model: ir.Model, target: int) -> list[str]:
 
     Args:
         model: what to edit; imports any opset, as does each of its functions.
-        target: version of ai.onnx, 13 or later, that the installed onnx knows.
+        target: version of ai.onnx, 11 or later, that the installed onnx knows.
 
     Returns:
         A line for each node that was edited; nothing if the model imports ``target`` or later.
@@ -129,8 +133,10 @@ def raise_opset(model: ir.Model, target: int) -> list[str]:
     and Upsample, which it leaves open, the backend tests of ONNX 1.5 and onnxruntime.
     """
     newest = onnx.defs.onnx_opset_version()
-    if not 13 <= target <= newest:
-        raise ExportError(f"opset {target}: not between 13 and {newest}, the newest onnx knows")
+    if not OLDEST_TARGET <= target <= newest:
+        raise ExportError(
+            f"opset {target}: not between {OLDEST_TARGET} and {newest}, the newest onnx knows"
+        )
     if not any(before < target for _, before in _scopes(model)):
         return []
     types = known_types(model)
@@ -143,7 +149,28 @@ def raise_opset(model: ir.Model, target: int) -> list[str]:
             "again with a later opset, or use the com.microsoft domain: " + "; ".join(problems)
         )
     lines, _ = _raise(model, types, target)
+    if target < ROI_OPTIONAL:
+        _give_regions(model, types)
     return lines
+
+
+def raised_message(proto: onnx.ModelProto, target: int) -> onnx.ModelProto:
+    """Return ``proto``, which stays as it is, with ai.onnx ``target``; see ``raise_opset``.
+
+    Raises:
+        ExportError: as ``raise_opset``.
+    """
+    model = to_model(proto, None, is_original=False)
+    raise_opset(model, target)
+    return ir.to_proto(model)
+
+
+def _give_regions(model: ir.Model, types: Mapping[str, ValueType]) -> None:
+    """Give each Resize the empty region input that opsets before 13 ask for, in place."""
+    edit = Editor(model, types)
+    for node in [n for n in walk_nodes(model.graph) if n.op_type == "Resize" and not n.domain]:
+        if len(node.inputs) > 2 and node.inputs[1] is None:
+            edit.give(node, 1, "roi", np.empty(0, np.float32))
 
 
 def _scopes(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, int]]:

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -17,8 +18,12 @@ from qwrap.ops.element_types import TORCH_DTYPES
 
 
 def iterate(
-    batches: Iterable[Any], model: WrappedModel | OnnxGraph, *, may_be_empty: bool = False
-) -> Iterator[dict[str, Tensor]]:
+    batches: Iterable[Any],
+    model: WrappedModel | OnnxGraph,
+    *,
+    may_be_empty: bool = False,
+    finite: bool = True,
+) -> Iterator[dict[str, Any]]:
     """Yield every batch as ``to_inputs`` returns it, one at a time.
 
     Args:
@@ -26,6 +31,7 @@ def iterate(
             ``get_next()`` returns batches and then None (onnxruntime's ``CalibrationDataReader``).
         model: whose graph inputs the batches are for.
         may_be_empty: whether no batches are fine.
+        finite: whether NaN and infinity are refused.
 
     Raises:
         InputError: there are no batches, or one does not fit; the message counts from batch 0.
@@ -33,7 +39,7 @@ def iterate(
     index = -1
     for index, batch in enumerate(_each(batches)):
         try:
-            inputs = to_inputs(batch, model)
+            inputs = to_inputs(batch, model, finite=finite)
         except InputError as error:
             raise InputError(f"batch {index}: {error}") from error
         yield inputs
@@ -50,8 +56,12 @@ def count_batches(batches: object) -> int | None:
         return None
 
 
-def to_inputs(batch: Any, model: WrappedModel | OnnxGraph) -> dict[str, Tensor]:
+def to_inputs(
+    batch: Any, model: WrappedModel | OnnxGraph, *, finite: bool = True
+) -> dict[str, Any]:
     """Return one batch as graph-input name -> tensor of that input's type, on the model's device.
+
+    Text, sequences and optionals are what ``WrappedModel.forward`` takes for them.
 
     Args:
         batch: a tensor or array for a graph with one input; a tuple, or a list that holds tensors
@@ -59,6 +69,7 @@ def to_inputs(batch: Any, model: WrappedModel | OnnxGraph) -> dict[str, Tensor]:
             ignored); or a mapping from graph-input name (other keys are ignored). Floats may be
             of any width; a list of numbers is an array.
         model: whose graph inputs the batch is for.
+        finite: whether NaN and infinity are refused.
 
     Raises:
         InputError: a graph input is missing, has another rank or kind of type than in the graph,
@@ -68,7 +79,8 @@ def to_inputs(batch: Any, model: WrappedModel | OnnxGraph) -> dict[str, Tensor]:
     device = _device(model)
     types = {value.name or "": graph.type_of(value) for value in graph.inputs}
     given = _by_name(batch, list(types))
-    return {name: _to_input(name, given[name], kind).to(device) for name, kind in types.items()}
+    inputs = {name: _to_input(name, given[name], kind, finite) for name, kind in types.items()}
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
 def _device(model: WrappedModel | OnnxGraph) -> torch.device:
@@ -114,12 +126,16 @@ def _items(batch: Any, count: int) -> Sequence[Any]:
     return (batch,)
 
 
-def _to_input(name: str, value: Any, expected: ValueType) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else _from_array(name, value)
+def _to_input(name: str, value: Any, expected: ValueType, finite: bool) -> Any:
+    if expected.kind != "tensor" or expected.dtype == ir.DataType.STRING:
+        value = [_detached(name, v) for v in value] if isinstance(value, list) else value
+        check_input(name, value, expected)
+        return value
+    tensor = _detached(name, value)
     check_input(name, tensor, expected)
     dtype = tensor.dtype if expected.dtype is None else TORCH_DTYPES.get(expected.dtype)
     tensor = tensor.to(dtype)
-    if tensor.is_floating_point():
+    if finite and tensor.is_floating_point():
         bad = int(tensor.isfinite().logical_not_().sum())
         if bad:
             raise InputError(
@@ -127,6 +143,10 @@ def _to_input(name: str, value: Any, expected: ValueType) -> Tensor:
                 "look for what made them, or leave the batch out"
             )
     return tensor
+
+
+def _detached(name: str, value: Any) -> Tensor:
+    return value.detach() if isinstance(value, Tensor) else _from_array(name, value)
 
 
 def _from_array(name: str, value: Any) -> Tensor:

@@ -23,3 +23,7 @@ class UnknownNameError(QuantizationError):
         """Say that ``what`` (such as "node to exclude") is unknown, and which name is nearest."""
         near = difflib.get_close_matches(name, list(known), n=1)
         super().__init__(f"{what} '{name}' does not exist" + (f"; '{near[0]}'?" if near else ""))
+
+
+class MissingFileError(InvalidModelError, FileNotFoundError):
+    """A model, or the file that its weights lie in, is not there."""

@@ -95,6 +95,30 @@ def without_data(
     return copy, pairs
 
 
+def weightless(
+    model: onnx.ModelProto, threshold: int
+) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """Return a copy of ``model`` whose heavy tensors say they lie in files, and the tensors.
+
+    The name of the file is the number of the tensor; see ``with_weights``.
+    """
+    copy, pairs = without_data(model, threshold)
+    for number, (stub, _) in enumerate(pairs):
+        stub.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", str(number)), ("offset", "0"), ("length", "0")):
+            stub.external_data.add(key=key, value=value)
+    return copy, [source for _, source in pairs]
+
+
+def with_weights(model: onnx.ModelProto, tensors: list[onnx.TensorProto]) -> None:
+    """Give the tensors of a ``weightless`` model their data back, in place."""
+    for tensor in [t for t in tensors_of(model) if is_external(t)]:
+        location = next(e.value for e in tensor.external_data if e.key == "location")
+        name = tensor.name
+        tensor.CopyFrom(tensors[int(location)])
+        tensor.name = name
+
+
 def write_proto(
     model: onnx.ModelProto,
     path: str | os.PathLike[str],

@@ -1,0 +1,33 @@
+"""Where as QLinearWhere."""
+
+from __future__ import annotations
+
+from qwrap.ort.operators.base_operator import QuantOperatorBase
+
+__all__ = ["QLinearWhere"]
+
+
+class QLinearWhere(QuantOperatorBase):
+    """A choice between codes, brought to the output's scale."""
+
+    def should_quantize(self) -> bool:
+        """Whether the node is asked for and chooses between floats."""
+        node, quantizer = self.node, self.quantizer
+        return bool(quantizer.should_quantize_node(node)) and quantizer.is_float_tensor(
+            node.input[1]
+        )
+
+    def quantize(self) -> None:
+        """Emit the node where the user insists, else leave it float."""
+        if not self.quantizer.force_quantize_no_input_check:
+            self.keep("only extra_options['ForceQuantizeNoInputCheck'] quantizes it")
+            return
+        reason = self.obstacle([1, 2])
+        if reason:
+            self.keep(reason)
+            return
+        params = self.output_params()
+        inputs, nodes = self.activations([1, 2])
+        self.quantizer.new_nodes += nodes
+        inputs = [self.node.input[0], *inputs, *params]
+        self.emit("QLinearWhere", inputs, params, **self.attributes())
