@@ -22,8 +22,8 @@ def gptq(
     statistics: InputStatistics | None,
     *,
     damping: float = 0.01,
-    act_order: bool = False,
-    search: bool = False,
+    act_order: bool = True,
+    search: bool = True,
     per_channel: bool = True,
     block: int = BLOCK,
 ) -> Blocks:
@@ -122,7 +122,7 @@ class _Grid:
         return (values / scale).round_().add_(zero_point).clamp_(0, 2**self.form.bits - 1)
 
     def _choose(self, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return scales and zero points ``[R]`` for values ``[size, R]`` from input ``start`` on."""
+        """Return scales and zero points ``[R]`` for ``[size, R]`` values of a block."""
         low, high = torch.aminmax(values, dim=0)
         if not self._per_channel:
             low, high = (end.expand_as(low) for end in (low.amin(), high.amax()))

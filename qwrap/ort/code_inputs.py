@@ -283,9 +283,7 @@ def quantize_nodes(
                 source, made, kind, TensorProto.FLOAT
             )[:2]
         inputs = [source, *given]
-        made.append(
-            helper.make_node("QuantizeLinear", inputs, [codes], f"{name}_QuantizeLinear")
-        )
+        made.append(helper.make_node("QuantizeLinear", inputs, [codes], f"{name}_QuantizeLinear"))
     zero_point = quantizer.find_initializer(given[1])
     stored = kind if zero_point is None else int(zero_point.data_type)
     quantizer.note_value(name, codes, *given, stored)
@@ -298,6 +296,4 @@ def _widened(name: str, made: str) -> NodeProto:
 
 def float32_tensor(tensor: TensorProto) -> TensorProto:
     """Return an initializer as float32, under its name."""
-    return numpy_helper.from_array(
-        numpy_helper.to_array(tensor).astype(np.float32), tensor.name
-    )
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)

@@ -82,9 +82,7 @@ def _asymmetric(
         _node("Min", [f"{low}:0", zero], f"{low}_Zero"),
         _node("Max", [f"{high}:0", zero], f"{high}_Zero"),
         _node("Sub", [f"{high}_Zero:0", f"{low}_Zero:0"], f"{scale}_Sub"),
-        _node(
-            "Div", [f"{scale}_Sub:0", quantizer.fixed_qrange_uint8_name], f"{scale}_Div", scale
-        ),
+        _node("Div", [f"{scale}_Sub:0", quantizer.fixed_qrange_uint8_name], f"{scale}_Div", scale),
         _node("Sub", [zero, f"{low}_Zero:0"], f"{zero_point}_Sub"),
         _node("Div", [f"{zero_point}_Sub:0", scale], f"{zero_point}_Div"),
         _node("Floor", [f"{zero_point}_Div:0"], f"{zero_point}_Floor"),

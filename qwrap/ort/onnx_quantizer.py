@@ -16,7 +16,6 @@ from qwrap.ort.base_quantizer import BaseQuantizer
 from qwrap.ort.enums import QuantizationMode, QuantizedValueType
 from qwrap.ort.errors import InvalidModelError, QuantizationError
 from qwrap.ort.onnx_model import ONNXModel
-from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.quant_utils import (
     QuantizedValue,
     __producer__,

@@ -8,7 +8,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from qwrap.ort.errors import InvalidModelError
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.products import scaled_product
-from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 __all__ = ["ConvInteger", "QLinearConv"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.products import scaled_product, spread
 from qwrap.ort.quant_utils import FLOAT8_TYPES, ms_domain
