@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from qwrap.ort.base_quantizer import QuantizationParams
 from qwrap.ort.calibrate import TensorData
 from qwrap.ort.quant_utils import (
     compute_scale_zp,
@@ -15,12 +14,13 @@ from qwrap.ort.quant_utils import (
     get_qmin_qmax_for_qType,
     snap_zero_point_to_uint8,
 )
+from qwrap.ort.quantization_params import QuantizationParams
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_graph import CodeGraph
 
 
-def activation_params(quantizer: ONNXQuantizer) -> dict[str, Any] | None:
+def activation_params(quantizer: CodeGraph) -> dict[str, Any] | None:
     """Return the parameters of each tensor with a range; None without ranges.
 
     Scales are float32, whatever the tensors are: that is what the kernels take.
@@ -40,8 +40,8 @@ def activation_params(quantizer: ONNXQuantizer) -> dict[str, Any] | None:
     return params
 
 
-def _params(quantizer: ONNXQuantizer, name: str, data: TensorData) -> QuantizationParams:
-    overrides = quantizer.tensor_quant_overrides.get_per_tensor_overrides(name, default_val={})
+def _params(quantizer: CodeGraph, name: str, data: TensorData) -> QuantizationParams:
+    overrides = quantizer.tensor_quant_overrides.get_per_tensor_overrides(name, {}) or {}
     kind = quantizer.activation_qType
     if "quant_type" in overrides:
         kind = overrides["quant_type"].tensor_type
@@ -59,7 +59,7 @@ def _params(quantizer: ONNXQuantizer, name: str, data: TensorData) -> Quantizati
 
 
 def _from_range(
-    quantizer: ONNXQuantizer, kind: int, data: TensorData, overrides: dict[str, Any]
+    quantizer: CodeGraph, kind: int, data: TensorData, overrides: dict[str, Any]
 ) -> Any:
     """Return zero point and scale that cover a range."""
     low, high = data.range_value
@@ -79,7 +79,7 @@ def _from_range(
 
 
 def param_tensors(
-    quantizer: ONNXQuantizer, name: str, scale: float | None, zero_point: int | None
+    quantizer: CodeGraph, name: str, scale: float | None, zero_point: int | None
 ) -> tuple[TensorProto, TensorProto] | None:
     """Return initializers of the scale and the zero point of a tensor; None if it has no range.
 

@@ -40,6 +40,7 @@ def quantize_body(around: ONNXQuantizer, body: GraphProto, key: str) -> GraphPro
         around.nodes_to_exclude,
         around.op_types_to_quantize,
         _own_options(around.extra_options, own),
+        in_place=True,
         parent=around,
     )
     quantizer.graph_scope = f"{around.graph_scope}{key}/"

@@ -14,7 +14,8 @@ from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX, QuantizedValue
 from qwrap.ort.tensor_types import FLOATS
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_graph import CodeGraph
+    from qwrap.ort.code_values import CodeValues
 
 Quantized = tuple[list[QuantizedValue], list[NodeProto]]
 
@@ -36,7 +37,7 @@ class Weight(NamedTuple):
 
 
 def quantize(
-    quantizer: ONNXQuantizer,
+    quantizer: CodeValues,
     node: NodeProto,
     indices: Sequence[int],
     weight: Weight | None = None,
@@ -76,7 +77,7 @@ def quantize(
 
 
 def _one(
-    quantizer: ONNXQuantizer, node: NodeProto, index: int, weight: Weight | None
+    quantizer: CodeValues, node: NodeProto, index: int, weight: Weight | None
 ) -> tuple[QuantizedValue, list[NodeProto]] | None:
     name = node.input[index]
     if quantizer.model.get_initializer(name) is not None:
@@ -98,7 +99,7 @@ def _one(
     return None if found is None else (found[0][0], [])
 
 
-def _constant(quantizer: ONNXQuantizer, name: str, weight: Weight | None) -> QuantizedValue:
+def _constant(quantizer: CodeValues, name: str, weight: Weight | None) -> QuantizedValue:
     overrides = quantizer.tensor_quant_overrides
     if weight is None:
         return constant(quantizer, name, quantizer.activation_qType)
@@ -120,7 +121,7 @@ def _constant(quantizer: ONNXQuantizer, name: str, weight: Weight | None) -> Qua
 
 
 def constant(
-    quantizer: ONNXQuantizer,
+    quantizer: CodeValues,
     name: str,
     kind: int,
     reduce_range: bool = False,
@@ -164,7 +165,7 @@ def constant(
 
 
 def _codes(
-    quantizer: ONNXQuantizer,
+    quantizer: CodeValues,
     name: str,
     kind: int,
     reduce_range: bool,
@@ -172,26 +173,26 @@ def _codes(
     axis: int | None,
 ) -> tuple[str, str, str]:
     """Add codes, zero point and scale of a constant; the scale is float32, as kernels take it."""
-    if axis is None:
-        tensor = quantizer.model.get_initializer(name)
+    tensor = quantizer.model.get_initializer(name)
+    if axis is None and tensor is not None:
         names = quantizer.quantize_initializer_impl(tensor, kind, reduce_range, keep_float)
     else:
         names = quantizer.quantize_weight_per_channel_impl(
-            name, kind, axis, reduce_range, keep_float
+            name, kind, axis or 0, reduce_range, keep_float
         )
     codes, zero_point, scale = names
     widen(quantizer, scale)
     return codes, zero_point, scale
 
 
-def widen(quantizer: ONNXQuantizer, name: str) -> None:
+def widen(quantizer: CodeGraph, name: str) -> None:
     """Make a float16 initializer float32, in place."""
     tensor = quantizer.model.get_initializer(name)
     if tensor is not None and tensor.data_type == TensorProto.FLOAT16:
         tensor.CopyFrom(float32_tensor(tensor))
 
 
-def _copied(quantizer: ONNXQuantizer, name: str, tensor: TensorProto) -> str:
+def _copied(quantizer: CodeValues, name: str, tensor: TensorProto) -> str:
     """Return the name of a copy of a constant, which is cleaned away once it is quantized."""
     base, _, number = name.rpartition("_")
     original = tensor.name
@@ -205,14 +206,14 @@ def _copied(quantizer: ONNXQuantizer, name: str, tensor: TensorProto) -> str:
     return copy.name
 
 
-def overridden_type(quantizer: ONNXQuantizer, name: str, kind: int) -> int:
+def overridden_type(quantizer: CodeGraph, name: str, kind: int) -> int:
     """Return the type that an override gives a tensor, else ``kind``."""
     overrides = quantizer.tensor_quant_overrides.get(name) or [{}]
     chosen = overrides[0].get("quant_type")
     return kind if chosen is None else int(chosen.tensor_type)
 
 
-def code_type(quantizer: ONNXQuantizer, name: str, as_weight: bool = False) -> int | None:
+def code_type(quantizer: CodeGraph, name: str, as_weight: bool = False) -> int | None:
     """Return the type that a tensor's codes have or would get; None if it cannot have any."""
     constant = quantizer.model.get_initializer(name)
     if constant is not None:
@@ -225,14 +226,14 @@ def code_type(quantizer: ONNXQuantizer, name: str, as_weight: bool = False) -> i
     if not quantizer.contains_tensor(name):
         parent = quantizer.parent
         return None if parent is None else code_type(parent, name, as_weight)
-    if quantizer.types.declared(name) not in (*FLOATS, None):
+    if (quantizer.types.declared(name) or TensorProto.FLOAT) not in FLOATS:
         return None
     if not quantizer.static and name not in (quantizer.quantization_params or {}):
         return int(quantizer.activation_qType)
     return quantizer.output_type(name)
 
 
-def value_type(quantizer: ONNXQuantizer, value: QuantizedValue) -> int:
+def value_type(quantizer: CodeGraph, value: QuantizedValue) -> int:
     """Return the type of codes."""
     if value.node_qtype in BYTES:
         return int(value.node_qtype)
@@ -241,7 +242,7 @@ def value_type(quantizer: ONNXQuantizer, value: QuantizedValue) -> int:
 
 
 def quantize_nodes(
-    quantizer: ONNXQuantizer,
+    quantizer: CodeValues,
     name: str,
     kind: int,
     given: tuple[str, str] | None,
@@ -268,7 +269,7 @@ def quantize_nodes(
     source = name
     if initial_type == TensorProto.FLOAT16:
         source = quantizer.free_name(f"{name}_float32")
-        made.append(_widened(name, source))
+        made.append(cast_node(name, source, TensorProto.FLOAT))
     codes = quantizer.free_name(name + TENSOR_NAME_QUANT_SUFFIX)
     if given is None and quantizer.fuse_dynamic_quant and kind == TensorProto.UINT8:
         given = quantizer.free_name(f"{name}_scale"), quantizer.free_name(f"{name}_zero_point")
@@ -290,8 +291,9 @@ def quantize_nodes(
     return made
 
 
-def _widened(name: str, made: str) -> NodeProto:
-    return helper.make_node("Cast", [name], [made], f"{made}_Cast", to=TensorProto.FLOAT)
+def cast_node(source: str, made: str, data_type: int) -> NodeProto:
+    """Return a Cast node that is named after its output."""
+    return helper.make_node("Cast", [source], [made], f"{made}_Cast", to=data_type)
 
 
 def float32_tensor(tensor: TensorProto) -> TensorProto:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from qwrap.ort.code_inputs import float32_tensor, value_type, widen
+from qwrap.ort.code_inputs import float32_tensor, value_type
 from qwrap.ort.enums import QuantizedValueType
 from qwrap.ort.errors import QuantizationError
 from qwrap.ort.quant_utils import (
@@ -19,14 +19,15 @@ from qwrap.ort.quant_utils import (
 )
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_graph import CodeGraph
+    from qwrap.ort.code_values import CodeValues
 
 _LARGEST = float(np.iinfo(np.int32).max)
 _SLACK = 1.0001  # of onnxruntime's tool; leaves room for the rounding of scales to float32
 
 
 def quantize_bias(
-    quantizer: ONNXQuantizer,
+    quantizer: CodeValues,
     bias_name: str,
     input_name: str,
     weight_name: str,
@@ -71,7 +72,7 @@ def quantize_bias(
 
 
 def _left_float(
-    quantizer: ONNXQuantizer, bias: TensorProto, input_scale: Any, weight_scale: Any, beta: float
+    quantizer: CodeValues, bias: TensorProto, input_scale: Any, weight_scale: Any, beta: float
 ) -> str:
     """Add a bias to products of float8, which stays float."""
     known = quantizer.quantized_value_map.get(bias.name)
@@ -88,7 +89,7 @@ def _left_float(
     return str(known.q_name)
 
 
-def _added(quantizer: ONNXQuantizer, bias: TensorProto, scale: NDArray[Any]) -> str:
+def _added(quantizer: CodeValues, bias: TensorProto, scale: NDArray[Any]) -> str:
     """Add codes of a bias to the graph that reads them, or find those of the same scale."""
     known = quantizer.quantized_value_map.get(bias.name)
     count, name = 0, bias.name
@@ -105,7 +106,7 @@ def _added(quantizer: ONNXQuantizer, bias: TensorProto, scale: NDArray[Any]) -> 
     return _stored(quantizer, tensor, scale)
 
 
-def _stored(quantizer: ONNXQuantizer, bias: TensorProto, scale: NDArray[Any]) -> str:
+def _stored(quantizer: CodeValues, bias: TensorProto, scale: NDArray[Any]) -> str:
     data = tensor_proto_to_array(bias).astype(np.float64)
     codes = np.rint(data / scale.reshape(-1) if scale.size > 1 else data / scale)
     codes = np.clip(codes, -_LARGEST - 1, _LARGEST).astype(np.int32)
@@ -156,7 +157,7 @@ def grown_scale(
     return True, np.where(small, wide, weight_scale).astype(weight_scale.dtype)
 
 
-def _grow(quantizer: ONNXQuantizer, name: str, scale: NDArray[Any]) -> None:
+def _grow(quantizer: CodeValues, name: str, scale: NDArray[Any]) -> None:
     """Give a weight new scales, in place, or under another name where a bias needs the old."""
     owner = quantizer.find_owner(name) or quantizer
     value = owner.quantized_value_map[name]
@@ -166,26 +167,39 @@ def _grow(quantizer: ONNXQuantizer, name: str, scale: NDArray[Any]) -> None:
     requantize(owner, name, scale)
 
 
-def _family(quantizer: ONNXQuantizer) -> list[ONNXQuantizer]:
+def _family(quantizer: CodeGraph) -> list[CodeGraph]:
     """Return the quantizers of a graph and of all around it."""
     return [quantizer, *(_family(quantizer.parent) if quantizer.parent else ())]
 
 
-def _doubled(owner: ONNXQuantizer, value: QuantizedValue) -> QuantizedValue:
+def _doubled(owner: CodeGraph, value: QuantizedValue) -> QuantizedValue:
     """Add a second copy of the codes, the scale and the zero point of a weight."""
-    names = []
-    for old in (value.q_name, value.scale_name, value.zp_name):
-        tensor = TensorProto()
-        tensor.CopyFrom(owner.model.get_initializer(old))
-        tensor.name = owner.free_name(old)
-        owner.model.add_initializer(tensor)
-        names.append(tensor.name)
+    codes, scale, zero_point = (
+        _copied(owner, name) for name in (value.q_name, value.scale_name, value.zp_name)
+    )
     return QuantizedValue(
-        value.original_name, *names, value.value_type, value.axis, node_qtype=value.node_qtype
+        value.original_name,
+        codes,
+        scale,
+        zero_point,
+        value.value_type,
+        value.axis,
+        node_qtype=value.node_qtype,
     )
 
 
-def requantize(quantizer: ONNXQuantizer, name: str, scale: NDArray[Any]) -> None:
+def _copied(owner: CodeGraph, name: str) -> str:
+    """Add a copy of an initializer, and return its name."""
+    tensor = TensorProto()
+    found = owner.model.get_initializer(name)
+    if found is not None:
+        tensor.CopyFrom(found)
+    tensor.name = owner.free_name(name)
+    owner.model.add_initializer(tensor)
+    return tensor.name
+
+
+def requantize(quantizer: CodeGraph, name: str, scale: NDArray[Any]) -> None:
     """Replace the scale and the codes of a constant, in place."""
     value = quantizer.quantized_value_map.get(name)
     weight = quantizer.model.get_initializer(name)
@@ -206,20 +220,19 @@ def requantize(quantizer: ONNXQuantizer, name: str, scale: NDArray[Any]) -> None
     )
 
 
-def _weight_value(quantizer: ONNXQuantizer, name: str) -> QuantizedValue:
+def _weight_value(quantizer: CodeValues, name: str) -> QuantizedValue:
     value = quantizer.find_quantized_value(name)
     if value is None:
         raise QuantizationError(f"the weight '{name}' is to be quantized before its bias")
     return value
 
 
-def _weight_scale(quantizer: ONNXQuantizer, name: str) -> NDArray[Any]:
+def _weight_scale(quantizer: CodeValues, name: str) -> NDArray[Any]:
     return _array(quantizer, _weight_value(quantizer, name).scale_name)
 
 
-def _array(quantizer: ONNXQuantizer, name: str) -> NDArray[Any]:
-    owner = quantizer.find_owner(name)
-    if owner is None:
+def _array(quantizer: CodeValues, name: str) -> NDArray[Any]:
+    tensor = quantizer.find_initializer(name)
+    if tensor is None:
         raise QuantizationError(f"the scale '{name}' is not constant")
-    widen(owner, name)
-    return numpy_helper.to_array(owner.model.get_initializer(name))
+    return numpy_helper.to_array(float32_tensor(tensor))

@@ -14,13 +14,13 @@ from qwrap.ort.errors import QuantizationError
 from qwrap.ort.quant_utils import get_qrange_for_qType
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_values import CodeValues
 
 Measured = tuple[str, str, list[int], list[int]]
 
 
 def measure(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], kind: int, initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], kind: int, initial_type: int
 ) -> Measured:
     """Append nodes that compute scale and zero point of a tensor, in place.
 
@@ -45,7 +45,7 @@ def measure(
 
 
 def _symmetric(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], initial_type: int
 ) -> Measured:
     low, high = f"{name}_ReduceMin", f"{name}_ReduceMax"
     divisor = float(get_qrange_for_qType(TensorProto.INT8)) / 2.0
@@ -68,7 +68,7 @@ def _symmetric(
 
 
 def _asymmetric(
-    quantizer: ONNXQuantizer, name: str, nodes: list[NodeProto], initial_type: int
+    quantizer: CodeValues, name: str, nodes: list[NodeProto], initial_type: int
 ) -> Measured:
     """Measure a range that is widened to hold 0, without which the zero point would not fit."""
     low, high, zero = f"{name}_ReduceMin", f"{name}_ReduceMax", quantizer.fixed_zero_name
@@ -101,7 +101,7 @@ def _node(op_type: str, inputs: list[str], name: str, output: str = "") -> NodeP
     return helper.make_node(op_type, inputs, [output or f"{name}:0"], name)
 
 
-def _constant(quantizer: ONNXQuantizer, name: str, data_type: int, value: float) -> None:
+def _constant(quantizer: CodeValues, name: str, data_type: int, value: float) -> None:
     """Add a scalar to the main graph, once for all that read it."""
     while quantizer.parent is not None:
         quantizer = quantizer.parent

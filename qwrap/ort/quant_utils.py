@@ -28,6 +28,7 @@ from qwrap.ort.model_io import (
     save_and_reload_model_with_shape_infer,
 )
 from qwrap.ort.opset import update_opset_version
+from qwrap.ort.optimization import optimize_model
 from qwrap.ort.proto_lookups import (
     attribute_to_kwarg,
     find_by_name,
@@ -109,6 +110,7 @@ __all__ = [
     "ms_domain",
     "normalize_axis",
     "onnx_domain",
+    "optimize_model",
     "pack_bytes_to_4bit",
     "quantize_data",
     "quantize_nparray",

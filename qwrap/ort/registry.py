@@ -12,18 +12,79 @@ from typing import Any
 from onnx import NodeProto
 
 from qwrap.ort.enums import QuantizationMode
+from qwrap.ort.operators.activation import QLinearActivation
+from qwrap.ort.operators.argmax import QArgMax
+from qwrap.ort.operators.attention import AttentionQuant
+from qwrap.ort.operators.binary_op import QLinearBinaryOp
+from qwrap.ort.operators.concat import QLinearConcat
+from qwrap.ort.operators.conv import ConvInteger, QLinearConv
+from qwrap.ort.operators.direct_q8 import Direct8BitOp
+from qwrap.ort.operators.embed_layernorm import EmbedLayerNormalizationQuant
+from qwrap.ort.operators.gather import GatherQuant
+from qwrap.ort.operators.gavgpool import QGlobalAveragePool
+from qwrap.ort.operators.gemm import QLinearGemm
+from qwrap.ort.operators.lstm import LSTMQuant
+from qwrap.ort.operators.matmul import MatMulInteger, QLinearMatMul
+from qwrap.ort.operators.maxpool import QMaxPool
+from qwrap.ort.operators.pad import QPad
+from qwrap.ort.operators.pooling import QLinearPool
+from qwrap.ort.operators.resize import QResize
+from qwrap.ort.operators.softmax import QLinearSoftmax
+from qwrap.ort.operators.split import QSplit
+from qwrap.ort.operators.where import QLinearWhere
 
-CommonOpsRegistry: dict[str, Any] = {}
+CommonOpsRegistry: dict[str, Any] = {
+    "Gather": GatherQuant,
+    "Transpose": Direct8BitOp,
+    "EmbedLayerNormalization": EmbedLayerNormalizationQuant,
+}
 """Operator classes that both of the following have."""
 
-IntegerOpsRegistry: dict[str, Any] = {**CommonOpsRegistry}
+IntegerOpsRegistry: dict[str, Any] = {
+    "Conv": ConvInteger,
+    "MatMul": MatMulInteger,
+    "Attention": AttentionQuant,
+    "LSTM": LSTMQuant,
+    **CommonOpsRegistry,
+}
 """For dynamic quantization."""
 
-QLinearOpsRegistry: dict[str, Any] = {**CommonOpsRegistry}
+QLinearOpsRegistry: dict[str, Any] = {
+    "ArgMax": QArgMax,
+    "Conv": QLinearConv,
+    "Gemm": QLinearGemm,
+    "MatMul": QLinearMatMul,
+    "Add": QLinearBinaryOp,
+    "Mul": QLinearBinaryOp,
+    "Relu": QLinearActivation,
+    "Clip": QLinearActivation,
+    "LeakyRelu": QLinearActivation,
+    "Sigmoid": QLinearActivation,
+    "MaxPool": QMaxPool,
+    "GlobalAveragePool": QGlobalAveragePool,
+    "Split": QSplit,
+    "Pad": QPad,
+    "Reshape": Direct8BitOp,
+    "Squeeze": Direct8BitOp,
+    "Unsqueeze": Direct8BitOp,
+    "Flatten": Direct8BitOp,
+    "Resize": QResize,
+    "AveragePool": QLinearPool,
+    "Concat": QLinearConcat,
+    "Softmax": QLinearSoftmax,
+    "Where": QLinearWhere,
+    **CommonOpsRegistry,
+}
 """For static quantization in form QOperator."""
 
 QDQRegistry: dict[str, Any] = {}
 """For static quantization in form QDQ."""
+
+CONTRIB_TYPES = frozenset({"Attention", "EmbedLayerNormalization"})
+"""Operators of ``com.microsoft`` that the classes here quantize; the others are ONNX's."""
+
+BUILT_IN_TYPES = frozenset({**IntegerOpsRegistry, **QLinearOpsRegistry})
+"""Operators that the classes here quantize, whatever users add."""
 
 
 def CreateDefaultOpQuantizer(onnx_quantizer: Any, node: NodeProto) -> Any:

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from qwrap.ort.errors import InvalidModelError
 
 if TYPE_CHECKING:
-    from qwrap.ort.onnx_quantizer import ONNXQuantizer
+    from qwrap.ort.code_graph import CodeGraph
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class TensorTypes:
     """What the model declares of its tensors, graphs around it included."""
 
-    def __init__(self, quantizer: ONNXQuantizer) -> None:
+    def __init__(self, quantizer: CodeGraph) -> None:
         self._quantizer = quantizer
 
     def declared(self, name: str) -> int | None:
@@ -34,7 +34,8 @@ class TensorTypes:
             return int(value.type.tensor_type.elem_type)
         if quantizer.parent is None or quantizer.is_local(name):
             return None
-        return quantizer.parent.types.declared(name)
+        found: int | None = quantizer.parent.types.declared(name)
+        return found
 
     def find(self, name: str, mandatory: bool = False) -> int | None:
         """Return a tensor's type, or what the user says it is by default.

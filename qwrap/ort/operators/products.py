@@ -31,6 +31,7 @@ def scaled_product(
         per_channel: one scale per column where it is asked for them.
     """
     quantizer, node = operator.quantizer, operator.node
+    nodes: list[NodeProto]
     codes, zero_points, scales, nodes = quantizer.quantize_activation(node, [0])
     weight, zeros, factors, made = quantizer.quantize_weight(
         node, [1], reduce_range=reduce_range, op_level_per_channel=per_channel
@@ -73,13 +74,13 @@ def spread(quantizer: ONNXQuantizer, weight: str, name: str) -> str:
 
     For a constant ``[..., K, N]`` of more than two axes that is ``[..., 1, N]``.
     """
-    tensor, owner = quantizer.find_initializer(weight), quantizer.find_owner(name)
-    if tensor is None or owner is None or len(tensor.dims) < 3:
+    tensor, per_column = quantizer.find_initializer(weight), quantizer.find_initializer(name)
+    if tensor is None or per_column is None or len(tensor.dims) < 3:
         return name
-    values = numpy_helper.to_array(owner.model.get_initializer(name))
+    values = numpy_helper.to_array(per_column)
     if values.ndim != 1:
         return name
     shape = (*tensor.dims[:-2], 1, values.size)
     spread = numpy_helper.from_array(np.array(np.broadcast_to(values, shape)), f"{name}_batched")
-    owner.model.add_initializer(spread)
+    quantizer.find_owner(name).model.add_initializer(spread)
     return spread.name

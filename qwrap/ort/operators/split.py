@@ -19,12 +19,12 @@ class QSplit(QuantOperatorBase):
         if reason:
             self.keep(reason)
             return
-        (codes, *params), nodes = self.activations([0])
+        (codes, scale, zero_point), nodes = self.activations([0])
         kind = quantizer.code_type(node.input[0])
         outputs = [quantizer.free_name(f"{name}quantized") if name else "" for name in node.output]
         for name, made in zip(node.output, outputs, strict=True):
             if name:
-                quantizer.note_value(name, made, *params, kind)
+                quantizer.note_value(name, made, scale, zero_point, kind)
         inputs = [codes, *node.input[1:]]
         nodes.append(
             helper.make_node("Split", inputs, outputs, self.quantized_name, **self.attributes())
