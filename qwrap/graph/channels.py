@@ -95,7 +95,8 @@ class WeightView:
         """Return other ``values`` of this shape as ``[G, K, R]``: K products make each output."""
         split = self._split(values)
         if self.is_kernel:
-            return split.reshape(self.groups, split.shape[1], -1).swapaxes(1, 2)
+            outputs_last = split.reshape(self.groups, split.shape[1], -1).swapaxes(1, 2)
+            return np.asarray(outputs_last)
         return np.moveaxis(values, self.axis, 0).reshape(1, values.shape[self.axis], -1)
 
     def _split(self, values: Array) -> Array:
