@@ -149,19 +149,27 @@ def constant(
     kind = overridden_type(quantizer, name, kind)
     if axis is not None:
         axis %= max(len(tensor.dims), 1)
-    known = quantizer.quantized_value_map.get(name)
-    while known is not None:
-        stored = value_type(quantizer, known)
-        if known.axis in (None, axis) and (stored == kind or (either_sign and stored in BYTES)):
+    while (known := quantizer.quantized_value_map.get(name)) is not None or _clashes(
+        quantizer, name
+    ):
+        stored = None if known is None else value_type(quantizer, known)
+        sign = stored == kind or (either_sign and stored in BYTES)
+        if known is not None and sign and known.axis in (None, axis):
             return known
         name = _copied(quantizer, name, tensor)
-        known = quantizer.quantized_value_map.get(name)
     names = _codes(quantizer, name, kind, reduce_range, keep_float, axis)
+    quantizer.take(*names)
     value = QuantizedValue(
         name, names[0], names[2], names[1], QuantizedValueType.Initializer, axis, node_qtype=kind
     )
     quantizer.quantized_value_map[name] = value
     return value
+
+
+def _clashes(quantizer: CodeValues, name: str) -> bool:
+    """Whether the model has a tensor of the names that codes of a constant would get."""
+    suffixes = TENSOR_NAME_QUANT_SUFFIX, "_scale", "_zero_point"
+    return any(quantizer.is_taken(name + suffix) for suffix in suffixes)
 
 
 def _codes(
