@@ -59,8 +59,10 @@ def quantize_gather(draft: Draft, node: ir.Node, request: Request) -> str:
 def _check(weight: Weight, request: Request, gather_axis: int) -> int:
     """Return the axis of the blocks, counted from the first."""
     rank = len(weight.shape)
-    if request.form != "operator":
+    if request.form == "qdq":
         raise Unfit("Gather does not take codes, so that a pair would keep the table in float")
+    if request.form != "operator":
+        raise Unfit("there is no Gather of 4-bit floats")
     if weight.tensor.dtype == ir.DataType.DOUBLE:
         raise Unfit(f"table {weight.name!r} is of float64: GatherBlockQuantized takes none")
     if not -rank <= request.axis < rank:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from qwrap.nbits.blocks import Blocks
+from qwrap.nbits.bnb4 import Kind, float4_key, float4_node
 from qwrap.nbits.draft import MICROSOFT, Draft, Weight
 from qwrap.nbits.packing import operator_arrays, pair_arrays
 from qwrap.nbits.request import Naming, Request
@@ -30,8 +31,10 @@ def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
     _check(weight)
     if request.form == "operator":
         nodes = _operator(draft, node, weight, request)
-    else:
+    elif request.form == "qdq":
         nodes = _pair(draft, node, weight, request)
+    else:
+        nodes = _float4(draft, node, weight, request.format.block_size, request.form)
     result = nodes[-1].op_type
     nodes += _restore_rank(draft, node, weight, nodes[-1])
     draft.replace(node, nodes)
@@ -122,6 +125,15 @@ def _once(
 
 def _named(node: ir.Node, suffix: str) -> str:
     return f"{node.name}{suffix}" if node.name else ""
+
+
+# --- MatMulBnb4 ----------------------------------------------------------------------------------
+
+
+def _float4(draft: Draft, node: ir.Node, weight: Weight, size: int, kind: Kind) -> list[ir.Node]:
+    is_new = float4_key(weight, size, kind) not in draft.made
+    matrix = matrix_of(weight) if is_new else None
+    return [float4_node(draft, node, weight, matrix, size, kind)]
 
 
 # --- DequantizeLinear ----------------------------------------------------------------------------

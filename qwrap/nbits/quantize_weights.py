@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
 from qwrap.nbits.blocks import BlockFormat
+from qwrap.nbits.bnb4 import KINDS
 from qwrap.nbits.draft import Draft
 from qwrap.nbits.inputs import observe_inputs
 from qwrap.nbits.matmul import is_operator_block
@@ -25,7 +26,7 @@ from qwrap.nbits.methods import FROM_DATA, METHODS, Method
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
 from qwrap.nbits.rtn import round_to_nearest
-from qwrap.nbits.streaming import stream_model
+from qwrap.nbits.streaming import stream_model, take_in
 
 BITS = (2, 4, 8)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -67,13 +68,15 @@ def quantize_weights(
             output.
         symmetric: keep no zero points; the middle code means 0.
         method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
-            zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a search, always with zero
-            points; ``"gptq"``, with ``batches``, so that errors cancel on the data; or a function
-            of the kind that ``qwrap.nbits.methods`` describes. Tables are rounded to nearest.
+            zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a
+            search, always with zero points; ``"gptq"``, with ``batches``, so that errors cancel on
+            the data; or a function of the kind that ``qwrap.nbits.methods`` describes. Tables are
+            rounded to nearest.
         form: ``"operator"`` writes MatMulNBits and GatherBlockQuantized of com.microsoft;
             ``"qdq"`` DequantizeLinear with ``block_size`` before MatMul, which needs opset 21, for
-            2 bits 25. onnxruntime makes MatMulNBits of those when it loads the file, and then
-            with accuracy level 4, unless the session option
+            2 bits 25; ``"nf4"`` and ``"fp4"`` MatMulBnb4 of 4-bit floats, which know no method but
+            rounding to nearest. onnxruntime makes MatMulNBits of pairs when it loads the file, and
+            then with accuracy level 4, unless the session option
             ``session.qdq_matmulnbits_accuracy_level`` says otherwise.
         accuracy_level: what MatMulNBits may round its float input to: 1 float32, 2 float16,
             3 bfloat16, 4 int8. None or 0 writes none, and onnxruntime computes in the type of the
@@ -122,6 +125,7 @@ def quantize_weights(
     edit = partial(rewrite, draft, choose, report=report)
     if output is None:
         edit()
+        take_in(draft)
         return ir.to_proto(draft)
     write_edited(model, draft, Path(output), edit, external_data)
     return None
@@ -153,6 +157,7 @@ def write_edited(
         stream_model(target, draft, lambda store: edit(store=store))
         return
     edit()
+    take_in(draft)
     message = ir.to_proto(draft).SerializeToString()
     replace_file(target, lambda file: _write(file, message))
 
@@ -197,8 +202,8 @@ class _Settings:
     formats: dict[str, BlockFormat]
 
     def __post_init__(self) -> None:
-        if self.form not in ("operator", "qdq"):
-            raise ConfigError(f'form={self.form!r}: choose "operator" or "qdq"')
+        if self.form not in get_args(Form):
+            raise ConfigError(f"form={self.form!r}: choose from {list(get_args(Form))}")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise ConfigError(
                 f"accuracy_level={self.accuracy_level}: choose from {ACCURACY_LEVELS}"
@@ -220,9 +225,11 @@ def check_format(form: BlockFormat, written: Form) -> None:
     """
     if form.bits not in BITS:
         raise ConfigError(f"bits={form.bits}: only 2, 4 or 8 bits")
-    if written == "operator" and not is_operator_block(form.block_size):
+    if written in KINDS and form.bits != 4:
+        raise ConfigError(f'form="{written}" has 4 bits, not {form.bits}')
+    if written != "qdq" and not is_operator_block(form.block_size):
         raise ConfigError(
-            f"block_size={form.block_size}: MatMulNBits takes a power of 2 from 16 on"
+            f"block_size={form.block_size}: the operators take a power of 2 from 16 on"
             + ('; one scale an output needs form="qdq"' if form.block_size == 0 else "")
         )
     if form.block_size < 0:
@@ -232,6 +239,8 @@ def check_format(form: BlockFormat, written: Form) -> None:
 def _method(name: str, form: Form) -> Method:
     if name not in METHODS:
         raise ConfigError(_unknown("method", name, METHODS))
+    if name != "rtn" and form in KINDS:
+        raise ConfigError(f'form="{form}" knows no method but "rtn"; got "{name}"')
     if name == "rtn" and form == "qdq":
         return partial(round_to_nearest, around_zero=True)
     return METHODS[name]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.methods import Method
 
-Form = Literal["operator", "qdq"]
+Form = Literal["operator", "qdq", "fp4", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Request:
     Attributes:
         format: bits, block size, symmetry.
         method: makes the codes.
-        form: one operator that takes codes, or DequantizeLinear before the float operator.
+        form: one operator that takes integer codes, DequantizeLinear before the float operator, or
+            MatMulBnb4, which takes 4-bit floats and needs no method.
         accuracy_level: in which type MatMulNBits multiplies; 0 leaves it to the runtime.
         axis: along which the blocks of a Gather's table lie.
         transposed: whether a pair keeps the codes as ``[N, K]``, with a Transpose behind.

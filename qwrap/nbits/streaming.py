@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -80,26 +80,33 @@ def stream_model(target: Path, model: ir.Model, edit: Callable[[Store], None]) -
     def write(draft: Path) -> None:
         with DataWriter(draft.parent / f"{target.name}.data") as data:
             edit(data)
-            for value in _initialisers(model):
-                if value.const_value is not None and not data.has(value.const_value):
-                    value.const_value = data.append(value.const_value)
-            for node in walk_nodes(model.graph):
-                _move_attributes(node, data)
+            move(model, lambda tensor: tensor if data.has(tensor) else data.append(tensor))
         draft.write_bytes(ir.to_proto(model).SerializeToString())
 
     replace_file(target, write)
 
 
-def _initialisers(model: ir.Model) -> Iterator[ir.Value]:
+def take_in(model: ir.Model) -> None:
+    """Read what lies in files, in place, so that the model stands alone."""
+
+    def read(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        in_file = isinstance(tensor, ir.ExternalTensor)
+        return in_memory(tensor.name or "", tensor.numpy()) if in_file else tensor
+
+    move(model, read)
+
+
+def move(model: ir.Model, moved: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> None:
+    """Replace initialisers, and what of files is in attributes, in place."""
     for graph in (model.graph, *model.graph.subgraphs()):
-        yield from graph.initializers.values()
-
-
-def _move_attributes(node: ir.Node, data: DataWriter) -> None:
-    """Let tensors in attributes that lie in files of the old model lie in the new one's."""
-    for name, attribute in list(node.attributes.items()):
-        if attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
-            continue
-        tensor = attribute.as_tensor()
-        if isinstance(tensor, ir.ExternalTensor) and not data.has(tensor):
-            node.attributes[name] = ir.AttrTensor(name, data.append(tensor), attribute.doc_string)
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = moved(value.const_value)
+    for owner in (model.graph, *(f.graph for f in model.functions.values())):
+        for node in walk_nodes(owner):
+            for name, attribute in list(node.attributes.items()):
+                if attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+                    continue
+                tensor = attribute.as_tensor()
+                if isinstance(tensor, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, moved(tensor), attribute.doc_string)

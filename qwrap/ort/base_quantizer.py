@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from qwrap.graph import graphs
-from qwrap.ort.bias import bias_codes, bias_scale
+from qwrap.ort.added_constants import bias_tensors, constant_tensors, float_bias_tensors
 from qwrap.ort.calibrate import TensorData
-from qwrap.ort.code_types import data_type_name, normalize_axis
+from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.initializers import (
-    code_tensor,
-    quantize_onnx_initializer,
-    scale_tensor,
-    tensor_proto_to_array,
-)
+from qwrap.ort.initializers import tensor_proto_to_array
 from qwrap.ort.metadata import get_opset_version, model_has_infer_metadata
 from qwrap.ort.model_io import read_model
 from qwrap.ort.onnx_model import ONNXModel
@@ -28,13 +20,11 @@ from qwrap.ort.quantization_params import QuantizationParams
 from qwrap.ort.ranges import adjusted_ranges
 from qwrap.ort.report import Report
 from qwrap.ort.scopes import node_reads
-from qwrap.ort.tensor_names import DEQUANT_OP_NAME, QUANT_OP_NAME, TENSOR_NAME_QUANT_SUFFIX
+from qwrap.ort.tensor_names import DEQUANT_OP_NAME, QUANT_OP_NAME
 from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper, normalized_overrides
 from qwrap.ort.weight_params import channel_params, tensor_params
 
 __all__ = ["BaseQuantizer", "QuantizationParams"]
-
-logger = logging.getLogger(__name__)
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _SIGNED = (TensorProto.INT4, TensorProto.INT8, TensorProto.INT16, TensorProto.FLOAT8E4M3FN)
@@ -229,31 +219,15 @@ class BaseQuantizer:
             QuantizationError: it is no float initializer, or not finite (a ``ValueError``).
         """
         bias = self._float_initializer(bias_name)
-        values = tensor_proto_to_array(bias)
-        name = bias_name + TENSOR_NAME_QUANT_SUFFIX
-        names = (name, name + "_scale", name + "_zero_point")
         if self.weight_qType == TensorProto.FLOAT8E4M3FN:
-            scale = np.ones(1, np.float32)
-            kept = (values.astype(np.float64) * beta).astype(np.float32)
-            codes = onnx.numpy_helper.from_array(kept, name)
-            zero = code_tensor(names[2], np.zeros(1), self.weight_qType)
-            kind, node_type = "Cast", bias.data_type
+            tensors, scale = float_bias_tensors(bias, self.weight_qType, beta)
+            node_type, kind = "Cast", bias.data_type
         else:
-            scale = bias_scale(values, input_scale, weight_scale)
-            numbers, outside = bias_codes(values, scale, beta)
-            if outside:
-                logger.warning(
-                    "Quantized bias `%s` exceeds the range of a int32. "
-                    "The bias scale is too small.",
-                    bias_name,
-                )
-            codes = code_tensor(name, numbers.reshape(values.shape), TensorProto.INT32)
-            shape = scale.shape if scale.size > 1 else ()
-            zero = code_tensor(names[2], np.zeros(shape), TensorProto.INT32)
-            kind, node_type = "DequantizeLinear", self.weight_qType
-        scales = onnx.numpy_helper.from_array(scale, names[1])
-        self.model.initializer_extend([codes, scales, zero])
-        return (*names, scale, kind, node_type)
+            tensors, scale = bias_tensors(bias, input_scale, weight_scale, beta)
+            node_type, kind = "DequantizeLinear", self.weight_qType
+        self.model.initializer_extend(tensors)
+        codes, zero_point, scales = (tensor.name for tensor in tensors)
+        return codes, scales, zero_point, scale, node_type, kind
 
     def quantize_initializer_impl(
         self,
@@ -277,7 +251,7 @@ class BaseQuantizer:
             QuantizationError: values that are not finite, or overrides of channels (a
                 ``ValueError``).
         """
-        entry = self.tensor_quant_overrides.get_per_tensor_overrides(weight.name, {}) or {}
+        entry = self.tensor_quant_overrides.get_per_tensor_overrides(weight.name, {})
         qType = _entry_type(entry, qType)
         is_weight = qType == self.weight_qType
         zero_point, scale = tensor_params(
@@ -365,17 +339,10 @@ class BaseQuantizer:
         axis: int | None,
         keep_float_weight: bool,
     ) -> tuple[str, str, str]:
-        name = weight.name
-        names = (name + TENSOR_NAME_QUANT_SUFFIX, name + "_zero_point", name + "_scale")
-        logger.debug("initializer '%s' becomes %s", name, data_type_name(qType))
-        added = [
-            scale_tensor(names[2], scale, weight.data_type),
-            code_tensor(names[1], zero_point, qType),
-        ]
-        if not keep_float_weight:
-            added.append(quantize_onnx_initializer(weight, qType, zero_point, scale, axis))
-        self.model.initializer_extend(added)
-        return names
+        tensors = constant_tensors(weight, qType, zero_point, scale, axis)
+        self.model.initializer_extend(tensors[1:] if keep_float_weight else tensors)
+        codes, zeros, scales = (tensor.name for tensor in tensors)
+        return codes, zeros, scales
 
 
 def _entry_type(entry: Mapping[str, Any], default: int) -> int:

@@ -189,7 +189,8 @@ def _value_faults(name: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[s
 def channel_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the dictionaries of channels; a single one with arrays for all channels is split."""
     if len(entries) != 1 or entries[0].get("axis") is None:
-        return [dict(entry) for entry in entries]
+        # an axis that is counted from the back equals one that is not: that was looked at
+        return [{k: v for k, v in e.items() if not i or k != "axis"} for i, e in enumerate(entries)]
     numbers = {
         key: np.asarray(entries[0][key]).reshape(-1)
         for key in ("scale", "zero_point", "rmin", "rmax")

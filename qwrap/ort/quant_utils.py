@@ -1,6 +1,8 @@
 """Numerics, names and small look-ups, all under the module name that scripts import them from."""
 
 from qwrap.ort.blocked import compute_scale_zp_blocked
+from qwrap.ort.calibration.divergence import smooth_distribution
+from qwrap.ort.calibration.plot import apply_plot
 from qwrap.ort.code_types import (
     FLOAT8_TYPES,
     ONNX_INT_TYPE_RANGE,
@@ -28,6 +30,7 @@ from qwrap.ort.model_io import (
     save_and_reload_model_with_shape_infer,
 )
 from qwrap.ort.opset import update_opset_version
+from qwrap.ort.optimization import optimize_model
 from qwrap.ort.proto_lookups import (
     attribute_to_kwarg,
     find_by_name,
@@ -90,6 +93,7 @@ __all__ = [
     "add_quant_input_suffix",
     "add_quant_output_suffix",
     "add_quant_suffix",
+    "apply_plot",
     "attribute_to_kwarg",
     "compute_data_quant_params",
     "compute_scale_zp",
@@ -109,11 +113,13 @@ __all__ = [
     "ms_domain",
     "normalize_axis",
     "onnx_domain",
+    "optimize_model",
     "pack_bytes_to_4bit",
     "quantize_data",
     "quantize_nparray",
     "quantize_onnx_initializer",
     "save_and_reload_model_with_shape_infer",
+    "smooth_distribution",
     "snap_zero_point_to_uint8",
     "tensor_proto_to_array",
     "type_to_name",

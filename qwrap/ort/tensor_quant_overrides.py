@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from onnx import TensorProto
 
@@ -107,10 +107,18 @@ class TensorQuantOverridesHelper(MutableMapping[str, list[Entry]]):
         first = self._first(tensor_name) or {}
         return "scale" in first and "zero_point" in first
 
+    @overload
+    def get_per_tensor_overrides(self, tensor_name: str, default_val: Entry) -> Entry: ...
+
+    @overload
+    def get_per_tensor_overrides(
+        self, tensor_name: str, default_val: Entry | None = None
+    ) -> Entry | None: ...
+
     def get_per_tensor_overrides(
         self, tensor_name: str, default_val: Entry | None = None
     ) -> Entry | None:
-        """Return what is said of a tensor with one scale, or ``default_val``.
+        """Return what is said of a tensor with one scale, ``default_val`` if nothing is.
 
         Raises:
             QuantizationError: it is said of channels (a ``ValueError``).
@@ -120,19 +128,18 @@ class TensorQuantOverridesHelper(MutableMapping[str, list[Entry]]):
                 f"Expected tensor '{tensor_name}' to use per-tensor quantization overrides, "
                 "but found per-channel overrides."
             )
-        if tensor_name not in self.overrides:
-            return default_val
-        return self._first(tensor_name)
+        first = self._first(tensor_name)
+        return default_val if first is None else first
 
     def get_per_channel_overrides(
         self, tensor_name: str, default_val: list[Entry] | None = None
     ) -> list[Entry] | None:
-        """Return what is said of a tensor's channels, or ``default_val``; None for empty lists.
+        """Return what is said of a tensor's channels, ``default_val`` if nothing is.
 
         Raises:
             QuantizationError: there is no axis (a ``ValueError``).
         """
-        entries = self.overrides.get(tensor_name, default_val)
+        entries = self.overrides.get(tensor_name) or default_val
         if not entries:
             return None
         if entries[0].get("axis") is None:

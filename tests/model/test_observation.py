@@ -39,7 +39,8 @@ def test_batches_are_read_one_by_one() -> None:
             events.append("read")
             yield batch
 
-    for _ in qwrap.observe(model, given(), {"y": lambda _: events.append("shown")}):
+    watchers = {"y": lambda _: events.append("shown")}
+    for _ in qwrap.observe(model, given(), watchers):
         events += ["done"]
     assert events == ["read", "shown", "done"] * 3
 

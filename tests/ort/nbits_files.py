@@ -130,6 +130,21 @@ def matrix(node: NodeProto, known: Mapping[str, Array]) -> Array:
     return ((codes[:, :k] - wide[1]) * wide[0]).T
 
 
+FP4 = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]
+NF4 = [-1, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
+NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1]
+
+
+def float4_matrix(node: NodeProto, known: Mapping[str, Array]) -> Array:
+    """What a MatMulBnb4 multiplies with, ``[K, N]``."""
+    given, packed, largest = attributes(node), *(known[name] for name in node.input[1:])
+    k, n = given["K"], given["N"]
+    levels = np.array(NF4 if given["quant_type"] else [*FP4, *(-x for x in FP4)])
+    codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1)[: n * k]
+    scale = np.repeat(largest.astype(np.float64), given["block_size"])[: n * k]
+    return (levels[codes] * scale).reshape(n, k).T.astype(largest.dtype)
+
+
 def table(node: NodeProto, known: Mapping[str, Array]) -> Array:
     """What a GatherBlockQuantized or a blocked DequantizeLinear stands for, float64."""
     is_gather = node.op_type == "GatherBlockQuantized"
@@ -171,6 +186,9 @@ def _to_floats(graph: onnx.GraphProto, known: Mapping[str, Array]) -> None:
         if node.op_type == "MatMulNBits":
             kind = known[node.input[2]].dtype
             graph.initializer.append(tensor(matrix(node, known).astype(kind), name))
+            nodes.append(helper.make_node("MatMul", [node.input[0], name], node.output))
+        elif node.op_type == "MatMulBnb4":
+            graph.initializer.append(tensor(float4_matrix(node, known), name))
             nodes.append(helper.make_node("MatMul", [node.input[0], name], node.output))
         elif node.op_type == "GatherBlockQuantized":
             kind, axis = known[node.input[2]].dtype, attributes(node)["gather_axis"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwrap.graph import replace_file
 from qwrap.ort.calibration.fingerprint import Model, fingerprint
 from qwrap.ort.calibration.tensor_data import TensorData, TensorsData
 from qwrap.ort.enums import CalibrationMethod
@@ -58,7 +59,10 @@ def save_tensors_data(
     payload = {**tensors_data.to_dict(), "smooth_quant": smooth_quant}
     if model is not None:
         payload["model"] = fingerprint(model)
-    write_text(Path(path), json.dumps(payload, cls=CalibrationCacheEncoder))
+    text = json.dumps(payload, cls=CalibrationCacheEncoder)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, partial(_write, text))
 
 
 def load_tensors_data(path: FilePath, *, model: Model | None = None) -> TensorsData:
@@ -128,6 +132,10 @@ def cached_ranges(
     return ranges
 
 
+def _write(text: str, draft: Path) -> None:
+    draft.write_text(text, encoding="utf-8")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
@@ -164,17 +172,3 @@ def _other(ours: dict[str, Any], theirs: Any) -> str:
     if not isinstance(theirs, dict) or ours["inputs"] != theirs.get("inputs"):
         return "its inputs differ"
     return "its inputs are the same, its nodes or weights differ"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Make or replace a file, so that no reader sees half of it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Make or replace a file, so that no reader sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        draft.write_bytes(data)
-        draft.replace(path)

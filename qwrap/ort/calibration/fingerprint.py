@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from qwrap.ort.model_io import load_message
 
 Model = str | os.PathLike[str] | ModelProto
 
@@ -20,22 +20,17 @@ def fingerprint(model: Model) -> dict[str, Any]:
 
     Inputs, nodes with their attributes, and the values of all constants count; versions, texts,
     inferred shapes and names of nodes do not, nor whether a constant is an initialiser or a
-    Constant node, in the file or beside it. Constants are read one by one.
+    Constant node, in the file or beside it.
 
     Args:
-        model: a path, or a model in memory, which may refer to external data by absolute paths
-            or relative to the current folder.
+        model: a path, or a model in memory that holds its data.
 
     Returns:
         What JSON can hold: ``inputs``, name -> element type and shape, and ``digest``, of all.
     """
-    if isinstance(model, ModelProto):
-        proto, folder = model, Path()
-    else:
-        path = Path(model)
-        proto, folder = onnx.load(path, load_external_data=False), path.parent
+    proto = model if isinstance(model, ModelProto) else load_message(model)
     digest = hashlib.sha256()
-    for piece in _graph_pieces(proto.graph, folder):
+    for piece in _graph_pieces(proto.graph):
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     for function in proto.functions:
@@ -59,21 +54,21 @@ def _type(value: onnx.ValueInfoProto) -> list[Any]:
     return [name, sizes]
 
 
-def _graph_pieces(graph: GraphProto, folder: Path) -> Iterator[bytes]:
+def _graph_pieces(graph: GraphProto) -> Iterator[bytes]:
     yield from sorted(repr((name, kind)).encode() for name, kind in _inputs(graph).items())
     yield from (f"output {value.name}".encode() for value in graph.output)
-    yield from _constants(graph, folder)
+    yield from _constants(graph)
     for node in graph.node:
         if _lifted(node) is None:
-            yield from _node_pieces(node, folder)
+            yield from _node_pieces(node)
 
 
-def _constants(graph: GraphProto, folder: Path) -> Iterator[bytes]:
+def _constants(graph: GraphProto) -> Iterator[bytes]:
     """Yield the digests of constants in the order of their names."""
     found = {tensor.name: tensor for tensor in graph.initializer}
     found.update((node.output[0], t) for node in graph.node if (t := _lifted(node)) is not None)
     for name in sorted(found):
-        yield name.encode() + b"\0" + _tensor_digest(found[name], folder)
+        yield name.encode() + b"\0" + _tensor_digest(found[name])
 
 
 def _lifted(node: NodeProto) -> TensorProto | None:
@@ -83,12 +78,7 @@ def _lifted(node: NodeProto) -> TensorProto | None:
     return next((a.t for a in node.attribute if a.name == "value"), None)
 
 
-def _tensor_digest(tensor: TensorProto, folder: Path) -> bytes:
-    if uses_external_data(tensor):
-        held = TensorProto()
-        held.CopyFrom(tensor)
-        load_external_data_for_tensor(held, os.fspath(folder))
-        tensor = held
+def _tensor_digest(tensor: TensorProto) -> bytes:
     digest = hashlib.sha256(f"{tensor.data_type} {list(tensor.dims)}".encode())
     if tensor.HasField("raw_data"):
         digest.update(tensor.raw_data)
@@ -99,14 +89,14 @@ def _tensor_digest(tensor: TensorProto, folder: Path) -> bytes:
     return digest.digest()
 
 
-def _node_pieces(node: NodeProto, folder: Path) -> Iterator[bytes]:
+def _node_pieces(node: NodeProto) -> Iterator[bytes]:
     domain = "" if node.domain == "ai.onnx" else node.domain
     yield repr((domain, node.op_type, list(node.input), list(node.output))).encode()
     for attribute in sorted(node.attribute, key=lambda a: a.name):
         yield attribute.name.encode()
         if attribute.type == AttributeProto.GRAPH:
-            yield from _graph_pieces(attribute.g, folder)
+            yield from _graph_pieces(attribute.g)
         elif attribute.type == AttributeProto.TENSOR:
-            yield _tensor_digest(attribute.t, folder)
+            yield _tensor_digest(attribute.t)
         else:
             yield attribute.SerializeToString(deterministic=True)

@@ -1,0 +1,172 @@
+"""What all calibrators share: the model, the tensors to look at, and the batches."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto, ValueInfoProto
+
+from qwrap.ort.calibration.data_reader import CalibrationDataReader
+from qwrap.ort.calibration.extremes import Extremes
+from qwrap.ort.calibration.float_model import CPU, FloatModel
+from qwrap.ort.calibration.selection import observed_tensors, with_outputs
+from qwrap.ort.calibration.tensor_data import TensorsData
+from qwrap.ort.errors import QuantizationError
+from qwrap.ort.model_io import read_model
+
+_LOG = logging.getLogger(__name__)
+
+ModelSource = str | Path | ModelProto
+
+
+class CalibraterBase:
+    """Runs data through a float model and watches tensors.
+
+    Each tensor is looked at when it has been computed, and then freed. Nothing is kept of a batch
+    but statistics of fixed size.
+
+    Attributes:
+        model: the model, with declared types; never modified.
+        infer_session: what runs it, None before it is made; see ``FloatModel``.
+        execution_providers: onnxruntime's names of what it is to run on.
+        op_types_to_calibrate: types of the nodes whose tensors are watched; None for all.
+        augmented_model_path: not used: there is no augmented file.
+        use_external_data_format: not used.
+        symmetric: whether ranges are to end equally far from 0.
+        per_channel: whether there is a range for each index of axis 1.
+        custom_ops: shared libraries with operators for onnxruntime.
+    """
+
+    def __init__(
+        self,
+        model_path: ModelSource,
+        op_types_to_calibrate: Sequence[str] | None = None,
+        augmented_model_path: str | os.PathLike[str] = "augmented_model.onnx",
+        symmetric: bool = False,
+        use_external_data_format: bool = False,
+        per_channel: bool = False,
+    ) -> None:
+        """Read a model.
+
+        Args:
+            model_path: path of a float model, or the model itself.
+            op_types_to_calibrate: types of the nodes whose inputs and outputs are watched; all
+                nodes if None or empty.
+            augmented_model_path: accepted and not used.
+            symmetric: let ranges end equally far from 0.
+            use_external_data_format: accepted and not used.
+            per_channel: a range for each index of axis 1.
+
+        Raises:
+            QuantizationError: the model is neither a path nor a model (a ``ValueError``).
+        """
+        if not isinstance(model_path, str | os.PathLike | ModelProto):
+            raise QuantizationError("model_path should be model path.")
+        self.model = read_model(model_path)
+        self.op_types_to_calibrate = op_types_to_calibrate
+        self.augmented_model_path = augmented_model_path
+        self.symmetric = symmetric
+        self.use_external_data_format = use_external_data_format
+        self.per_channel = per_channel
+        self.custom_ops: Sequence[str | os.PathLike[str]] = ()
+        self.infer_session: FloatModel | None = None
+        self.execution_providers: Sequence[Any] = [CPU]
+        self._watched: dict[str, Extremes] = {}
+
+    def set_execution_providers(self, execution_providers: Sequence[Any] = (CPU,)) -> None:
+        """Let the model run elsewhere, in place; it is loaded anew.
+
+        Args:
+            execution_providers: onnxruntime's names, or pairs of name and options. The first that
+                torch has a device for is used.
+
+        Raises:
+            UnknownNameError: onnxruntime knows no such provider (a ``ValueError``).
+        """
+        self.execution_providers = list(execution_providers)
+        self.create_inference_session()
+
+    def create_inference_session(self) -> None:
+        """Load the model, in place; it is done at the first ``collect_data`` otherwise."""
+        self.infer_session = FloatModel(self.model, self.execution_providers, self.custom_ops)
+
+    def select_tensors_to_calibrate(
+        self, model: ModelProto
+    ) -> tuple[set[str], dict[str, ValueInfoProto]]:
+        """Return the names of the tensors to watch, and the types of all tensors by name.
+
+        They are the float32 and float16 inputs and outputs of nodes of the types to calibrate,
+        those in bodies of If, Loop and Scan included, but no initialisers.
+        """
+        return observed_tensors(model, self.op_types_to_calibrate)
+
+    def get_augment_model(self) -> ModelProto:
+        """Return a copy of the model with the watched tensors of its main graph as outputs.
+
+        It is for looking at; calibration runs the model as it is.
+        """
+        return with_outputs(self.model, self.select_tensors_to_calibrate(self.model)[0])
+
+    def augment_graph(self) -> None:
+        """Do nothing: the model need not be changed to watch its tensors."""
+
+    def collect_data(self, data_reader: CalibrationDataReader) -> None:
+        """Run all batches of a reader, and keep statistics, in place; may be called again."""
+        raise NotImplementedError
+
+    def compute_data(self) -> TensorsData:
+        """Return the ranges that all data collected so far leads to."""
+        raise NotImplementedError
+
+    def clear_collected_data(self) -> None:
+        """Do nothing: no data is kept."""
+
+    # --- for calibrators -------------------------------------------------------------------------
+
+    def _session(self) -> FloatModel:
+        if self.infer_session is None:
+            self.create_inference_session()
+        assert self.infer_session is not None
+        return self.infer_session
+
+    def _extremes(self, *, magnitudes: bool = False) -> dict[str, Extremes]:
+        """Return what watches the extremes of each tensor, always the same, now without any."""
+        if not self._watched:
+            for name in sorted(self.select_tensors_to_calibrate(self.model)[0]):
+                made = Extremes(name, per_channel=self.per_channel, magnitudes=magnitudes)
+                self._watched[name] = made
+        for extremes in self._watched.values():
+            extremes.clear()
+        return self._watched
+
+    def _watch_extremes(
+        self, batches: Iterable[Mapping[str, Any]], watched: Mapping[str, Extremes]
+    ) -> Iterator[None]:
+        """Run batches, and yield after each."""
+        watchers = {name: extremes.take for name, extremes in watched.items()}
+        for _ in self._session().observe(batches, watchers):
+            yield
+
+    def _report(self) -> None:
+        """Log which tensors held what is no number."""
+        for extremes in self._watched.values():
+            if extremes.nans or extremes.infinities:
+                what = "its range is that of the others" if extremes.found else "it has no range"
+                _LOG.warning(
+                    "tensor '%s': %d values are NaN and %d infinite in the calibration data; %s. "
+                    "Exclude the nodes that make and read it, or repair the data",
+                    extremes.name,
+                    extremes.nans,
+                    extremes.infinities,
+                    what,
+                )
+
+
+def batches_of(data_reader: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the batches of a reader, up to the first that is None or empty."""
+    while batch := data_reader.get_next():
+        yield batch

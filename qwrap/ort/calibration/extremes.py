@@ -1,0 +1,119 @@
+"""The ends of what a tensor holds, and what in it is no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwrap.ort.errors import QuantizationError
+
+Array = NDArray[Any]
+
+
+class Extremes:
+    """Smallest and largest finite value of one tensor, of all that was taken since ``clear``.
+
+    Attributes:
+        name: of the tensor.
+        low: smallest, of the tensor's type, shape ``[1]``, or ``[C]`` per channel; None while no
+            finite value was taken.
+        high: largest.
+        least: smallest magnitude, if that is wanted.
+        dtype: the tensor's type, None before the first value.
+        nans: how many values were NaN, ever.
+        infinities: how many were infinite, ever.
+        found: whether any was finite, ever.
+    """
+
+    def __init__(self, name: str, *, per_channel: bool = False, magnitudes: bool = False) -> None:
+        self.name, self._per_channel, self._magnitudes = name, per_channel, magnitudes
+        self.dtype: np.dtype[Any] | None = None
+        self.nans = self.infinities = 0
+        self.found = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the extremes, in place."""
+        self.low: Array | None = None
+        self.high: Array | None = None
+        self.least: float = np.inf
+
+    @property
+    def ends(self) -> tuple[Array, Array] | None:
+        """Smallest and largest value, without dimensions; 0 if all that was taken was empty.
+
+        None if nothing was taken, or nothing finite.
+        """
+        if self.low is not None and self.high is not None:
+            return self.low.reshape(()), self.high.reshape(())
+        if self.dtype is None or self.nans or self.infinities:
+            return None
+        return np.zeros((), self.dtype), np.zeros((), self.dtype)
+
+    @property
+    def smallest_magnitude(self) -> float:
+        """Smallest magnitude taken; 0 if there was none."""
+        return self.least if np.isfinite(self.least) else 0.0
+
+    def take(self, values: Tensor) -> None:
+        """Take values in, in place. Empty tensors, NaN and infinity change no extreme."""
+        self.dtype = self.dtype or torch.empty(0, dtype=values.dtype).numpy().dtype
+        if not values.numel():
+            return
+        if self._per_channel and values.dim() > 1:
+            low, high = self._of_channels(values)
+        else:
+            kept, low, high = finite(values)
+            if len(kept) < values.numel():
+                self._count(values)
+            if not len(kept):
+                return
+            if self._magnitudes:
+                self.least = min(self.least, float(kept.abs().amin()))
+            low, high = low.view(1), high.view(1)
+        self.found = True
+        self._join(low.cpu().numpy(), high.cpu().numpy())
+
+    def _of_channels(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends for each index of axis 1; those of one without a finite value are 0."""
+        rows = values.transpose(0, 1).flatten(1)
+        usable = rows.isfinite()
+        if usable.all():
+            low, high = rows.aminmax(dim=1)
+            return low, high
+        self._count(values)
+        low = rows.masked_fill(~usable, torch.inf).amin(1)
+        high = rows.masked_fill(~usable, -torch.inf).amax(1)
+        return low.where(low.isfinite(), 0), high.where(high.isfinite(), 0)
+
+    def _count(self, values: Tensor) -> None:
+        self.nans += int(values.isnan().sum())
+        self.infinities += int(values.isinf().sum())
+
+    def _join(self, low: Array, high: Array) -> None:
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+            return
+        if self.low.shape != low.shape:
+            raise QuantizationError(
+                f"tensor '{self.name}': {len(low)} channels after {len(self.low)}; ranges per "
+                "channel need a fixed number of them on axis 1"
+            )
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+
+
+def finite(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the finite values in one dimension, the smallest and the largest; NaN if none are."""
+    flat = values.detach().flatten()
+    low, high = flat.aminmax()
+    if bool((low - low == 0) & (high - high == 0)):
+        return flat, low, high
+    flat = flat[flat.isfinite()]
+    if not len(flat):
+        return flat, low.mul(torch.nan), high.mul(torch.nan)
+    low, high = flat.aminmax()
+    return flat, low, high

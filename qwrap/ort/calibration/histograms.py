@@ -1,0 +1,224 @@
+"""Ranges from histograms: by entropy, percentile or distribution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
+from qwrap.ort.calibration.collector import HistogramCollector
+from qwrap.ort.calibration.data_reader import CalibrationDataReader
+from qwrap.ort.calibration.spool import Spool
+from qwrap.ort.calibration.tensor_data import TensorsData
+from qwrap.ort.enums import CalibrationMethod
+from qwrap.ort.errors import QuantizationError
+
+
+class HistogramCalibrater(CalibraterBase):
+    """Counts the values of every tensor in bins.
+
+    Bins are fixed by the extremes of all batches of one ``collect_data``, so that each batch runs
+    twice; in between it is in a temporary file.
+
+    Attributes:
+        collector: holds the histograms, None before there are any.
+        method: "entropy", "percentile" or "distribution".
+        num_bins: bins of a tensor's first histogram.
+        num_quantized_bins: levels of a range, for entropy.
+        percentile: share of the values that a range is to hold.
+        scenario: "same" or "p3", for distribution.
+        clamped: whether symmetric ranges end where the values do, on each side.
+    """
+
+    calibration_method: CalibrationMethod | None = None
+
+    def __init__(
+        self,
+        model_path: ModelSource,
+        op_types_to_calibrate: Sequence[str] | None = None,
+        augmented_model_path: str | os.PathLike[str] = "augmented_model.onnx",
+        use_external_data_format: bool = False,
+        method: str = "percentile",
+        symmetric: bool = False,
+        num_bins: int = 128,
+        num_quantized_bins: int = 2048,
+        percentile: float = 99.999,
+        scenario: str = "same",
+    ) -> None:
+        """Read a model.
+
+        Args:
+            model_path: see ``CalibraterBase``.
+            op_types_to_calibrate: see ``CalibraterBase``.
+            augmented_model_path: accepted and not used.
+            use_external_data_format: accepted and not used.
+            method: "entropy", "percentile" or "distribution".
+            symmetric: let ranges end equally far from 0.
+            num_bins: bins of a tensor's first histogram.
+            num_quantized_bins: levels of a range, for entropy.
+            percentile: 0 to 100, how much of the values a range is to hold.
+            scenario: "same" or "p3", for distribution: of the values or of their cube roots.
+
+        Raises:
+            QuantizationError: the model is neither a path nor a model (a ``ValueError``).
+        """
+        super().__init__(
+            model_path,
+            op_types_to_calibrate,
+            augmented_model_path,
+            symmetric,
+            use_external_data_format,
+        )
+        self.intermediate_outputs: list[Any] = []
+        self.calibrate_tensors_range: TensorsData | None = None
+        self.collector: HistogramCollector | None = None
+        self.method = method
+        self.num_bins = num_bins
+        self.num_quantized_bins = num_quantized_bins
+        self.percentile = percentile
+        self.scenario = scenario
+        self.clamped = False
+
+    @property
+    def tensors_to_calibrate(self) -> set[str]:
+        """Names of the tensors that are watched."""
+        return self.select_tensors_to_calibrate(self.model)[0]
+
+    def collect_data(self, data_reader: CalibrationDataReader) -> None:
+        """Run all batches of a reader twice, and count values, in place.
+
+        Raises:
+            QuantizationError: there is no batch, and was none before, or one does not fit the
+                graph inputs (a ``ValueError``).
+        """
+        collector = self.collector or self._new_collector()
+        watched = self._extremes(magnitudes=collector.counts_magnitudes)
+        with Spool() as spool:
+            seen = 0
+            for _ in self._watch_extremes(spool.passing(batches_of(data_reader)), watched):
+                seen += 1
+            if not seen:
+                if self.collector is None:
+                    raise QuantizationError("No data is collected.")
+                return
+            for extremes in watched.values():
+                collector.cover(extremes)
+            self.collector = collector
+            counters = {name: partial(collector.count, name) for name in watched}
+            for _ in self._session().observe(spool.batches(), counters):
+                pass
+
+    def _new_collector(self) -> HistogramCollector:
+        return HistogramCollector(
+            method=self.method,
+            symmetric=self.symmetric,
+            num_bins=self.num_bins,
+            num_quantized_bins=self.num_quantized_bins,
+            percentile=self.percentile,
+            scenario=self.scenario,
+            clamped=self.clamped,
+        )
+
+    def compute_data(self) -> TensorsData:
+        """Return ranges with their histograms; for distribution mean and deviation too.
+
+        Raises:
+            QuantizationError: no data was collected, or a setting is wrong (a ``ValueError``).
+            TypeError: the class does not say which method it is for.
+        """
+        if self.collector is None:
+            raise QuantizationError("No collector created and can't generate calibration data.")
+        if self.calibration_method is None:
+            raise TypeError(
+                f"Unknown calibrater {type(self)}. This method must be overwritten, or "
+                "calibration_method be set."
+            )
+        self._report()
+        return TensorsData(self.calibration_method, self.collector.compute_collection_result())
+
+
+class EntropyCalibrater(HistogramCalibrater):
+    """Ranges that lose least of each tensor's distribution; 2048 bins and 128 levels are usual."""
+
+    calibration_method = CalibrationMethod.Entropy
+
+    def __init__(
+        self,
+        model_path: ModelSource,
+        op_types_to_calibrate: Sequence[str] | None = None,
+        augmented_model_path: str | os.PathLike[str] = "augmented_model.onnx",
+        use_external_data_format: bool = False,
+        method: str = "entropy",
+        symmetric: bool = False,
+        num_bins: int = 128,
+        num_quantized_bins: int = 128,
+    ) -> None:
+        """Read a model; arguments as for ``HistogramCalibrater``."""
+        super().__init__(
+            model_path,
+            op_types_to_calibrate,
+            augmented_model_path,
+            use_external_data_format,
+            method=method,
+            symmetric=symmetric,
+            num_bins=num_bins,
+            num_quantized_bins=num_quantized_bins,
+        )
+
+
+class PercentileCalibrater(HistogramCalibrater):
+    """Ranges that hold a share of each tensor's values."""
+
+    calibration_method = CalibrationMethod.Percentile
+
+    def __init__(
+        self,
+        model_path: ModelSource,
+        op_types_to_calibrate: Sequence[str] | None = None,
+        augmented_model_path: str | os.PathLike[str] = "augmented_model.onnx",
+        use_external_data_format: bool = False,
+        method: str = "percentile",
+        symmetric: bool = False,
+        num_bins: int = 2048,
+        percentile: float = 99.999,
+    ) -> None:
+        """Read a model; arguments as for ``HistogramCalibrater``."""
+        super().__init__(
+            model_path,
+            op_types_to_calibrate,
+            augmented_model_path,
+            use_external_data_format,
+            method=method,
+            symmetric=symmetric,
+            num_bins=num_bins,
+            percentile=percentile,
+        )
+
+
+class DistributionCalibrater(HistogramCalibrater):
+    """Means and deviations of tensors, from which float8 takes its scales; needs 512 bins."""
+
+    calibration_method = CalibrationMethod.Distribution
+
+    def __init__(
+        self,
+        model_path: ModelSource,
+        op_types_to_calibrate: Sequence[str] | None = None,
+        augmented_model_path: str | os.PathLike[str] = "augmented_model.onnx",
+        use_external_data_format: bool = False,
+        method: str = "distribution",
+        num_bins: int = 128,
+        scenario: str = "same",
+    ) -> None:
+        """Read a model; arguments as for ``HistogramCalibrater``."""
+        super().__init__(
+            model_path,
+            op_types_to_calibrate,
+            augmented_model_path,
+            use_external_data_format,
+            method=method,
+            num_bins=num_bins,
+            scenario=scenario,
+        )
