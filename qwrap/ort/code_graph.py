@@ -112,6 +112,7 @@ class CodeGraph(BaseQuantizer):
         self.types = TensorTypes(self)
         self.quantization_params = self.calculate_quantization_params()
         self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
+        self.constant_codes: dict[str, list[QuantizedValue]] = {}
         self.recurrent_weights: dict[str, tuple[str, str, str]] = {}
         self.scale_products: dict[str, str] = {}
         self._taken = made_names(graph)
