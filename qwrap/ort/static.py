@@ -30,6 +30,7 @@ from qwrap.ort.enums import CalibrationMethod, QuantFormat, QuantizationMode, Qu
 from qwrap.ort.errors import QuantizationError
 from qwrap.ort.model_io import read_model, write_model
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
+from qwrap.ort.opset import raised_for_pairs
 from qwrap.ort.options import calibration_options, check_options
 from qwrap.ort.qdq_quantizer import QDQQuantizer
 from qwrap.ort.quant_utils import model_has_pre_process_metadata, update_opset_version
@@ -118,6 +119,8 @@ def quantize_static(
             tensor_quant_overrides=options.get("TensorQuantOverrides"),
             block_size=options.get("BlockSize", 0),
         )
+        if in_pairs:
+            model, options = raised_for_pairs(model, per_channel, options)
         if not ranges:
             calibrator = create_calibrator(
                 model,

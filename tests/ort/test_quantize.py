@@ -350,6 +350,15 @@ def test_the_output_says_who_made_it() -> None:
     assert props["onnx.infer"] == "onnxruntime.quant"
 
 
+@pytest.mark.parametrize("opset", [10, 11, 12, 13])
+def test_scales_per_channel_need_opset_13(opset: int) -> None:
+    """The incumbent writes an attribute that opsets before do not have; the file does not load."""
+    model = static(network(opset), per_channel=True)
+    assert model.opset_import[0].version == 13
+    assert run(model).shape == (2, 5)
+    assert static(network(opset)).opset_import[0].version == opset
+
+
 @pytest.mark.ort("G75")
 def test_the_report_says_what_became_of_every_node() -> None:
     report = ort.Report()
