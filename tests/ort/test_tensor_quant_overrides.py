@@ -284,6 +284,7 @@ def test_an_axis_may_be_counted_from_the_back_in_each_channel() -> None:
         ({"symmetric": 1}, "'symmetric' has to be True or False"),
         ({"scale": 1.0, "zero_point": 0.5}, "'zero_point' has to be an integer"),
         ({"quant_type": U8, "scale": 1.0, "zero_point": 256}, "is no code of UINT8"),
+        ({"scale": 1.0, "zero_point": 256}, "is no code of UINT8"),
         ({"quant_type": "QInt9"}, "QInt9"),
     ],
 )
