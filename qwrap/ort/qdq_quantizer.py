@@ -136,14 +136,28 @@ class QDQQuantizer(QuantizedGraph):
         """Take onnxruntime's own Q/DQ operators where those of ONNX lack the type."""
         types = {self.activation_qType, self.weight_qType}
         types |= {t.tensor_type for t in self.tensor_quant_override_qtypes}
-        if self.opset_version < 21 and not self.qdq_op_domain and types & _SINCE_21:
-            logger.warning(
-                "ONNX QuantizeLinear and DequantizeLinear operators do not support 16-bit/4-bit "
-                "integer quantization types prior to opset 21. The domain of QuantizeLinear and "
-                "DequantizeLinear operators will be set to '%s' to enable support.",
-                ms_domain,
-            )
-            self.qdq_op_domain = ms_domain
+        if types & _SINCE_21:
+            self._use_own_operators(21, "16-bit/4-bit integer quantization types")
+
+    def _use_own_operators(self, since: int, what: str) -> None:
+        """Take onnxruntime's own Q/DQ operators if those of the model's opset lack something.
+
+        Args:
+            since: the opset where ONNX has it.
+            what: it is, for the warning.
+        """
+        if self.opset_version >= since or self.qdq_op_domain:
+            return
+        logger.warning(
+            "ONNX QuantizeLinear and DequantizeLinear operators do not support %s prior to opset "
+            "%s. The domain of QuantizeLinear and DequantizeLinear operators will be set to '%s' "
+            "to enable support.",
+            what,
+            since,
+            ms_domain,
+        )
+        for graph in self.graphs():
+            graph.qdq_op_domain = ms_domain
 
     # --- marks -----------------------------------------------------------------------------------
 
@@ -299,10 +313,9 @@ class QDQQuantizer(QuantizedGraph):
 
     def quantize_bias_static(self, bias_name: str, bias_info: QDQBiasQuantInfo) -> str | None:
         """Write the int32 codes of a bias; return their name, None if it stays float."""
-        known = self.quantized_value_map.get(bias_name)
-        if known is not None:
-            return str(known.original.q_name)
-        return biases.write_bias(self, bias_name, bias_info)
+        if bias_name not in self.bias_codes:
+            self.bias_codes[bias_name] = biases.write_bias(self, bias_name, bias_info)
+        return self.bias_codes[bias_name]
 
     # --- the new graph ---------------------------------------------------------------------------
 
@@ -312,6 +325,11 @@ class QDQQuantizer(QuantizedGraph):
         graphs = list(self.graphs())
         for graph in graphs:
             graph._choose_weights()
+        chosen = [params for graph in graphs for params in graph.initializer_quant_params.values()]
+        if any(params.get("block_size", 0) for params in chosen):
+            self._use_own_operators(21, "blocks")
+        if any(params.get("axis") is not None for params in chosen):
+            self._use_own_operators(13, "a scale for each channel")
         for graph in graphs:
             graph._find_float_readers()
             graph.folded.restore()

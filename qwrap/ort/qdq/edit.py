@@ -39,7 +39,8 @@ class GraphEdit:
 
     def read_by(self, node: NodeProto, tensor: str, as_float: bool) -> str:
         """Return the name under which ``node`` of this graph or a body reads ``tensor``."""
-        if self.outer is not None and not self._uses.is_local(tensor):
+        here = tensor in self.reads or self._uses.is_local(tensor)
+        if self.outer is not None and not here:
             return self.outer.read_by(node, tensor, as_float)
         if as_float:
             return self.floats.get(tensor, tensor)

@@ -66,8 +66,9 @@ class PairWriter:
         else:
             codes = self._codes(initializer, params)
             nodes = [self._dequantize(codes, output, add_dequant_suffix(name), scales, settings)]
-        self._edit.insert(name, nodes)
-        self._edit.reads[name] = output
+        for graph in self._quantizer.graphs_that_read(name):
+            graph.edit.insert(name, nodes)
+            graph.edit.reads[name] = output
         value = QuantizedValue(
             name,
             codes or "",

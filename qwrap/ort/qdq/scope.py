@@ -53,6 +53,8 @@ class QuantizedGraph(BaseQuantizer):
         scales: initializers of scales and zero points.
         folded: activations that were folded into codes.
         bodies: quantizers of the bodies of a node, by its ``id``.
+        bias_codes: names of the codes of biases that were written, None for those left float.
+        refused: why tensors cannot be quantized, by name.
         quantized_nodes: nodes for which an operator class was called.
         current_node: the one for which it is being called.
     """
@@ -68,6 +70,7 @@ class QuantizedGraph(BaseQuantizer):
         self._taken: set[str] = set()
         for graph in all_graphs(self.model.graph()):
             self._taken |= made_names(graph)
+        self.refused: dict[str, str] = {}
         self._excluded = frozenset(self.nodes_to_exclude or ())
         self._float_reads: set[tuple[int, str]] = set()
         self._begin()
@@ -81,6 +84,7 @@ class QuantizedGraph(BaseQuantizer):
         self.tensor_to_producing_dq: dict[str, NodeProto] = {}
         self.initializer_quant_params: dict[str, QuantizationParams] = {}
         self.quantized_value_map: dict[str, QDQTensorQuantizedValue] = {}
+        self.bias_codes: dict[str, str | None] = {}
         self.quantized_nodes: list[NodeProto] = []
         self.current_node: NodeProto | None = None
         self.bodies: dict[int, list[Any]] = {}
@@ -155,6 +159,9 @@ class QuantizedGraph(BaseQuantizer):
 
     def is_quantizable(self, name: str) -> bool:
         """Whether a tensor is of float32 or float16; an unknown type is none, with a warning."""
+        if name in self.refused:
+            logger.warning("tensor '%s' stays float: %s", name, self.refused[name])
+            return False
         kind = self.data_type_of(name)
         if kind is None:
             logger.warning(
@@ -191,6 +198,21 @@ class QuantizedGraph(BaseQuantizer):
                 if not body.uses.is_local(name):
                     found += body.readers(name)
         return found
+
+    def graphs_that_read(self, name: str) -> list[Any]:
+        """Return the quantizers of graphs where a constant of this graph is dequantized.
+
+        That is this graph if a node of it reads the constant, or nobody does; else bodies, each on
+        its own, for kernels of codes are found within a graph only.
+        """
+        if self.uses.readers(name) or name in self.uses.outputs:
+            return [self]
+        bodies = [body for bodies in self.bodies.values() for body in bodies]
+        reading = [
+            body for body in bodies if name in body.uses.reads and not body.uses.is_local(name)
+        ]
+        found = [graph for body in reading for graph in body.graphs_that_read(name)]
+        return found or [self]
 
     def reader_named(self, node_name: str, tensor: str) -> tuple[NodeProto | None, int]:
         """Return the node of that name that reads a tensor, and as which input, the last one."""
