@@ -2,6 +2,7 @@
 
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
+from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
@@ -45,6 +46,7 @@ __all__ = [
     "RangeTable",
     "SearchResult",
     "Sensitivity",
+    "Smoothed",
     "Statistics",
     "Target",
     "TensorRange",
@@ -69,5 +71,6 @@ __all__ = [
     "round_weights",
     "search",
     "sensitivity",
+    "smooth_quant",
     "verify",
 ]
