@@ -112,6 +112,7 @@ class CodeGraph(BaseQuantizer):
         self.types = TensorTypes(self)
         self.quantization_params = self.calculate_quantization_params()
         self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
+        self.constant_codes: dict[str, list[QuantizedValue]] = {}
         self.recurrent_weights: dict[str, tuple[str, str, str]] = {}
         self.scale_products: dict[str, str] = {}
         self._taken = made_names(graph)
@@ -220,14 +221,19 @@ class CodeGraph(BaseQuantizer):
     def free_name(self, name: str) -> str:
         """Return ``name``, or with a number where the model has one, and take it."""
         free, count = name, 0
-        while self._is_taken(free):
+        while self.is_taken(free):
             count += 1
             free = f"{name}_{count}"
         self._taken.add(free)
         return free
 
-    def _is_taken(self, name: str) -> bool:
-        return name in self._taken or (self.parent is not None and self.parent._is_taken(name))
+    def take(self, *names: str) -> None:
+        """Remember that the graph has tensors of these names."""
+        self._taken.update(names)
+
+    def is_taken(self, name: str) -> bool:
+        """Whether this graph, or one around it, has a tensor of that name."""
+        return name in self._taken or (self.parent is not None and self.parent.is_taken(name))
 
     def note_value(
         self, name: str, q_name: str, scale_name: str, zp_name: str, code_type: int | None = None

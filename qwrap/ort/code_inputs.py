@@ -149,19 +149,29 @@ def constant(
     kind = overridden_type(quantizer, name, kind)
     if axis is not None:
         axis %= max(len(tensor.dims), 1)
-    known = quantizer.quantized_value_map.get(name)
-    while known is not None:
-        stored = value_type(quantizer, known)
-        if known.axis in (None, axis) and (stored == kind or (either_sign and stored in BYTES)):
-            return known
-        name = _copied(quantizer, name, tensor)
-        known = quantizer.quantized_value_map.get(name)
-    names = _codes(quantizer, name, kind, reduce_range, keep_float, axis)
+    made = quantizer.constant_codes.setdefault(name, [])
+    last = quantizer.quantized_value_map.get(name)
+    for value in [*([] if last is None else [last]), *made]:
+        stored = value_type(quantizer, value)
+        fits = stored == kind or (either_sign and stored in BYTES)
+        if fits and value.axis in (None, axis):
+            quantizer.quantized_value_map[name] = value
+            return value
+    source = name if last is None and not _clashes(quantizer, name) else _copied(quantizer, tensor)
+    codes, zero_point, scale = _codes(quantizer, source, kind, reduce_range, keep_float, axis)
+    quantizer.take(codes, zero_point, scale)
     value = QuantizedValue(
-        name, names[0], names[2], names[1], QuantizedValueType.Initializer, axis, node_qtype=kind
+        name, codes, scale, zero_point, QuantizedValueType.Initializer, axis, node_qtype=kind
     )
+    made.append(value)
     quantizer.quantized_value_map[name] = value
     return value
+
+
+def _clashes(quantizer: CodeValues, name: str) -> bool:
+    """Whether the model has a tensor of the names that codes of a constant would get."""
+    suffixes = TENSOR_NAME_QUANT_SUFFIX, "_scale", "_zero_point"
+    return any(quantizer.is_taken(name + suffix) for suffix in suffixes)
 
 
 def _codes(
@@ -192,18 +202,18 @@ def widen(quantizer: CodeGraph, name: str) -> None:
         tensor.CopyFrom(float32_tensor(tensor))
 
 
-def _copied(quantizer: CodeValues, name: str, tensor: TensorProto) -> str:
+def _copied(quantizer: CodeValues, tensor: TensorProto) -> str:
     """Return the name of a copy of a constant, which is cleaned away once it is quantized."""
-    base, _, number = name.rpartition("_")
-    original = tensor.name
-    count = int(number) + 1 if base == original and number.isdigit() else 1
+    count, name = 1, f"{tensor.name}_1"
+    while quantizer.is_taken(name) or _clashes(quantizer, name):
+        count += 1
+        name = f"{tensor.name}_{count}"
     copy = TensorProto()
     copy.CopyFrom(tensor)
-    copy.name = f"{original}_{count}"
-    if copy.name not in quantizer.quantized_value_map:
-        copy.name = quantizer.free_name(copy.name)
-        quantizer.model.add_initializer(copy)
-    return copy.name
+    copy.name = name
+    quantizer.take(name)
+    quantizer.model.add_initializer(copy)
+    return name
 
 
 def overridden_type(quantizer: CodeGraph, name: str, kind: int) -> int:

@@ -53,13 +53,13 @@ def quantize_nparray(
     least = qmin if low is None else max(qmin, low)
     most = qmax if high is None else min(qmax, high)
     with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.asarray(np.asarray(arr).astype(np.float32) / scale)
+        steps = np.asarray(np.asarray(arr, np.float32) / scale)
     np.rint(steps, out=steps)
     zero = np.asarray(zero_point).astype(np.float32)  # which holds all of 16 bits
     fits = np.broadcast_shapes(zero.shape, steps.shape) == steps.shape
     codes = np.asarray(np.add(steps, zero, out=steps if fits else None))
     np.clip(codes, least, most, out=codes)
-    if np.isnan(codes).any():
+    if np.isnan(codes.sum()):  # clamped, so nothing else makes it NaN
         raise QuantizationError("an array holds NaN, or a scale is 0, and cannot be quantized")
     return np.asarray(codes.astype(ONNX_TYPE_TO_NP_TYPE[qType]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import onnxruntime
 from qwrap.graph import replace_file
 from qwrap.ort.model_io import load_message
 from qwrap.ort.proto_file import LIMIT, weights_size, write_proto
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def optimize_model(
@@ -28,6 +31,19 @@ def optimize_model(
     """
     model = optimized(load_message(model_path), disabled=("ConstantSharing",))
     replace_file(Path(opt_model_path), lambda draft: write_proto(model, draft))
+
+
+def optimized_if_possible(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``model`` optimized, or itself, with a line in the log, where that fails."""
+    try:
+        return optimized(model)
+    except Exception as error:  # onnxruntime's errors have no common class
+        _LOGGER.warning(
+            "onnxruntime cannot optimize the model, which goes on as it is "
+            "(skip_optimization=True leaves this step out): %s",
+            error,
+        )
+        return model
 
 
 def optimized(model: onnx.ModelProto, disabled: Sequence[str] = ()) -> onnx.ModelProto:

@@ -47,7 +47,7 @@ def faults(
             yield from _channel_faults(name, entries, initializers)
         else:
             yield from _tensor_faults(name, entries[0], name in initializers, default_type)
-        yield from _value_faults(name, entries)
+        yield from _value_faults(name, entries, None if name in initializers else default_type)
 
 
 def _form_faults(name: str, entries: Any) -> Iterator[str]:
@@ -168,7 +168,9 @@ def _mismatches(
     yield from _scale_faults(other, f" (tensor '{name}')")
 
 
-def _value_faults(name: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _value_faults(
+    name: str, entries: Sequence[Mapping[str, Any]], default_type: Any
+) -> Iterator[str]:
     """Say what is wrong with types and numbers, which onnxruntime takes as they come."""
     try:
         parse_overrides({name: channel_entries(entries)})
@@ -176,12 +178,14 @@ def _value_faults(name: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[s
         yield str(error)
         return
     for entry in (*entries, *(e.get("convert") or {} for e in entries)):
-        ends = ONNX_INT_TYPE_RANGE.get(getattr(entry.get("quant_type"), "tensor_type", None) or 0)
+        kind = entry.get("quant_type") or default_type
+        onnx_type = int(getattr(kind, "tensor_type", kind) or 0) if not isinstance(kind, str) else 0
+        ends = ONNX_INT_TYPE_RANGE.get(onnx_type)
         zero = np.asarray(entry.get("zero_point", 0)).astype(np.float64)
         if ends and ((zero < float(ends[0])) | (zero > float(ends[1]))).any():
             yield (
                 f"'zero_point' {zero} of tensor '{name}' is no code of "
-                f"{data_type_name(entry['quant_type'].tensor_type)}: "
+                f"{data_type_name(onnx_type)}: "
                 f"choose one from {ends[0]} to {ends[1]}"
             )
 

@@ -1,6 +1,8 @@
 """Numerics, names and small look-ups, all under the module name that scripts import them from."""
 
 from qwrap.ort.blocked import compute_scale_zp_blocked
+from qwrap.ort.calibration.divergence import smooth_distribution
+from qwrap.ort.calibration.plot import apply_plot
 from qwrap.ort.code_types import (
     FLOAT8_TYPES,
     ONNX_INT_TYPE_RANGE,
@@ -91,6 +93,7 @@ __all__ = [
     "add_quant_input_suffix",
     "add_quant_output_suffix",
     "add_quant_suffix",
+    "apply_plot",
     "attribute_to_kwarg",
     "compute_data_quant_params",
     "compute_scale_zp",
@@ -116,6 +119,7 @@ __all__ = [
     "quantize_nparray",
     "quantize_onnx_initializer",
     "save_and_reload_model_with_shape_infer",
+    "smooth_distribution",
     "snap_zero_point_to_uint8",
     "tensor_proto_to_array",
     "type_to_name",

@@ -12,7 +12,7 @@ from qwrap.ort.errors import InvalidModelError, QuantizationError
 from qwrap.ort.metadata import add_pre_process_metadata, get_opset_version
 from qwrap.ort.model_io import ModelSource, declare_types, load_message
 from qwrap.ort.opset import raise_opset
-from qwrap.ort.optimization import optimized
+from qwrap.ort.optimization import optimized_if_possible
 from qwrap.ort.proto_file import THRESHOLD, write_proto
 from qwrap.ort.symbolic import declare_symbolic
 
@@ -79,7 +79,7 @@ def quant_pre_process(
             verbose=verbose,
         )
     if not skip_optimization:
-        model = _optimized(model)
+        model = optimized_if_possible(model)
     if not skip_onnx_shape:
         declare_types(model)
     add_pre_process_metadata(model)
@@ -115,15 +115,3 @@ def _at_least_opset_11(model: onnx.ModelProto) -> onnx.ModelProto:
     except (InvalidModelError, QuantizationError) as error:
         _LOGGER.warning("the opset stays as it is: %s", error)
     return model
-
-
-def _optimized(model: onnx.ModelProto) -> onnx.ModelProto:
-    try:
-        return optimized(model)
-    except Exception as error:  # onnxruntime's errors have no common class
-        _LOGGER.warning(
-            "onnxruntime cannot optimize the model, which goes on as it is "
-            "(skip_optimization=True leaves this step out): %s",
-            error,
-        )
-        return model

@@ -4,7 +4,6 @@ import numpy as np
 import onnxruntime.quantization.base_quantizer as incumbent
 import onnxruntime.quantization.calibrate as incumbent_calibrate
 import pytest
-from onnx import ModelProto, TensorProto, helper
 from base_quantizer_pairs import (
     FLOAT8,
     INT8,
@@ -13,6 +12,7 @@ from base_quantizer_pairs import (
     conv_relu,
     pair,
 )
+from onnx import ModelProto, TensorProto, helper
 
 from qwrap.ort.base_quantizer import BaseQuantizer
 from qwrap.ort.calibrate import CalibrationMethod, TensorData, TensorsData

@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 import pytest
-from onnx import TensorProto
 from base_quantizer_pairs import (
     FLOAT8,
     assert_same_initializers,
@@ -12,6 +11,7 @@ from base_quantizer_pairs import (
     made,
     pair,
 )
+from onnx import TensorProto
 
 from qwrap.ort.bias import bias_codes, bias_scale, weight_scale_for_bias
 

@@ -3,8 +3,6 @@
 import numpy as np
 import onnxruntime.quantization.base_quantizer as incumbent
 import pytest
-from onnx import numpy_helper
-from onnxruntime.quantization import QuantType as IncumbentType
 from base_quantizer_pairs import (
     FLOAT8,
     GENERATOR,
@@ -16,6 +14,8 @@ from base_quantizer_pairs import (
     made,
     pair,
 )
+from onnx import numpy_helper
+from onnxruntime.quantization import QuantType as IncumbentType
 
 from qwrap.ort.enums import QuantType
 from qwrap.ort.weight_params import channel_params

@@ -8,9 +8,10 @@ import numpy as np
 from onnx import numpy_helper
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 from qwrap.ort.quant_utils import get_qmin_qmax_for_qType
 
-__all__ = ["QLinearActivation"]
+__all__ = ["QDQRemovableActivation", "QLinearActivation"]
 
 
 class QLinearActivation(QuantOperatorBase):
@@ -76,3 +77,41 @@ class QLinearActivation(QuantOperatorBase):
         inputs, nodes = self.activations([0])
         self.quantizer.new_nodes += nodes
         self.emit(f"QLinear{node.op_type}", [*inputs, *params], params, **self.attributes())
+
+
+class QDQRemovableActivation(QDQOperatorBase):
+    """A Relu or Clip, which goes where the codes of its output hold no value beyond its bounds."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node, or remove it."""
+        source, result = self.node.input[0], self.node.output[0]
+        if not self.quantizer.is_tensor_quantized(source):
+            return
+        if self._is_superfluous() and self.quantizer.try_replacing_upstream_output(source, result):
+            self.quantizer.remove_node(self.node)
+        else:
+            self.quantizer.quantize_activation_tensor(source)
+        self.mark_output()
+
+    def _is_superfluous(self) -> bool:
+        quantizer = self.quantizer
+        if quantizer.is_activation_symmetric or quantizer.qdq_keep_removable_activations:
+            return False
+        bounds = self._bounds()
+        if bounds is None or self.disable_qdq_for_node_output:
+            return False
+        return quantizer.clips_to(self.node.output[0], *bounds)
+
+    def _bounds(self) -> tuple[float, float] | None:
+        """Return the smallest and the largest output; None if they are computed."""
+        if self.node.op_type == "Relu":
+            return 0.0, math.inf
+        given = {a.name: a.f for a in self.node.attribute}
+        bounds = [given.get("min", -math.inf), given.get("max", math.inf)]
+        for side, name in enumerate(self.node.input[1:3]):
+            if name:
+                constant = self.quantizer.find_initializer(name)
+                if constant is None:
+                    return None
+                bounds[side] = float(numpy_helper.to_array(constant).reshape(()))
+        return bounds[0], bounds[1]

@@ -8,8 +8,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from qwrap.ort.errors import InvalidModelError
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.products import scaled_product
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 
-__all__ = ["ConvInteger", "QLinearConv"]
+__all__ = ["ConvInteger", "QDQConv", "QLinearConv"]
 
 
 class ConvInteger(QuantOperatorBase):
@@ -78,3 +79,16 @@ class QLinearConv(QuantOperatorBase):
         params = self.output_params()
         inputs = [*x, *w, *params, *bias]
         self.emit("QLinearConv", inputs, params, "", **self.attributes())
+
+
+class QDQConv(QDQOperatorBase):
+    """Pairs around the input and the output of a Conv or ConvTranspose, a weight, an int32 bias."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        data, weight = self.node.input[:2]
+        self.quantizer.quantize_activation_tensor(data)
+        self.mark_output()
+        self.mark_weight(weight, default_axis=1 if self.node.op_type == "ConvTranspose" else 0)
+        if len(self.node.input) == 3 and self.node.input[2]:
+            self.quantizer.quantize_bias_tensor(self.node.name, self.node.input[2], data, weight)

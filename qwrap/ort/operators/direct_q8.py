@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
-__all__ = ["Direct8BitOp"]
+__all__ = ["Direct8BitOp", "QDQDirect8BitOp"]
 
 
 class Direct8BitOp(QuantOperatorBase):
@@ -38,3 +39,15 @@ class Direct8BitOp(QuantOperatorBase):
         kind = self.quantizer.code_type(self.node.input[0])
         self.quantizer.note_value(output, made.output[0], scale, zero_point, kind)
         self.quantizer.new_nodes.append(made)
+
+
+class QDQDirect8BitOp(QDQOperatorBase):
+    """A node that passes values on: its output shares the parameters of its input."""
+
+    def quantize(self) -> None:
+        """Mark the output where the input is quantized, or both where the user insists."""
+        if self.quantizer.force_quantize_no_input_check:
+            self.quantizer.quantize_activation_tensor(self.node.input[0])
+        elif not self.quantizer.is_tensor_quantized(self.node.input[0]):
+            return
+        self.share_output()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from onnx import NodeProto, helper
 
 from qwrap.ort import integer_bias
 from qwrap.ort.operators.matmul import QOpMatMul
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 
-__all__ = ["QLinearGemm", "get_beta", "is_B_transposed", "set_default_beta"]
+__all__ = ["QDQGemm", "QLinearGemm", "get_beta", "is_B_transposed", "set_default_beta"]
+
+logger = logging.getLogger(__name__)
 
 
 def _attribute(gemm_node: NodeProto, name: str, default: Any) -> Any:
@@ -66,3 +70,29 @@ class QLinearGemm(QOpMatMul):
     def _bias_inputs(self) -> tuple[str, str, str]:
         x, w, bias = self.node.input
         return bias, x, w
+
+
+class QDQGemm(QDQOperatorBase):
+    """Pairs around the input and the output, a weight, an int32 bias.
+
+    The bias takes in the factor ``beta``, which then is 1.
+    """
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        data, weight = self.node.input[:2]
+        self.quantizer.quantize_activation_tensor(data)
+        self.mark_output()
+        self.mark_weight(weight, default_axis=0 if is_B_transposed(self.node) else 1)
+        bias = self.node.input[2] if len(self.node.input) == 3 else ""
+        if not bias:
+            return
+        if self.quantizer.is_input_a_initializer(bias):
+            beta = get_beta(self.node)
+            self.quantizer.quantize_bias_tensor(self.node.name, bias, data, weight, beta)
+        else:
+            logger.warning(
+                "Bias of Gemm node '%s' is not constant. Please exclude this node for better "
+                "performance.",
+                self.node.name,
+            )

@@ -6,9 +6,10 @@ import logging
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.products import scaled_product, spread
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 from qwrap.ort.quant_utils import FLOAT8_TYPES, ms_domain
 
-__all__ = ["MatMulInteger", "QLinearMatMul", "QOpMatMul"]
+__all__ = ["MatMulInteger", "QDQMatMul", "QLinearMatMul", "QOpMatMul"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,3 +66,21 @@ class QLinearMatMul(QOpMatMul):
         float8 = self.quantizer.weight_qType in FLOAT8_TYPES
         domain = ms_domain if float8 else ""
         self.emit("QLinearMatMul", [*x, codes, *rest, *params], params, domain)
+
+
+class QDQMatMul(QDQOperatorBase):
+    """Pairs around activations; a constant is a weight, whose channels are its columns."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        quantizer = self.quantizer
+        if quantizer.matmul_const_b_only and not quantizer.is_constant(self.node.input[1]):
+            return
+        for position, name in enumerate(self.node.input):
+            constant = quantizer.find_initializer(name)
+            if constant is None:
+                quantizer.quantize_activation_tensor(name)
+            else:
+                columns = len(constant.dims) > 1 and position == 1
+                self.mark_weight(name, default_axis=len(constant.dims) - 1 if columns else 1)
+        self.mark_output()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 from qwrap.ort.quant_utils import (
     TENSOR_NAME_QUANT_SUFFIX,
     QuantizedValue,
@@ -13,7 +16,7 @@ from qwrap.ort.quant_utils import (
     quantize_nparray,
 )
 
-__all__ = ["QPad"]
+__all__ = ["QDQPad", "QPad"]
 
 
 class QPad(QuantOperatorBase):
@@ -83,3 +86,34 @@ class QPad(QuantOperatorBase):
         nodes.append(helper.make_node("QuantizeLinear", inputs, [made], f"{name}_QuantizeLinear"))
         quantizer.add_new_nodes(nodes)
         return made
+
+
+class QDQPad(QDQOperatorBase):
+    """Pairs around every float input and the output, which shares the input's where it can."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        for name in self.node.input:
+            self.quantizer.quantize_activation_tensor(name)
+        if self._is_input_enough():
+            self.share_output()
+        else:
+            self.mark_output()
+
+    def _is_input_enough(self) -> bool:
+        """Whether the output holds nothing but values of the input and 0."""
+        attributes = {a.name: helper.get_attribute_value(a) for a in self.node.attribute}
+        mode = attributes.get("mode", b"constant")
+        if mode in {b"reflect", b"edge", b"wrap"}:
+            return True
+        value = self._pad_value(attributes.get("value", 0.0))
+        return mode == b"constant" and value is not None and not value.any()
+
+    def _pad_value(self, attribute: float) -> Any:
+        """Return what a constant mode pads with; None if it is computed."""
+        if self.quantizer.opset_version < 11:
+            return np.asarray(attribute)
+        if len(self.node.input) < 3 or not self.node.input[2]:
+            return np.zeros(())
+        found = self.quantizer.find_initializer(self.node.input[2])
+        return None if found is None else numpy_helper.to_array(found)

@@ -47,7 +47,7 @@ def scaled_product(
     cast = f"{sums}_cast_output"
     nodes.append(helper.make_node("Cast", [sums], [cast], f"{sums}_cast", to=target))
     product = _product_of_scales(quantizer, [scales[0], factors], name, nodes)
-    scaled = f"{result}_float32" if half else result
+    scaled = quantizer.free_name(f"{result}_float32") if half else result
     nodes.append(get_mul_node([cast, product], scaled, f"{name}_output_scale_mul" if name else ""))
     if half:
         to = TensorProto.FLOAT16

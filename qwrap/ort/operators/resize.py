@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qwrap.ort.operators.direct_q8 import Direct8BitOp
+from qwrap.ort.operators.direct_q8 import Direct8BitOp, QDQDirect8BitOp
 
-__all__ = ["QResize"]
+__all__ = ["QDQResize", "QResize"]
 
 
 class QResize(Direct8BitOp):
@@ -19,4 +19,13 @@ class QResize(Direct8BitOp):
         elif self.attribute("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
             self.keep("what it extrapolates with is no code")
         else:
+            super().quantize()
+
+
+class QDQResize(QDQDirect8BitOp):
+    """A pass-through from opset 11 on."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node, if a kernel takes their type."""
+        if self.quantizer.opset_version >= 11:
             super().quantize()

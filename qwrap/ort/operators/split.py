@@ -5,8 +5,9 @@ from __future__ import annotations
 from onnx import helper
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 
-__all__ = ["QSplit"]
+__all__ = ["QDQSplit", "QSplit"]
 
 
 class QSplit(QuantOperatorBase):
@@ -30,3 +31,14 @@ class QSplit(QuantOperatorBase):
             helper.make_node("Split", inputs, outputs, self.quantized_name, **self.attributes())
         )
         quantizer.new_nodes += nodes
+
+
+class QDQSplit(QDQOperatorBase):
+    """A pair before the node; all parts share its parameters."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        if not self.quantizer.is_tensor_quantized(self.node.input[0]):
+            self.quantizer.quantize_activation_tensor(self.node.input[0])
+        for position in range(len(self.node.output)):
+            self.share_output(position)

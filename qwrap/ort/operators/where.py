@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
+from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 
-__all__ = ["QLinearWhere"]
+__all__ = ["QDQWhere", "QLinearWhere"]
 
 
 class QLinearWhere(QuantOperatorBase):
@@ -31,3 +32,17 @@ class QLinearWhere(QuantOperatorBase):
         self.quantizer.new_nodes += nodes
         inputs = [self.node.input[0], *inputs, *params]
         self.emit("QLinearWhere", inputs, params, **self.attributes())
+
+
+class QDQWhere(QDQOperatorBase):
+    """Quantized where both choices are, or where the user insists."""
+
+    def quantize(self) -> None:
+        """Mark the tensors of the node."""
+        choices = self.node.input[1:3]
+        if self.quantizer.force_quantize_no_input_check:
+            for name in choices:
+                self.quantizer.quantize_activation_tensor(name)
+        elif not all(self.quantizer.is_tensor_quantized(name) for name in choices):
+            return
+        self.mark_output()
