@@ -12,7 +12,7 @@ from qwrap.ort.calibrate import TensorData
 from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
-from qwrap.ort.qdq.kernels import is_byte, kernel_takes
+from qwrap.ort.qdq.kernels import find_unfused, keep_unfused
 from qwrap.ort.qdq.marks import (
     QDQBiasQuantInfo,
     QDQQuantParamProvider,
@@ -331,7 +331,7 @@ class QDQQuantizer(QuantizedGraph):
         if any(params.get("axis") is not None for params in chosen):
             self._use_own_operators(13, "a scale for each channel")
         for graph in graphs:
-            graph._find_float_readers()
+            find_unfused(graph)
             graph.folded.restore()
         if self.quantize_bias and not self.qdq_disable_weight_adjust_for_int32_bias:
             for graph in graphs:
@@ -375,23 +375,6 @@ class QDQQuantizer(QuantizedGraph):
             if initializer is not None:
                 self.initializer_quant_params[name] = initializer_params(self, initializer, info)
 
-    def _find_float_readers(self) -> None:
-        """Note the nodes that may not be fused, for no kernel takes their weight."""
-        for node in self.quantized_nodes:
-            if node.op_type not in {"MatMul", "Conv"}:
-                continue
-            for weight, other in ((1, 0), (0, 1)):
-                params = self.owner_of(node.input[weight]).initializer_quant_params.get(
-                    node.input[weight]
-                )
-                found = self.scales.find(node.input[other]) if params is not None else None
-                if params is None or found is None:
-                    continue
-                codes = found.get_for_consumer(node.name).zero_point.data_type
-                rank = len(self.require_initializer(node.input[weight]).dims)
-                if is_byte(codes) and not kernel_takes(node, weight, params, rank):
-                    self.read_as_float(node, node.input[other])
-
     def _write_pairs(self) -> None:
         writer = PairWriter(self)
         for name in self.tensors_to_quantize:
@@ -405,11 +388,12 @@ class QDQQuantizer(QuantizedGraph):
         if self.quantize_bias:
             for name, info in self.bias_to_quantize.items():
                 self.quantize_bias_static(name, info)
+        keep_unfused(self)
 
     def _write_graph(self) -> None:
         for node in self.uses.nodes():
             if self.bodies.get(id(node)):
                 write_bodies(node, self.bodies[id(node)])
         gone = {id(node) for node in self.nodes_to_remove}
-        self.edit.write(self.model.graph(), gone, self.reads_float)
+        self.edit.write(self.model.graph(), gone, self.is_excluded)
         self.drop_initializers()

@@ -53,6 +53,7 @@ class QuantizedGraph(BaseQuantizer):
         scales: initializers of scales and zero points.
         folded: activations that were folded into codes.
         bodies: quantizers of the bodies of a node, by its ``id``.
+        unfused: ``id`` of nodes that onnxruntime may not fuse -> the input that is kept from it.
         bias_codes: names of the codes of biases that were written, None for those left float.
         refused: why tensors cannot be quantized, by name.
         quantized_nodes: nodes for which an operator class was called.
@@ -72,7 +73,6 @@ class QuantizedGraph(BaseQuantizer):
             self._taken |= made_names(graph)
         self.refused: dict[str, str] = {}
         self._excluded = frozenset(self.nodes_to_exclude or ())
-        self._float_reads: set[tuple[int, str]] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -84,6 +84,7 @@ class QuantizedGraph(BaseQuantizer):
         self.tensor_to_producing_dq: dict[str, NodeProto] = {}
         self.initializer_quant_params: dict[str, QuantizationParams] = {}
         self.quantized_value_map: dict[str, QDQTensorQuantizedValue] = {}
+        self.unfused: dict[int, int] = {}
         self.bias_codes: dict[str, str | None] = {}
         self.quantized_nodes: list[NodeProto] = []
         self.current_node: NodeProto | None = None
@@ -238,16 +239,6 @@ class QuantizedGraph(BaseQuantizer):
         """Whether a node was excluded by its name: it reads and writes floats."""
         return bool(node.name) and node.name in self._excluded
 
-    def read_as_float(self, node: NodeProto, tensor: str) -> None:
-        """Let a node read a tensor as float, whatever others read."""
-        self._float_reads.add((id(node), tensor))
-
-    def reads_float(self, node: NodeProto | None, tensor: str) -> bool:
-        """Whether a node reads the float tensor, not what dequantizing its codes gives."""
-        if node is None:
-            return False
-        return self.is_excluded(node) or (id(node), tensor) in self._float_reads
-
     def is_left_float(self, name: str) -> bool:
         """Whether an excluded node makes a tensor: only readers that are quantized read codes."""
         return any(self.is_excluded(node) for node in self.uses.makers(name))
@@ -263,14 +254,14 @@ class QuantizedGraph(BaseQuantizer):
         readers = self.readers(name)
         if not readers or self.is_renamed_output(name):
             return True
-        return any(not self.reads_float(node, name) for node in readers)
+        return any(not self.is_excluded(node) for node in readers)
 
     def is_only_read_as_codes(self, name: str) -> bool:
         """Whether a tensor was marked and all that read it, bodies included, read codes."""
         if name not in self.tensors_to_quantize:
             return False
         receivers, readers = self.receivers(name), self.readers(name)
-        if any(self.reads_float(node, name) for node in readers):
+        if any(self.is_excluded(node) for node in readers):
             return False
         captured = name in self.uses.captured
         if self.dedicated_qdq_pair and len(receivers) > 1:
@@ -323,9 +314,8 @@ class QuantizedGraph(BaseQuantizer):
         It is that of the initializer, which is dropped, unless others go on reading that.
         """
         readers = self.uses.readers(name)
-        if name not in self.tensors_to_quantize and not any(
-            self.reads_float(node, name) for node in readers
-        ):
+        excluded = any(self.is_excluded(node) for node in readers)
+        if name not in self.tensors_to_quantize and not excluded:
             self._dropped.append(self.require_initializer(name))
             return name
         if info.node is None:

@@ -105,8 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     quantizer.process()
     quantizer.model.save_model_to_file(given.output_model, True)
-    for line in str(quantizer.report).splitlines():
-        logger.info("%s", line)
+    logger.info("%s", quantizer.report)
 
 
 def _config(given: argparse.Namespace) -> WeightOnlyQuantConfig:

@@ -148,7 +148,7 @@ class MatMulNBitsQuantizer:
         rewrite(model, requests.get, report=self.report, through_transpose=False)
         take_in(model)
         self._model = ONNXModel(ir.to_proto(model))
-        logger.info("%s", self.report)
+        logger.debug("%s", self.report)
 
     def int4_quant_algo(self) -> None:
         """Quantize; of RTN, k_quant and GPTQ this was once the only way."""
