@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qwrap.nbits.awq import clip
 from qwrap.nbits.blocks import BlockFormat, Blocks
 from qwrap.nbits.gptq import gptq
 from qwrap.nbits.hqq import hqq
@@ -31,7 +32,9 @@ METHODS: dict[str, Method] = {
     "hqq": hqq,
     "k_quant": k_quant,
     "gptq": gptq,
+    "awq": clip,
 }
-"""Rounding to nearest; half-quadratic quantization; llama.cpp's search; error compensation."""
-FROM_DATA = {"gptq"}
+"""Rounding to nearest; half-quadratic quantization; llama.cpp's search; error compensation; ranges
+fitted to the data, of weights that ``awq.rescale`` scaled first."""
+FROM_DATA = {"gptq", "awq"}
 """Those that need to see the inputs of a matrix."""

@@ -17,6 +17,7 @@ from qwrap.errors import ConfigError
 from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
+from qwrap.nbits.awq import rescale
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.bnb4 import KINDS
 from qwrap.nbits.draft import Draft
@@ -70,8 +71,9 @@ def quantize_weights(
         method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
             zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a
             search, always with zero points; ``"gptq"``, with ``batches``, so that errors cancel on
-            the data; or a function of the kind that ``qwrap.nbits.methods`` describes. Tables are
-            rounded to nearest.
+            the data; ``"awq"``, with ``batches``, by ranges that suit the data, after scales that
+            go into what makes the input, or else into a Mul; or a function of the kind that
+            ``qwrap.nbits.methods`` describes. Tables are rounded to nearest.
         form: ``"operator"`` writes MatMulNBits and GatherBlockQuantized of com.microsoft;
             ``"qdq"`` DequantizeLinear with ``block_size`` before MatMul, which needs opset 21, for
             2 bits 25; ``"nf4"`` and ``"fp4"`` MatMulBnb4 of 4-bit floats, which know no method but
@@ -87,7 +89,7 @@ def quantize_weights(
         exclude: names of nodes to leave.
         formats: name of a node -> format that differs for it, such as 8 bits for the last layer.
         axis: of a table, along which its blocks lie.
-        batches: data for ``"gptq"``, as for ``qwrap.calibrate``; some 30 samples do.
+        batches: data for ``"gptq"`` and ``"awq"``, as for ``qwrap.calibrate``; some 30 samples do.
         external_data: write weights to ``<output>.data``; None does so if the source has external
             data or the result is too large for one file.
         report: is told of each node, whether it was quantized, as what or why not.
@@ -116,6 +118,8 @@ def quantize_weights(
     draft = read_model(model) if isinstance(model, ir.Model) else read_model(model).clone()
     chosen = _chosen(draft, op_types, nodes, set(exclude), set(settings.formats))
     seen = _seen(draft, chosen, method, batches)
+    if method == "awq":
+        seen = rescale(draft, {node: settings.request(node).format for node in seen}, seen)
 
     def choose(node: ir.Node) -> Request | None:
         if node not in chosen:

@@ -126,6 +126,9 @@ class BaseQuantizer:
         )
 
     def _check_overrides(self, activation_type: Any) -> None:
+        self.tensor_quant_override_qtypes = self.tensor_quant_overrides.get_quant_types()
+        if self.tensor_quant_overrides.empty():
+            return
         constants, others = dict(self.initializers), set(self.value_infos)
         for graph in graphs(self.model.graph()):  # overrides may name tensors of bodies
             constants |= {tensor.name: tensor for tensor in graph.initializer}
@@ -134,7 +137,6 @@ class BaseQuantizer:
         valid, wrong = self.tensor_quant_overrides.is_valid(constants, others, activation_type)
         if not valid:
             raise QuantizationError(f"{wrong}")
-        self.tensor_quant_override_qtypes = self.tensor_quant_overrides.get_quant_types()
 
     # --- what is to be quantized -----------------------------------------------------------------
 

@@ -30,15 +30,22 @@ def dequantized_weights(model: onnx.ModelProto) -> Iterator[tuple[str, Array]]:
     Raises:
         InvalidModelError: scales do not fit their tensor.
     """
-    outer = {tensor.name: tensor for tensor in model.graph.initializer}
+    outer = constants_of(model.graph)
     seen = set()
     for graph in graphs(model.graph):
-        tensors = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
+        tensors = {**outer, **constants_of(graph)}
         for node in graph.node:
             name = node.input[0] if node.op_type == "DequantizeLinear" else ""
             if name in tensors and name not in seen:
                 seen.add(name)
                 yield name, _dequantized(node, [tensors.get(n) for n in node.input])
+
+
+def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Return the tensors that initializers and Constant nodes of ``graph`` hold, by name."""
+    nodes = (node for node in graph.node if node.op_type == "Constant")
+    held = {node.output[0]: a.t for node in nodes for a in node.attribute if a.name == "value"}
+    return {**held, **{tensor.name: tensor for tensor in graph.initializer}}
 
 
 def _dequantized(node: onnx.NodeProto, tensors: list[onnx.TensorProto | None]) -> Array:

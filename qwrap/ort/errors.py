@@ -31,3 +31,11 @@ class MissingFileError(InvalidModelError, FileNotFoundError):
 
 class ComparisonError(InputError, RuntimeError):
     """What was collected cannot be compared, or there is none."""
+
+
+class UnsupportedError(QuantizationError, AssertionError):
+    """What was asked for there is not: where onnxruntime's tool asserts that it is not wanted."""
+
+
+class BlockSizeError(QuantizationError, RuntimeError):
+    """No kernel reads blocks of this size."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qwrap.graph import graphs
-from qwrap.ort.dequantized import dequantized_weights
+from qwrap.ort.dequantized import constants_of, dequantized_weights
 from qwrap.ort.errors import ComparisonError, UnknownNameError
 from qwrap.ort.model_io import ModelSource, read_model
 from qwrap.ort.proto_file import write_proto
@@ -224,11 +224,9 @@ def create_weight_matching(
         Weight name to ``float`` and ``dequantized``. A weight that only one of the models has is
         left out, with a line in the log.
     """
-    floats = {
-        tensor.name: tensor
-        for graph in graphs(read_model(float_model_path).graph)
-        for tensor in graph.initializer
-    }
+    floats: dict[str, onnx.TensorProto] = {}
+    for graph in graphs(read_model(float_model_path).graph):
+        floats = {**constants_of(graph), **floats}
     matched = {}
     for quantized, values in dequantized_weights(read_model(qdq_model_path)):
         name = quantized.removesuffix(TENSOR_NAME_QUANT_SUFFIX)

@@ -12,7 +12,7 @@ from qwrap.ort.calibrate import TensorData
 from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
-from qwrap.ort.qdq.kernels import is_byte, kernel_takes
+from qwrap.ort.qdq.kernels import find_unfused, keep_unfused
 from qwrap.ort.qdq.marks import (
     QDQBiasQuantInfo,
     QDQQuantParamProvider,
@@ -136,14 +136,28 @@ class QDQQuantizer(QuantizedGraph):
         """Take onnxruntime's own Q/DQ operators where those of ONNX lack the type."""
         types = {self.activation_qType, self.weight_qType}
         types |= {t.tensor_type for t in self.tensor_quant_override_qtypes}
-        if self.opset_version < 21 and not self.qdq_op_domain and types & _SINCE_21:
-            logger.warning(
-                "ONNX QuantizeLinear and DequantizeLinear operators do not support 16-bit/4-bit "
-                "integer quantization types prior to opset 21. The domain of QuantizeLinear and "
-                "DequantizeLinear operators will be set to '%s' to enable support.",
-                ms_domain,
-            )
-            self.qdq_op_domain = ms_domain
+        if types & _SINCE_21:
+            self._use_own_operators(21, "16-bit/4-bit integer quantization types")
+
+    def _use_own_operators(self, since: int, what: str) -> None:
+        """Take onnxruntime's own Q/DQ operators if those of the model's opset lack something.
+
+        Args:
+            since: the opset where ONNX has it.
+            what: it is, for the warning.
+        """
+        if self.opset_version >= since or self.qdq_op_domain:
+            return
+        logger.warning(
+            "ONNX QuantizeLinear and DequantizeLinear operators do not support %s prior to opset "
+            "%s. The domain of QuantizeLinear and DequantizeLinear operators will be set to '%s' "
+            "to enable support.",
+            what,
+            since,
+            ms_domain,
+        )
+        for graph in self.graphs():
+            graph.qdq_op_domain = ms_domain
 
     # --- marks -----------------------------------------------------------------------------------
 
@@ -299,10 +313,9 @@ class QDQQuantizer(QuantizedGraph):
 
     def quantize_bias_static(self, bias_name: str, bias_info: QDQBiasQuantInfo) -> str | None:
         """Write the int32 codes of a bias; return their name, None if it stays float."""
-        known = self.quantized_value_map.get(bias_name)
-        if known is not None:
-            return str(known.original.q_name)
-        return biases.write_bias(self, bias_name, bias_info)
+        if bias_name not in self.bias_codes:
+            self.bias_codes[bias_name] = biases.write_bias(self, bias_name, bias_info)
+        return self.bias_codes[bias_name]
 
     # --- the new graph ---------------------------------------------------------------------------
 
@@ -312,8 +325,13 @@ class QDQQuantizer(QuantizedGraph):
         graphs = list(self.graphs())
         for graph in graphs:
             graph._choose_weights()
+        chosen = [params for graph in graphs for params in graph.initializer_quant_params.values()]
+        if any(params.get("block_size", 0) for params in chosen):
+            self._use_own_operators(21, "blocks")
+        if any(params.get("axis") is not None for params in chosen):
+            self._use_own_operators(13, "a scale for each channel")
         for graph in graphs:
-            graph._find_float_readers()
+            find_unfused(graph)
             graph.folded.restore()
         if self.quantize_bias and not self.qdq_disable_weight_adjust_for_int32_bias:
             for graph in graphs:
@@ -357,23 +375,6 @@ class QDQQuantizer(QuantizedGraph):
             if initializer is not None:
                 self.initializer_quant_params[name] = initializer_params(self, initializer, info)
 
-    def _find_float_readers(self) -> None:
-        """Note the nodes that may not be fused, for no kernel takes their weight."""
-        for node in self.quantized_nodes:
-            if node.op_type not in {"MatMul", "Conv"}:
-                continue
-            for weight, other in ((1, 0), (0, 1)):
-                params = self.owner_of(node.input[weight]).initializer_quant_params.get(
-                    node.input[weight]
-                )
-                found = self.scales.find(node.input[other]) if params is not None else None
-                if params is None or found is None:
-                    continue
-                codes = found.get_for_consumer(node.name).zero_point.data_type
-                rank = len(self.require_initializer(node.input[weight]).dims)
-                if is_byte(codes) and not kernel_takes(node, weight, params, rank):
-                    self.read_as_float(node, node.input[other])
-
     def _write_pairs(self) -> None:
         writer = PairWriter(self)
         for name in self.tensors_to_quantize:
@@ -387,11 +388,12 @@ class QDQQuantizer(QuantizedGraph):
         if self.quantize_bias:
             for name, info in self.bias_to_quantize.items():
                 self.quantize_bias_static(name, info)
+        keep_unfused(self)
 
     def _write_graph(self) -> None:
         for node in self.uses.nodes():
             if self.bodies.get(id(node)):
                 write_bodies(node, self.bodies[id(node)])
         gone = {id(node) for node in self.nodes_to_remove}
-        self.edit.write(self.model.graph(), gone, self.reads_float)
+        self.edit.write(self.model.graph(), gone, self.is_excluded)
         self.drop_initializers()

@@ -103,8 +103,8 @@ def channel_params(
 ) -> tuple[Array, Array]:
     """Return zero points and scales ``[C]`` of a constant with one scale for each index of an axis.
 
-    Where the range is symmetric all zero points are equal, also those of channels of zeros: kernels
-    take one value.
+    Where the range is symmetric all zero points are equal, also those of channels of zeros, as
+    onnxruntime's tool means them to be for kernels that take one value.
 
     Args:
         data: its values; scales have their type.

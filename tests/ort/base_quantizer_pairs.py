@@ -1,10 +1,14 @@
 """qwrap's base quantizer beside the incumbent's, of one model."""
 
+from typing import Any
+
 import numpy as np
 import onnxruntime.quantization.base_quantizer as incumbent
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType as IncumbentType
 
 from qwrap.ort.base_quantizer import BaseQuantizer
+from qwrap.ort.enums import QuantType
 
 INT8, UINT8, INT16 = TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16
 FLOAT8 = TensorProto.FLOAT8E4M3FN
@@ -54,3 +58,12 @@ def assert_same_initializers(ours, theirs) -> None:
         assert found[name].dtype == value.dtype, name
         assert found[name].shape == value.shape, name
         assert found[name].tobytes() == value.tobytes(), name
+
+
+def theirs(overrides: Any) -> Any:
+    """Return overrides with the incumbent's types."""
+    if isinstance(overrides, dict):
+        return {key: theirs(value) for key, value in overrides.items()}
+    if isinstance(overrides, list):
+        return [theirs(value) for value in overrides]
+    return IncumbentType[overrides.name] if isinstance(overrides, QuantType) else overrides

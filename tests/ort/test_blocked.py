@@ -83,3 +83,15 @@ def test_blocks_that_cannot_be_are_refused() -> None:
     weight[0] = np.nan
     with pytest.raises(QuantizationError, match="NaN"):
         quant_utils.compute_scale_zp_blocked(weight, TensorProto.INT8, 0, 2, True)
+
+
+@pytest.mark.ort(49, 120, 125)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_blocks_of_small_float16_do_not_vanish(symmetric: bool) -> None:
+    """The incumbent gives them scale 1, with which all of them become 0."""
+    weight = np.array([[-0.004, 0.001, 0.0, 0.0, 0.004, 0.002]], np.float16)
+    arguments = (weight, TensorProto.INT8, 1, 2, symmetric)
+    _, scale = quant_utils.compute_scale_zp_blocked(*arguments)
+    tiny = float(np.finfo(np.float16).tiny)
+    assert scale.tolist() == [[tiny, 1.0, tiny]]
+    assert incumbent.compute_scale_zp_blocked(*arguments)[1].tolist() == [[1.0] * 3]

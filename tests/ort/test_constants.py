@@ -83,7 +83,7 @@ def test_a_constant_of_float8_is_the_incumbents() -> None:
 
 @pytest.mark.ort(123)
 def test_channels_of_zeros_share_the_zero_point_of_the_others() -> None:
-    """The incumbent gives them 0 beside 128; QLinearConv takes one zero point for all channels."""
+    """The incumbent gives them 0 beside 128, though it says that QLinearConv wants one value."""
     weight = GENERATOR.normal(size=(4, 3, 2, 2)).astype(np.float32)
     weight[2] = 0
     ours, theirs = pair(conv_relu(w=weight), UINT8, WeightSymmetric=True)

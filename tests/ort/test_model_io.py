@@ -132,9 +132,11 @@ def test_constant_nodes_become_initializers_in_every_graph() -> None:
     gone: set[str] = set()
     read = model_io.read_model(model, gone)
     assert gone == {"named"}
-    assert [n.op_type for n in read.graph.node] == ["Constant", "Reshape", "Add", "If"]
-    assert [t.name for t in read.graph.initializer] == ["k", "i"]
-    bodies = [attribute.g for attribute in read.graph.node[3].attribute]
+    # A shape is no weight; "o" is an output of the graph.
+    types = [n.op_type for n in read.graph.node]
+    assert types == ["Constant", "Constant", "Reshape", "Add", "If"]
+    assert [t.name for t in read.graph.initializer] == ["k"]
+    bodies = [attribute.g for attribute in read.graph.node[4].attribute]
     assert [[n.op_type for n in body.node] for body in bodies] == [["Mul"], ["Constant"]]
     x = random(2)
     for branch in (True, False):

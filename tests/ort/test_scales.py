@@ -5,11 +5,12 @@ import numpy as np
 import onnxruntime.quantization.quant_utils as incumbent
 import pytest
 from hypothesis import given
-from hypothesis.extra.numpy import arrays
-from numbers_of_codes import FLOAT8, INTEGERS, finite32, onnx_types, same
+from hypothesis.extra.numpy import array_shapes, arrays
+from numbers_of_codes import FLOAT8, INTEGERS, booleans, finite32, onnx_types, same
 from onnx import TensorProto
 
 from qwrap.ort import quant_utils
+from qwrap.ort.weight_params import channel_params
 
 
 @pytest.mark.ort(113)
@@ -190,3 +191,24 @@ def test_what_float8_cannot_do_is_refused() -> None:
         quant_utils.quantize_data(np.ones(2, np.float32), FLOAT8, True, reduce_range=True)
     with pytest.raises(ValueError, match="not implemented"):
         quant_utils.compute_scale_zp_float8(TensorProto.FLOAT8E5M2, np.float32(1))
+
+
+@pytest.mark.ort(10, 115, 116, 121)
+@given(
+    x=arrays(np.float32, array_shapes(min_dims=1, max_dims=3), elements=finite32),
+    onnx_type=onnx_types,
+    symmetric=booleans,
+    reduced=booleans,
+    data=st.data(),
+)
+def test_scales_of_channels_have_the_incumbents_bits(
+    x, onnx_type, symmetric, reduced, data
+) -> None:
+    axis = data.draw(st.integers(0, x.ndim - 1))
+    settings_ = {"symmetric": symmetric, "reduce_range": reduced}
+    zeros, scales = channel_params(x, onnx_type, axis, [], **settings_)
+    for i in range(x.shape[axis]):
+        channel = np.atleast_1d(x.take(i, axis))
+        zero, scale = incumbent.compute_data_quant_params(channel, onnx_type, **settings_)
+        assert same(scales[i], scale)
+        assert same(zeros[i], zero) or (symmetric and scale == 1)  # all are equal there

@@ -122,8 +122,6 @@ def _layout_of(
     input_scale = quantizer.scale_of(info.input_name, info.node_name)
     if weight_scale is None or input_scale is None or input_scale.size != 1 or factor <= 0:
         return None
-    if quantizer.reads_float(info.node, info.input_name):
-        return None
     scale = product_scale(input_scale, weight_scale, factor, bias.dtype)
     owner = quantizer.owner_of(info.weight_name)
     params = owner.initializer_quant_params.get(info.weight_name)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+from onnx import ModelProto, NodeProto
 
 from qwrap.graph import subgraphs
 from qwrap.ort.onnx_model import ONNXModel
@@ -29,9 +28,3 @@ def write_bodies(node: NodeProto, quantizers: list[QDQQuantizer]) -> None:
     """Put the graphs that quantizers made into ``node``, in place."""
     for body, quantizer in zip(list(subgraphs(node)), quantizers, strict=True):
         body.CopyFrom(quantizer.model.graph())
-
-
-def values_of(graph: GraphProto, outer: dict[str, ValueInfoProto]) -> dict[str, ValueInfoProto]:
-    """Return what a body and the graphs around it declare of values, by name."""
-    own = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
-    return dict(ChainMap(own, outer))

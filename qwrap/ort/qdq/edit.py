@@ -29,6 +29,7 @@ class GraphEdit:
         self.floats: dict[str, str] = {}
         self._first: list[NodeProto] = []
         self._after: dict[str, list[NodeProto]] = {}
+        self._before: dict[int, list[NodeProto]] = {}
 
     def insert(self, tensor: str, nodes: list[NodeProto]) -> None:
         """Put nodes behind the one that makes ``tensor``, or first where none does."""
@@ -37,9 +38,25 @@ class GraphEdit:
         else:
             self._first.extend(nodes)
 
+    def insert_before(self, node: NodeProto, position: int, added: NodeProto) -> None:
+        """Put a node of one input and one output between ``node`` and one of its inputs."""
+        source = self.input_reads.get((id(node), position))
+        added.input[0] = source or self.read_by(node, node.input[position], as_float=False)
+        self.input_reads[id(node), position] = added.output[0]
+        self._before.setdefault(id(node), []).append(added)
+
+    def _rename_reads(self, node: NodeProto, as_float: bool) -> None:
+        for position, name in enumerate(node.input):
+            if name:
+                own = self.input_reads.get((id(node), position))
+                new = own or self.read_by(node, name, as_float)
+                if new != name:
+                    node.input[position] = new
+
     def read_by(self, node: NodeProto, tensor: str, as_float: bool) -> str:
         """Return the name under which ``node`` of this graph or a body reads ``tensor``."""
-        if self.outer is not None and not self._uses.is_local(tensor):
+        here = tensor in self.reads or self._uses.is_local(tensor)
+        if self.outer is not None and not here:
             return self.outer.read_by(node, tensor, as_float)
         if as_float:
             return self.floats.get(tensor, tensor)
@@ -47,29 +64,24 @@ class GraphEdit:
         return self.reads.get(tensor, tensor) if own is None else own
 
     def write(
-        self, graph: GraphProto, gone: set[int], reads_float: Callable[[NodeProto, str], bool]
+        self, graph: GraphProto, gone: set[int], reads_float: Callable[[NodeProto], bool]
     ) -> None:
         """Rewrite the nodes of ``graph``, in place.
 
         Args:
             graph: the one that these changes were collected for.
             gone: ``id`` of nodes that are left out.
-            reads_float: whether a node reads the float tensor whatever others read.
+            reads_float: whether a node reads float tensors whatever others read.
         """
         written = list(self._first)
         for node in self._uses.nodes():
             if id(node) in gone:
                 continue
-            for position, name in enumerate(node.input):
-                if name:
-                    new = self.input_reads.get((id(node), position))
-                    new = new or self.read_by(node, name, reads_float(node, name))
-                    if new != name:
-                        node.input[position] = new
+            self._rename_reads(node, reads_float(node))
             behind = [added for name in node.output for added in self._after.get(name, ())]
             for position, name in enumerate(node.output):
                 if name in self.floats:
                     node.output[position] = self.floats[name]
-            written += [node, *behind]
+            written += [*self._before.get(id(node), ()), node, *behind]
         del graph.node[:]
         graph.node.extend(written)

@@ -1,8 +1,8 @@
 """What onnxruntime's integer kernels take of a weight, where its fusions do not look.
 
 MatMul and Conv between QDQ pairs of 8 bits are fused whatever the shape of the weight's scale, and
-some of these kernels then refuse to run. Such a node reads its other input as float, so that it is
-not fused: a float operator on dequantized weights.
+some of these kernels then refuse to run. A Sum of one operand before such a node keeps it from
+being fused: it computes in float what the pairs say.
 
 Source: what onnxruntime 1.31 on CPU ran and refused; MatMulNodeGroupSelector and
 ConvNodeGroupSelector in onnxruntime/core/optimizer/qdq_transformer.
@@ -10,9 +10,14 @@ ConvNodeGroupSelector in onnxruntime/core/optimizer/qdq_transformer.
 
 from __future__ import annotations
 
-from onnx import NodeProto, TensorProto
+from typing import TYPE_CHECKING
+
+from onnx import NodeProto, TensorProto, helper
 
 from qwrap.ort.quantization_params import QuantizationParams
+
+if TYPE_CHECKING:
+    from qwrap.ort.qdq.scope import QuantizedGraph
 
 _BYTES = {TensorProto.INT8, TensorProto.UINT8}
 
@@ -40,6 +45,30 @@ def kernel_takes(node: NodeProto, position: int, weight: QuantizationParams, ran
     return rank == 2 and axis == 1
 
 
-def is_byte(data_type: int) -> bool:
-    """Whether codes of that type are multiplied by those kernels."""
-    return data_type in _BYTES
+def find_unfused(quantizer: QuantizedGraph) -> None:
+    """Note the nodes of a graph, and the inputs of theirs, that are not to be fused, in place."""
+    for node in quantizer.quantized_nodes:
+        if node.op_type in {"MatMul", "Conv"}:
+            for weight, other in ((1, 0), (0, 1)):
+                if not _is_taken(quantizer, node, weight, other):
+                    quantizer.unfused[id(node)] = other
+
+
+def _is_taken(quantizer: QuantizedGraph, node: NodeProto, weight: int, other: int) -> bool:
+    name = node.input[weight]
+    params = quantizer.owner_of(name).initializer_quant_params.get(name)
+    found = None if params is None else quantizer.scales.find(node.input[other])
+    if params is None or found is None:
+        return True
+    codes = found.get_for_consumer(node.name).zero_point.data_type
+    rank = len(quantizer.require_initializer(name).dims)
+    return codes not in _BYTES or kernel_takes(node, weight, params, rank)
+
+
+def keep_unfused(quantizer: QuantizedGraph) -> None:
+    """Put a node that changes nothing before each input that was noted, into the graph's edit."""
+    for node in quantizer.quantized_nodes:
+        if id(node) in quantizer.unfused:
+            name = quantizer.free_name(f"{node.output[0]}_unfused_input")
+            barrier = helper.make_node("Sum", [""], [name], f"{node.name}_unfused_input")
+            quantizer.edit.insert_before(node, quantizer.unfused[id(node)], barrier)

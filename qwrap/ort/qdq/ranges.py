@@ -16,6 +16,7 @@ from qwrap.ort.code_types import (
     Array,
     get_qmin_qmax_for_qType,
 )
+from qwrap.ort.errors import QuantizationError
 from qwrap.ort.qdq.marks import QDQTensorQuantParams
 from qwrap.ort.quantization_params import QuantizationParams
 from qwrap.ort.scales import compute_scale_zp, compute_scale_zp_float8, snap_zero_point_to_uint8
@@ -57,6 +58,8 @@ def _integer_params(
 ) -> list[Array]:
     low = _end(overrides.get("rmin"), data, 0)
     high = _end(overrides.get("rmax"), data, 1)
+    if low > high:  # of a tensor without elements
+        low, high = np.zeros_like(low), np.zeros_like(high)
     symmetric = overrides.get("symmetric", quantizer.is_activation_symmetric)
     reduce_range = overrides.get("reduce_range", False)
     qmin, qmax = get_qmin_qmax_for_qType(quant_type, reduce_range, symmetric)
@@ -91,6 +94,8 @@ def _as_type(scale: Array, dtype: Any) -> Array:
 def graph_params(quantizer: QuantizedGraph, names: list[str]) -> dict[str, QDQTensorQuantParams]:
     """Return the parameters of activations, converted ones included, by tensor name.
 
+    A range that no scale can be made of, such as an infinite one, is noted in ``refused``.
+
     Args:
         quantizer: whose calibrated ranges, options and overrides hold.
         names: of tensors, all of which have a range.
@@ -104,14 +109,22 @@ def graph_params(quantizer: QuantizedGraph, names: list[str]) -> dict[str, QDQTe
         if not isinstance(data, TensorData):
             raise TypeError(f"Unexpected type {type(data)} for {name!r}.")
         overrides = quantizer.tensor_quant_overrides.get_per_tensor_overrides(name, {}) or {}
-        dtype = quantizer.numpy_type(name)
-        original = activation_params(quantizer, data, overrides, dtype)
-        converted, receivers = None, None
-        if "convert" in overrides:
-            converted = activation_params(quantizer, data, overrides["convert"], dtype)
-            receivers = overrides["convert"].get("recv_nodes")
-        found[name] = QDQTensorQuantParams(original, converted, receivers)
+        try:
+            found[name] = _tensor_params(quantizer, name, data, overrides)
+        except QuantizationError as error:
+            quantizer.refused[name] = str(error)
     return found
+
+
+def _tensor_params(
+    quantizer: QuantizedGraph, name: str, data: TensorData, overrides: Overrides
+) -> QDQTensorQuantParams:
+    dtype = quantizer.numpy_type(name)
+    original = activation_params(quantizer, data, overrides, dtype)
+    if "convert" not in overrides:
+        return QDQTensorQuantParams(original, None, None)
+    converted = activation_params(quantizer, data, overrides["convert"], dtype)
+    return QDQTensorQuantParams(original, converted, overrides["convert"].get("recv_nodes"))
 
 
 def has_own_params(overrides: Overrides, provided: int) -> bool:

@@ -30,6 +30,6 @@ def _pairs_of(quantizer: QuantizedGraph, node: NodeProto) -> tuple[bool, str]:
     written = [name for name in names if name in quantizer.owner_of(name).quantized_value_map]
     if not written:
         return False, "its input is not quantized, or none of its tensors is a float that can be"
-    if any(quantizer.reads_float(node, name) for name in node.input):
-        return True, "only its weight: no kernel takes the scales of that with codes"
+    if id(node) in quantizer.unfused:
+        return True, "runs in float: no kernel takes the scales of its weight"
     return True, ""

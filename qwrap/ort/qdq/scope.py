@@ -53,6 +53,9 @@ class QuantizedGraph(BaseQuantizer):
         scales: initializers of scales and zero points.
         folded: activations that were folded into codes.
         bodies: quantizers of the bodies of a node, by its ``id``.
+        unfused: ``id`` of nodes that onnxruntime may not fuse -> the input that is kept from it.
+        bias_codes: names of the codes of biases that were written, None for those left float.
+        refused: why tensors cannot be quantized, by name.
         quantized_nodes: nodes for which an operator class was called.
         current_node: the one for which it is being called.
     """
@@ -68,8 +71,8 @@ class QuantizedGraph(BaseQuantizer):
         self._taken: set[str] = set()
         for graph in all_graphs(self.model.graph()):
             self._taken |= made_names(graph)
+        self.refused: dict[str, str] = {}
         self._excluded = frozenset(self.nodes_to_exclude or ())
-        self._float_reads: set[tuple[int, str]] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -81,6 +84,8 @@ class QuantizedGraph(BaseQuantizer):
         self.tensor_to_producing_dq: dict[str, NodeProto] = {}
         self.initializer_quant_params: dict[str, QuantizationParams] = {}
         self.quantized_value_map: dict[str, QDQTensorQuantizedValue] = {}
+        self.unfused: dict[int, int] = {}
+        self.bias_codes: dict[str, str | None] = {}
         self.quantized_nodes: list[NodeProto] = []
         self.current_node: NodeProto | None = None
         self.bodies: dict[int, list[Any]] = {}
@@ -155,6 +160,9 @@ class QuantizedGraph(BaseQuantizer):
 
     def is_quantizable(self, name: str) -> bool:
         """Whether a tensor is of float32 or float16; an unknown type is none, with a warning."""
+        if name in self.refused:
+            logger.warning("tensor '%s' stays float: %s", name, self.refused[name])
+            return False
         kind = self.data_type_of(name)
         if kind is None:
             logger.warning(
@@ -192,6 +200,21 @@ class QuantizedGraph(BaseQuantizer):
                     found += body.readers(name)
         return found
 
+    def graphs_that_read(self, name: str) -> list[Any]:
+        """Return the quantizers of graphs where a constant of this graph is dequantized.
+
+        That is this graph if a node of it reads the constant, or nobody does; else bodies, each on
+        its own, for kernels of codes are found within a graph only.
+        """
+        if self.uses.readers(name) or name in self.uses.outputs:
+            return [self]
+        bodies = [body for bodies in self.bodies.values() for body in bodies]
+        reading = [
+            body for body in bodies if name in body.uses.reads and not body.uses.is_local(name)
+        ]
+        found = [graph for body in reading for graph in body.graphs_that_read(name)]
+        return found or [self]
+
     def reader_named(self, node_name: str, tensor: str) -> tuple[NodeProto | None, int]:
         """Return the node of that name that reads a tensor, and as which input, the last one."""
         nodes = self.uses.readers(tensor)
@@ -216,16 +239,6 @@ class QuantizedGraph(BaseQuantizer):
         """Whether a node was excluded by its name: it reads and writes floats."""
         return bool(node.name) and node.name in self._excluded
 
-    def read_as_float(self, node: NodeProto, tensor: str) -> None:
-        """Let a node read a tensor as float, whatever others read."""
-        self._float_reads.add((id(node), tensor))
-
-    def reads_float(self, node: NodeProto | None, tensor: str) -> bool:
-        """Whether a node reads the float tensor, not what dequantizing its codes gives."""
-        if node is None:
-            return False
-        return self.is_excluded(node) or (id(node), tensor) in self._float_reads
-
     def is_left_float(self, name: str) -> bool:
         """Whether an excluded node makes a tensor: only readers that are quantized read codes."""
         return any(self.is_excluded(node) for node in self.uses.makers(name))
@@ -241,14 +254,14 @@ class QuantizedGraph(BaseQuantizer):
         readers = self.readers(name)
         if not readers or self.is_renamed_output(name):
             return True
-        return any(not self.reads_float(node, name) for node in readers)
+        return any(not self.is_excluded(node) for node in readers)
 
     def is_only_read_as_codes(self, name: str) -> bool:
         """Whether a tensor was marked and all that read it, bodies included, read codes."""
         if name not in self.tensors_to_quantize:
             return False
         receivers, readers = self.receivers(name), self.readers(name)
-        if any(self.reads_float(node, name) for node in readers):
+        if any(self.is_excluded(node) for node in readers):
             return False
         captured = name in self.uses.captured
         if self.dedicated_qdq_pair and len(receivers) > 1:
@@ -301,9 +314,8 @@ class QuantizedGraph(BaseQuantizer):
         It is that of the initializer, which is dropped, unless others go on reading that.
         """
         readers = self.uses.readers(name)
-        if name not in self.tensors_to_quantize and not any(
-            self.reads_float(node, name) for node in readers
-        ):
+        excluded = any(self.is_excluded(node) for node in readers)
+        if name not in self.tensors_to_quantize and not excluded:
             self._dropped.append(self.require_initializer(name))
             return name
         if info.node is None:

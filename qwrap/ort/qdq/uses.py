@@ -45,6 +45,11 @@ class GraphUses:
         self._refresh()
         return self._readers.get(name, [])
 
+    @property
+    def reads(self) -> set[str]:
+        """Names that nodes of this graph, or bodies in them, read."""
+        return self._readers.keys() | self.captured
+
     def is_local(self, name: str) -> bool:
         """Whether this graph, not one around it, has the tensor."""
         return name in self.inputs or bool(self.makers(name))
