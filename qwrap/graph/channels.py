@@ -222,12 +222,14 @@ class _Fold:
             return None
         if any(u.node not in readers and u.node.op_type not in SHAPES for u in value.uses()):
             return None
-        if node.op_type in GAINS:
+        if node.op_type in GAINS and node.domain in (*STANDARD, "com.microsoft"):
             return self._gains(node, divisor)
+        if node.domain not in STANDARD:
+            return None
         if node.op_type in HOMOGENEOUS and len([o for o in node.outputs if o.uses()]) == 1:
             return self._operand(node, 0, divisor) if self._passes(node, divisor) else None
         make = _MAKERS.get(node.op_type)
-        return make(self, node, divisor) if make and node.domain in STANDARD else None
+        return make(self, node, divisor) if make else None
 
     def _operand(self, node: ir.Node, index: int, divisor: Array) -> _Plan:
         value = node.inputs[index]
