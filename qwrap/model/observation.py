@@ -39,11 +39,11 @@ def observe(
         What the model returned, after each batch.
 
     Raises:
-        InputError: there is no batch, or one lacks an input, or has another rank or type.
+        InputError: a batch lacks an input, or has another rank or type.
         ModelError: there is no tensor with such a key.
     """
     with model.watching(watchers):
-        for inputs in iterate(batches, model, finite=finite):
+        for inputs in iterate(batches, model, may_be_empty=True, finite=finite):
             with torch.no_grad():
                 result = model(**inputs)
             yield result

@@ -55,6 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Return what the command was given."""
+    return make_parser().parse_args()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command.
 

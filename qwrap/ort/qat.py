@@ -32,6 +32,7 @@ def quantize_qat(
     use_external_data_format: bool = False,
     *,
     train: Callable[[qwrap.WrappedModel], Any] | None = None,
+    steps: int | None = None,
     calibration_data_reader: CalibrationDataReader | None = None,
     calibrate_method: CalibrationMethod = CalibrationMethod.MinMax,
     extra_options: Mapping[str, Any] | None = None,
@@ -59,6 +60,7 @@ def quantize_qat(
         train: trains the module in place, with whatever data, labels, loss and loop; None brings it
             closer to the float model on the calibration data, without labels (``qwrap.finetune``),
             and needs a reader.
+        steps: of the training without labels, None for what ``qwrap.finetune`` does.
         calibration_data_reader: batches for the ranges of a float model.
         calibrate_method: how a range is chosen.
         extra_options: see ``qwrap.ort.options.OPTIONS``.
@@ -102,7 +104,8 @@ def quantize_qat(
     if train is not None:
         train(module)
     else:
-        qwrap.finetune(module, batches, loss=qwrap.Distillation(module, teacher=teacher))
+        loss = qwrap.Distillation(module, teacher=teacher)
+        qwrap.finetune(module, batches, steps=steps, loss=loss)
     return _exported(module, model_output, use_external_data_format)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnx import ModelProto
 
@@ -14,6 +15,9 @@ from qwrap.ort.qat import quantize_qat
 from qwrap.ort.qdq_config import get_qdq_config
 from qwrap.ort.report import Report
 from qwrap.ort.static import quantize_static
+
+if TYPE_CHECKING:
+    from qwrap.ort.matmul_nbits_quantizer import WeightOnlyQuantConfig
 
 __all__ = [
     "CalibrationMethod",
@@ -35,7 +39,7 @@ __all__ = [
 def quantize(
     model_input: str | Path | ModelProto,
     model_output: str | Path | None,
-    quant_config: QuantConfig,
+    quant_config: QuantConfig | WeightOnlyQuantConfig,
     report: Report | None = None,
 ) -> ModelProto | None:
     """Quantize as a configuration says: static, dynamic or weight-only.
@@ -58,7 +62,29 @@ def quantize(
     if isinstance(quant_config, DynamicQuantConfig):
         settings = {k: v for k, v in vars(quant_config).items() if k != "activation_type"}
         return quantize_dynamic(model_input, model_output, **settings, report=report)
-    raise TypeError(
-        "Invalid quantization config type, it must be StaticQuantConfig, DynamicQuantConfig "
-        f"or WeightOnlyQuantConfig, not {type(quant_config).__name__}"
-    )
+    return _quantize_weights(model_input, model_output, quant_config, report)
+
+
+def _quantize_weights(
+    model_input: str | Path | ModelProto,
+    model_output: str | Path | None,
+    config: object,
+    report: Report | None,
+) -> ModelProto | None:
+    from qwrap.ort.matmul_nbits_quantizer import MatMulNBitsQuantizer, WeightOnlyQuantConfig
+
+    if not isinstance(config, WeightOnlyQuantConfig):
+        raise TypeError(
+            "Invalid quantization config type, it must be StaticQuantConfig, DynamicQuantConfig "
+            f"or WeightOnlyQuantConfig, not {type(config).__name__}"
+        )
+    source = model_input if isinstance(model_input, ModelProto) else str(model_input)
+    quantizer = MatMulNBitsQuantizer(source, algo_config=config)
+    quantizer.process()
+    if report is not None:
+        report.nodes.extend(quantizer.report.nodes)
+    model: ModelProto = quantizer.model.model
+    if model_output is None:
+        return model
+    quantizer.model.save_model_to_file(str(model_output), True)
+    return None

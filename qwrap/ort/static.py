@@ -135,10 +135,12 @@ def quantize_static(
     shared = (weight_type, activation_type, ranges, chosen, excluded, op_types, options)
     quantizer: ONNXQuantizer | QDQQuantizer
     if in_pairs:
-        quantizer = QDQQuantizer(model, per_channel, reduce_range, *shared)
+        quantizer = QDQQuantizer(model, per_channel, reduce_range, *shared, in_place=True)
     else:
         mode = QuantizationMode.QLinearOps
-        quantizer = ONNXQuantizer(model, per_channel, reduce_range, mode, True, *shared)
+        quantizer = ONNXQuantizer(
+            model, per_channel, reduce_range, mode, True, *shared, in_place=True
+        )
     return finish(quantizer, model_output, use_external_data_format, report)
 
 

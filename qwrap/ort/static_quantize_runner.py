@@ -31,6 +31,7 @@ __all__ = [
     "main",
     "make_config",
     "make_parser",
+    "parse_arguments",
 ]
 
 _TYPES = {kind.name.lower(): kind for kind in QuantType}
@@ -218,6 +219,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tensor_quant_overrides", help="JSON file with settings of tensors")
     return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return what the command was given."""
+    return make_parser().parse_args()
 
 
 def make_config(given: argparse.Namespace, reader: CalibrationDataReader) -> StaticQuantConfig:

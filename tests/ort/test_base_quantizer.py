@@ -154,3 +154,44 @@ def test_keywords_of_older_versions_are_accepted() -> None:
         BaseQuantizer(*arguments, statik=True)
     with pytest.raises(NotImplementedError):
         BaseQuantizer(*arguments).quantize_model()
+
+
+@pytest.mark.ort(55, 104, "G68")
+@pytest.mark.parametrize("enabled", [False, True])
+def test_ranges_in_a_body_are_narrowed_with_it(enabled: bool) -> None:
+    """The incumbent looks at the nodes of the main graph only."""
+    nodes = [
+        helper.make_node("Neg", ["x"], ["n"], "neg"),
+        helper.make_node("Relu", ["n"], ["r"], "relu"),
+    ]
+    value = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xry"}
+    body = helper.make_graph(nodes, "body", [], [value["r"]])
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    branch = helper.make_node("If", ["flag"], ["y"], "if", then_branch=body, else_branch=body)
+    model = helper.make_model(
+        helper.make_graph([branch], "g", [flag, value["x"]], [value["y"]]),
+        opset_imports=[helper.make_opsetid("", 21)],
+    )
+    ends = {name: (np.float32(-5), np.float32(5)) for name in "xn"}
+    data = TensorsData(CalibrationMethod.MinMax, {**ends, "r": (np.float32(0), np.float32(5))})
+    options = {"EnableSubgraph": enabled}
+    arguments = (model, False, False, INT8, UINT8, data, [], [], ["Neg", "Relu"], options)
+    quantizer = BaseQuantizer(*arguments)
+    quantizer.adjust_tensor_ranges()
+    assert quantizer.tensors_range["n"].range_value == ((0, 5) if enabled else (-5, 5))
+
+
+@pytest.mark.ort(7, 8, 9, "G75")
+def test_a_reason_is_known_for_each_node_that_is_left() -> None:
+    """The incumbent answers True or False."""
+    arguments = (conv_relu(), False, False, INT8, UINT8, None)
+    nodes = conv_relu().graph.node
+    for chosen, excluded, types, reason in (
+        (["relu"], [], ["Conv"], "not in nodes_to_quantize"),
+        ([], ["conv"], ["Conv"], "in nodes_to_exclude"),
+        ([], [], ["Relu"], "operator type not in op_types_to_quantize"),
+        ([], [], ["Conv"], None),
+    ):
+        assert (
+            BaseQuantizer(*arguments, chosen, excluded, types).reason_to_leave(nodes[0]) == reason
+        )

@@ -17,6 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qwrap.ort as ort
+from qwrap.ort.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    RTNWeightOnlyQuantConfig,
+)
 
 BATCHES = [
     {"x": np.random.default_rng(seed).normal(size=(2, 4, 8, 8)).astype(np.float32)}
@@ -279,6 +283,11 @@ def test_quantize_goes_by_the_configuration(tmp_path: Path) -> None:
     assert forms(dynamic) == forms(
         ort.quantize_dynamic(network(), None, op_types_to_quantize=["Gemm"])
     )
+    for settings in (DefaultWeightOnlyQuantConfig(block_size=16), RTNWeightOnlyQuantConfig()):
+        path = tmp_path / f"{settings.algorithm}.onnx"
+        assert ort.quantize(matmul(), path, settings) is None
+        assert "MatMulNBits" in {node.op_type for node in onnx.load(path).graph.node}
+        assert path.with_name(path.name + ".data").exists()
     with pytest.raises(TypeError, match="StaticQuantConfig"):
         ort.quantize(network(), None, object())  # type: ignore[arg-type]
 
@@ -389,10 +398,12 @@ def test_training_brings_a_quantized_model_closer_to_the_float_one() -> None:
     """The incumbent has no quantize_qat any more, and trains nothing."""
     assert not hasattr(incumbent, "quantize_qat")
     rng = np.random.default_rng(0)
-    batches = [{"x": rng.normal(size=(8, 4, 8, 8)).astype(np.float32)} for _ in range(20)]
+    batches = [{"x": rng.normal(size=(8, 4, 8, 8)).astype(np.float32)} for _ in range(10)]
     options = {"weight_type": ort.QuantType.QInt4, "activation_type": ort.QuantType.QUInt8}
     plain = static(calibration_data_reader=Reader(batches), **options)
-    trained = ort.quantize_qat(network(), calibration_data_reader=Reader(batches), **options)
+    trained = ort.quantize_qat(
+        network(), calibration_data_reader=Reader(batches), steps=150, **options
+    )
     assert trained is not None
     assert forms(trained) == forms(plain)
     new = {"x": rng.normal(size=(64, 4, 8, 8)).astype(np.float32)}

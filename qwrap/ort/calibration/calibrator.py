@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,6 @@ class CalibraterBase:
         for extremes in self._watched.values():
             extremes.clear()
         return self._watched
-
-    def _watch_extremes(
-        self, batches: Iterable[Mapping[str, Any]], watched: Mapping[str, Extremes]
-    ) -> Iterator[None]:
-        """Run batches, and yield after each."""
-        watchers = {name: extremes.take for name, extremes in watched.items()}
-        for _ in self._session().observe(batches, watchers):
-            yield
 
     def _report(self) -> None:
         """Log which tensors held what is no number."""

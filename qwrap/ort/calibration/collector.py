@@ -100,6 +100,7 @@ class HistogramCollector(CalibrationDataCollector):
         self.scenario = scenario
         self._ends_alike = symmetric and not clamped
         self._counters: dict[str, BinCounter] = {}
+        self._all_finite: set[str] = set()
 
     @property
     def counts_magnitudes(self) -> bool:
@@ -164,14 +165,19 @@ class HistogramCollector(CalibrationDataCollector):
             made = covering(old, *ends, self.num_bins)
         self.histogram_dict[name] = made
         self._counters[name] = BinCounter(made.edges, made.hist)
+        if extremes.all_finite:
+            self._all_finite.add(name)
+        else:
+            self._all_finite.discard(name)
 
     def count(self, name: str, values: Tensor) -> None:
         """Count values of a tensor that was covered, in place; those not finite are left out."""
         if name not in self._counters or not values.numel():
             return
-        kept = finite(values)[0]
+        if name not in self._all_finite:
+            values = finite(values)
         is_absolute = isinstance(self.histogram_dict[name], AbsoluteHistogram)
-        self._counters[name].add(kept.abs() if is_absolute else kept)
+        self._counters[name].add(values.abs() if is_absolute else values)
 
     def merge_histogram(
         self,

@@ -88,7 +88,7 @@ def least_divergence(counts: Tensor, levels: int) -> Tensor:
     lies beyond added to the bins at the ends, and Q is what lies within, summed to ``levels``
     groups of as many bins, the last with the remainder, and spread evenly over those bins of a
     group that P is not empty in. The number with the least divergence of Q from P wins, of equal
-    ones the smallest.
+    ones the smallest. The first number with nothing beyond is the last one looked at.
 
     Args:
         counts: ``[R, N]``, 0 in the middle.
@@ -111,8 +111,18 @@ def least_divergence(counts: Tensor, levels: int) -> Tensor:
     for rows in torch.split(counts.to(torch.float64), _ROWS):
         sums = _Sums(rows)
         found = [sums.divergences(sides[sizes == s], int(s), levels) for s in torch.unique(sizes)]
-        best.append(sides[torch.cat(found, 1).argmin(1)])
+        too_wide = sides > _reach(rows).clamp(min=int(sides[0]))[:, None]
+        divergences = torch.cat(found, 1).masked_fill_(too_wide, torch.inf)
+        best.append(sides[divergences.argmin(1)])
     return torch.cat(best)
+
+
+def _reach(counts: Tensor) -> Tensor:
+    """Return how many bins on each side of the middle hold all values, ``[R]``."""
+    bins = counts.shape[1]
+    away = torch.arange(bins) - bins // 2
+    needed = torch.where(away < 0, -away, away + 1 - bins % 2)
+    return torch.where(counts > 0, needed, 0).amax(1)
 
 
 class _Sums:

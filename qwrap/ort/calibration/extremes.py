@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -59,42 +60,48 @@ class Extremes:
         """Smallest magnitude taken; 0 if there was none."""
         return self.least if np.isfinite(self.least) else 0.0
 
+    @property
+    def all_finite(self) -> bool:
+        """Whether there was neither NaN nor infinity, ever."""
+        return not self.nans and not self.infinities
+
     def take(self, values: Tensor) -> None:
         """Take values in, in place. Empty tensors, NaN and infinity change no extreme."""
-        self.dtype = self.dtype or torch.empty(0, dtype=values.dtype).numpy().dtype
+        if self.dtype is None:
+            self.dtype = torch.empty(0, dtype=values.dtype).numpy().dtype
         if not values.numel():
             return
         if self._per_channel and values.dim() > 1:
-            low, high = self._of_channels(values)
-        else:
-            kept, low, high = finite(values)
-            if len(kept) < values.numel():
-                self._count(values)
-            if not len(kept):
+            self._take_channels(values)
+            return
+        low, high = (end.item() for end in values.aminmax())
+        if not math.isfinite(high - low):  # or too far apart for a double, which none is
+            self._count(values)
+            values = finite(values)
+            if not len(values):
                 return
-            if self._magnitudes:
-                self.least = min(self.least, float(kept.abs().amin()))
-            low, high = low.view(1), high.view(1)
-        self.found = True
-        self._join(low.cpu().numpy(), high.cpu().numpy())
+            low, high = (end.item() for end in values.aminmax())
+        if self._magnitudes:
+            self.least = min(self.least, float(values.abs().amin()))
+        self._join(np.array([low], self.dtype), np.array([high], self.dtype))
 
-    def _of_channels(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ends for each index of axis 1; those of one without a finite value are 0."""
+    def _take_channels(self, values: Tensor) -> None:
+        """Take in the ends for each index of axis 1; those of one without a finite value are 0."""
         rows = values.transpose(0, 1).flatten(1)
         usable = rows.isfinite()
-        if usable.all():
-            low, high = rows.aminmax(dim=1)
-            return low, high
-        self._count(values)
+        if not usable.all():
+            self._count(values)
         low = rows.masked_fill(~usable, torch.inf).amin(1)
         high = rows.masked_fill(~usable, -torch.inf).amax(1)
-        return low.where(low.isfinite(), 0), high.where(high.isfinite(), 0)
+        low, high = (torch.where(end.isfinite(), end, 0) for end in (low, high))
+        self._join(low.cpu().numpy(), high.cpu().numpy())
 
     def _count(self, values: Tensor) -> None:
         self.nans += int(values.isnan().sum())
         self.infinities += int(values.isinf().sum())
 
     def _join(self, low: Array, high: Array) -> None:
+        self.found = True
         if self.low is None or self.high is None:
             self.low, self.high = low, high
             return
@@ -106,14 +113,6 @@ class Extremes:
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
 
 
-def finite(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the finite values in one dimension, the smallest and the largest; NaN if none are."""
-    flat = values.detach().flatten()
-    low, high = flat.aminmax()
-    if bool((low - low == 0) & (high - high == 0)):
-        return flat, low, high
-    flat = flat[flat.isfinite()]
-    if not len(flat):
-        return flat, low.mul(torch.nan), high.mul(torch.nan)
-    low, high = flat.aminmax()
-    return flat, low, high
+def finite(values: Tensor) -> Tensor:
+    """Return the finite values, in one dimension."""
+    return values[values.isfinite()]

@@ -10,6 +10,7 @@ from typing import Any
 from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
 from qwrap.ort.calibration.collector import HistogramCollector
 from qwrap.ort.calibration.data_reader import CalibrationDataReader
+from qwrap.ort.calibration.doubling import DoublingHistogram
 from qwrap.ort.calibration.spool import Spool
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.enums import CalibrationMethod
@@ -19,8 +20,9 @@ from qwrap.ort.errors import QuantizationError
 class HistogramCalibrater(CalibraterBase):
     """Counts the values of every tensor in bins.
 
-    Bins are fixed by the extremes of all batches of one ``collect_data``, so that each batch runs
-    twice; in between it is in a temporary file.
+    For percentile and distribution, bins are fixed by the extremes of all batches of one
+    ``collect_data``, as onnxruntime's are, so that each batch runs twice; in between it is in a
+    temporary file. For entropy, ranges grow while batches come.
 
     Attributes:
         collector: holds the histograms, None before there are any.
@@ -80,6 +82,7 @@ class HistogramCalibrater(CalibraterBase):
         self.percentile = percentile
         self.scenario = scenario
         self.clamped = False
+        self._growing: dict[str, DoublingHistogram] = {}
 
     @property
     def tensors_to_calibrate(self) -> set[str]:
@@ -87,28 +90,50 @@ class HistogramCalibrater(CalibraterBase):
         return self.select_tensors_to_calibrate(self.model)[0]
 
     def collect_data(self, data_reader: CalibrationDataReader) -> None:
-        """Run all batches of a reader twice, and count values, in place.
+        """Run all batches of a reader, and count values, in place.
 
         Raises:
             QuantizationError: there is no batch, and was none before, or one does not fit the
                 graph inputs (a ``ValueError``).
         """
         collector = self.collector or self._new_collector()
+        collect = self._collect_once if self.method == "entropy" else self._collect_twice
+        if collect(collector, data_reader):
+            self.collector = collector
+        elif self.collector is None:
+            raise QuantizationError("No data is collected.")
+
+    def _collect_once(self, collector: HistogramCollector, reader: CalibrationDataReader) -> int:
+        """Count values in ranges that grow while they come; return how many batches there were.
+
+        The thresholds that entropy chooses from need not be those of onnxruntime.
+        """
+        if not self._growing:
+            bins = self.num_bins
+            self._growing = {n: DoublingHistogram(n, bins) for n in self.tensors_to_calibrate}
+            self._watched = {name: growing.extremes for name, growing in self._growing.items()}
+        watchers = {name: growing.take for name, growing in self._growing.items()}
+        batches = sum(1 for _ in self._session().observe(batches_of(reader), watchers))
+        made = {name: growing.result() for name, growing in self._growing.items()}
+        collector.histogram_dict = {name: h for name, h in made.items() if h is not None}
+        return batches
+
+    def _collect_twice(self, collector: HistogramCollector, reader: CalibrationDataReader) -> int:
+        """Count values in the bins of onnxruntime; return how many batches there were.
+
+        The first run tells the range of all batches, and the second one counts.
+        """
         watched = self._extremes(magnitudes=collector.counts_magnitudes)
+        first = {name: extremes.take for name, extremes in watched.items()}
+        second = {name: partial(collector.count, name) for name in watched}
         with Spool() as spool:
-            seen = 0
-            for _ in self._watch_extremes(spool.passing(batches_of(data_reader)), watched):
-                seen += 1
-            if not seen:
-                if self.collector is None:
-                    raise QuantizationError("No data is collected.")
-                return
+            passing = spool.passing(batches_of(reader))
+            batches = sum(1 for _ in self._session().observe(passing, first))
             for extremes in watched.values():
                 collector.cover(extremes)
-            self.collector = collector
-            counters = {name: partial(collector.count, name) for name in watched}
-            for _ in self._session().observe(spool.batches(), counters):
+            for _ in self._session().observe(spool.batches(), second):
                 pass
+        return batches
 
     def _new_collector(self) -> HistogramCollector:
         return HistogramCollector(

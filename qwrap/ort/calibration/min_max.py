@@ -86,7 +86,8 @@ class MinMaxCalibrater(CalibraterBase):
                 graph inputs (a ``ValueError``).
         """
         watched = self._extremes()
-        for _ in self._watch_extremes(batches_of(data_reader), watched):
+        watchers = {name: extremes.take for name, extremes in watched.items()}
+        for _ in self._session().observe(batches_of(data_reader), watchers):
             ranges = {name: self._range(extremes) for name, extremes in watched.items()}
             found = {name: ends for name, ends in ranges.items() if ends is not None}
             new = TensorsData(CalibrationMethod.MinMax, found)

@@ -55,17 +55,22 @@ class PairWriter:
     def weight(self, initializer: TensorProto, params: QuantizationParams) -> None:
         """Replace an initializer by its codes and a DequantizeLinear, or add a pair behind it."""
         name = initializer.name
-        scales = scale_and_zero_point(self._quantizer, name, params)
+        known = self._quantizer.scales.find(name)  # an output may share them, and came first
+        scales = known.original if known else scale_and_zero_point(self._quantizer, name, params)
         settings: dict[str, Any] = {"axis": params.get("axis")}
         if params.get("block_size", 0):
             settings["block_size"] = params["block_size"]
         output = add_dequant_output_suffix(self._quantizer.stem(name))
         codes: str | None = None
         if self._quantizer.add_qdq_pair_to_weight:
-            nodes = self._pair(name, output, name, scales, settings)
+            nodes = self._pair(name, output, self._quantizer.stem(name), scales, settings)
         else:
             codes = self._codes(initializer, params)
-            nodes = [self._dequantize(codes, output, add_dequant_suffix(name), scales, settings)]
+            nodes = [
+                self._dequantize(
+                    codes, output, add_dequant_suffix(self._quantizer.stem(name)), scales, settings
+                )
+            ]
         for graph in self._quantizer.graphs_that_read(name):
             graph.edit.insert(name, nodes)
             graph.edit.reads[name] = output
@@ -125,18 +130,19 @@ class PairWriter:
                 self._edit.node_reads[id(node), name] = output
         else:
             self._edit.reads[name] = output
-        self._edit.insert(name, self._pair(source, output, name, scales))
+        self._edit.insert(name, self._pair(source, output, self._quantizer.stem(name), scales))
         self._record(name, output, scales)
 
     def _dedicated(
         self, name: str, scales: QDQScaleZpInitializers, receivers: list[NodeProto]
     ) -> None:
         """Write a pair for each node that quantizes the tensor; others read floats."""
+        stem = self._quantizer.stem(name)
         for number, node in enumerate(receivers, 1):
-            output = f"{add_dequant_output_suffix(self._quantizer.stem(name))}_{number}"
-            self._edit.insert(name, self._pair(name, output, name, scales, {}, f"_{number}"))
+            output = f"{add_dequant_output_suffix(stem)}_{number}"
+            self._edit.insert(name, self._pair(name, output, stem, scales, {}, f"_{number}"))
             self._edit.node_reads[id(node), name] = output
-        self._record(name, f"{add_dequant_output_suffix(self._quantizer.stem(name))}_1", scales)
+        self._record(name, f"{add_dequant_output_suffix(stem)}_1", scales)
 
     def _converted(
         self,

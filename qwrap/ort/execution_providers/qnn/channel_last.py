@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -12,6 +12,46 @@ from qwrap.ort.errors import QuantizationError
 from qwrap.ort.scopes import made_names, rename_reads
 
 _SMALLEST_RANK = 3
+
+
+class InputOutputNameMap:
+    """Names for the tensors inside that stand for graph inputs and outputs.
+
+    Args:
+        orig_tensor_names: names that are taken.
+        orig_graph_inputs: graph inputs by name.
+        orig_graph_outputs: graph outputs by name.
+
+    Attributes:
+        updated_io_names: graph input or output -> the name inside.
+        new_value_infos: types of the tensors inside.
+    """
+
+    def __init__(
+        self,
+        orig_tensor_names: Collection[str],
+        orig_graph_inputs: Mapping[str, onnx.ValueInfoProto],
+        orig_graph_outputs: Mapping[str, onnx.ValueInfoProto],
+    ) -> None:
+        self.orig_tensor_names = orig_tensor_names
+        self.orig_graph_inputs = orig_graph_inputs
+        self.orig_graph_outputs = orig_graph_outputs
+        self.updated_io_names: dict[str, str] = {}
+        self.new_value_infos: list[onnx.ValueInfoProto] = []
+
+    def get_new_name(self, orig_name: str) -> str:
+        """Return the name inside, ``<name>_channel_first_<number>`` with the first free number."""
+        if orig_name not in self.updated_io_names:
+            prefix = f"{orig_name}_channel_first_"
+            ends = {n.removeprefix(prefix) for n in self.orig_tensor_names if n.startswith(prefix)}
+            number = max((int(end) for end in ends if end.isdecimal()), default=-1) + 1
+            inner = onnx.ValueInfoProto()
+            inputs, outputs = self.orig_graph_inputs, self.orig_graph_outputs
+            inner.CopyFrom(inputs[orig_name] if orig_name in inputs else outputs[orig_name])
+            inner.name = f"{prefix}{number}"
+            self.new_value_infos.append(inner)
+            self.updated_io_names[orig_name] = inner.name
+        return self.updated_io_names[orig_name]
 
 
 def update_io_to_channel_last(
@@ -40,17 +80,17 @@ def update_io_to_channel_last(
     graph = model.graph
     inputs = _found(graph.input, inputs_to_update, "input")
     outputs = _found(graph.output, outputs_to_update, "output")
-    taken = made_names(graph)
+    names_inside = InputOutputNameMap(
+        made_names(graph), {v.name: v for v in inputs}, {v.name: v for v in outputs}
+    )
     number = transpose_node_name_start_suffix
     for value, is_input in [*((v, True) for v in inputs), *((v, False) for v in outputs)]:
-        inner = _free_name(f"{value.name}_channel_first_", taken)
-        known = graph.value_info.add()
-        known.CopyFrom(value)
-        known.name = inner
+        inner = names_inside.get_new_name(value.name)
         _rename(graph, value.name, inner)
         rank = len(value.type.tensor_type.shape.dim)
         order = [0, *range(2, rank), 1]
-        dims = [known.type.tensor_type.shape.dim[axis] for axis in order]
+        before = names_inside.new_value_infos[-1].type.tensor_type.shape.dim
+        dims = [before[axis] for axis in order]
         del value.type.tensor_type.shape.dim[:]
         value.type.tensor_type.shape.dim.extend(dims)
         names = (value.name, inner) if is_input else (inner, value.name)
@@ -64,6 +104,7 @@ def update_io_to_channel_last(
             )
         )
         number += 1
+    graph.value_info.extend(names_inside.new_value_infos)
 
 
 def _found(values: Sequence[Any], names: Iterable[str] | None, role: str) -> list[Any]:
@@ -87,11 +128,3 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
         for index, name in enumerate(node.output):
             if name == old:
                 node.output[index] = new
-
-
-def _free_name(prefix: str, taken: set[str]) -> str:
-    number = 0
-    while f"{prefix}{number}" in taken:
-        number += 1
-    taken.add(f"{prefix}{number}")
-    return f"{prefix}{number}"

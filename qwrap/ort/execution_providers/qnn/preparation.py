@@ -106,11 +106,24 @@ def _optimized(source: ModelSource) -> tuple[onnx.ModelProto, bool]:
     fused = FusionSpaceToDepth(onnx_model).apply()
     if fused:
         onnx_model.topological_sort()
-    model = optimized_if_possible(model)
+    return save_and_reload_optimize_model(model, shape_infer=False), fused
+
+
+def save_and_reload_optimize_model(model: onnx.ModelProto, shape_infer: bool) -> onnx.ModelProto:
+    """Return ``model``, which stays as it is, after onnxruntime's optimizations; nothing is saved.
+
+    Args:
+        model: of any size. Where onnxruntime cannot run it, it is not optimized.
+        shape_infer: declare the types of its values first.
+    """
+    own = load_message(model)
+    if shape_infer:
+        declare_types(own)
+    own = optimized_if_possible(own)
     key, value = _INFERRED_BY
-    if key not in {entry.key for entry in model.metadata_props}:
-        model.metadata_props.add(key=key, value=value)
-    return model, fused
+    if key not in {entry.key for entry in own.metadata_props}:
+        own.metadata_props.add(key=key, value=value)
+    return own
 
 
 def _exclude_initializers(model: onnx.ModelProto) -> bool:

@@ -5,10 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwrap.ort.execution_providers.qnn.channel_last import update_io_to_channel_last
-from qwrap.ort.execution_providers.qnn.preparation import qnn_preprocess_model
+from qwrap.ort.execution_providers.qnn.channel_last import (
+    InputOutputNameMap,
+    update_io_to_channel_last,
+)
+from qwrap.ort.execution_providers.qnn.preparation import (
+    qnn_preprocess_model,
+    save_and_reload_optimize_model,
+)
 
-__all__ = ["main", "qnn_preprocess_model", "update_io_to_channel_last"]
+__all__ = [
+    "InputOutputNameMap",
+    "main",
+    "qnn_preprocess_model",
+    "save_and_reload_optimize_model",
+    "update_io_to_channel_last",
+]
 
 
 def make_parser() -> argparse.ArgumentParser:

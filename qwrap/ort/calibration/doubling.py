@@ -1,0 +1,75 @@
+"""A histogram of values whose range is not known before they come."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwrap.ort.calibration.bins import BLOCK
+from qwrap.ort.calibration.extremes import Extremes, finite
+from qwrap.ort.calibration.histogram import RealHistogram, edge_type
+
+Array = NDArray[Any]
+
+_LEAST_EXPONENT = -100  # so that bins in a unit are a number in float32
+
+
+class DoublingHistogram:
+    """Counts values over ``[-2^k, 2^k)``; where one lies beyond, k grows, and bins are joined.
+
+    Each bin then is one half, or less, of a new one, so that counts do not depend on the order of
+    values.
+
+    Args:
+        name: of the tensor.
+        bins: how many; one more if odd. Between a half and all of them hold the values.
+    """
+
+    def __init__(self, name: str, bins: int) -> None:
+        self.extremes = Extremes(name)
+        self._half = -(-bins // 2)
+        self._exponent = _LEAST_EXPONENT
+        self._counts: Array = np.zeros(2 * self._half, np.int64)
+
+    def take(self, values: Tensor) -> None:
+        """Count values, in place; NaN and infinity are left out."""
+        extremes = self.extremes
+        missing = extremes.nans, extremes.infinities
+        extremes.take(values)
+        if extremes.low is None or extremes.high is None or not values.numel():
+            return
+        if missing != (extremes.nans, extremes.infinities):
+            values = finite(values)
+        self._cover(max(-float(extremes.low[0]), float(extremes.high[0])))
+        per_unit = self._half * 2.0**-self._exponent
+        for block in torch.split(values.flatten(), BLOCK):
+            place = block.to(torch.float32).mul(per_unit).floor_().to(torch.int32).add_(self._half)
+            found = torch.bincount(place, minlength=len(self._counts) + 1).cpu().numpy()
+            self._counts += found[:-1]
+            self._counts[-1] += found[-1]  # the product was rounded up to the end
+
+    def _cover(self, largest: float) -> None:
+        exponent = max(math.frexp(largest)[1], _LEAST_EXPONENT)
+        doublings = exponent - self._exponent
+        if doublings <= 0:
+            return
+        bins = np.arange(-self._half, self._half) >> min(doublings, 62)
+        joined = np.zeros_like(self._counts)
+        np.add.at(joined, bins + self._half, self._counts)
+        self._counts, self._exponent = joined, exponent
+
+    def result(self) -> RealHistogram | None:
+        """Return what was counted, None if nothing that has a range."""
+        ends = self.extremes.ends
+        if ends is None:
+            return None
+        dtype = edge_type(ends[0])
+        reach = np.ldexp(1.0, self._exponent)
+        steps = np.arange(-self._half, self._half + 1)
+        edges = (steps * (reach / self._half)).astype(dtype)
+        return RealHistogram(self._counts, edges, *ends, dtype.type(reach))
