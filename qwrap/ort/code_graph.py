@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from qwrap.ort.onnx_model import ONNXModel
 from qwrap.ort.quant_utils import QuantizedValue, save_and_reload_model_with_shape_infer
 from qwrap.ort.scopes import made_names, node_reads
 from qwrap.ort.tensor_types import TensorTypes
+
+logger = logging.getLogger(__name__)
 
 
 class CodeGraph(BaseQuantizer):
@@ -125,6 +128,8 @@ class CodeGraph(BaseQuantizer):
         integers = {TensorProto.INT8, TensorProto.UINT8}
         known = integers | ({TensorProto.FLOAT8E4M3FN} if self.static else set())
         form = "the QOperator form" if self.static else "dynamic quantization"
+        if any(entry[0].get("convert") for entry in self.tensor_quant_overrides.values() if entry):
+            logger.warning("overrides: 'convert' has no effect in %s", form)
         overrides = {kind.tensor_type for kind in self.tensor_quant_override_qtypes}
         for what, kinds in (
             ("weights", {self.weight_qType}),
@@ -244,10 +249,15 @@ class CodeGraph(BaseQuantizer):
         )
 
     def _reads_of_excluded_nodes(self) -> set[str]:
-        """Return the constants that excluded nodes read: they stay float for all readers."""
-        excluded = set(self.nodes_to_exclude or ())
-        nodes = (node for graph in graphs(self.model.graph()) for node in graph.node)
-        read = {name for node in nodes if node.name in excluded for name in node_reads(node)}
+        """Return the constants that nodes read which the user's names leave out.
+
+        They stay float for all who read floats.
+        """
+        excluded, chosen = set(self.nodes_to_exclude or ()), set(self.nodes_to_quantize or ())
+        read: set[str] = set()
+        for node in (node for graph in graphs(self.model.graph()) for node in graph.node):
+            if node.name in excluded or (chosen and node.name not in chosen):
+                read |= node_reads(node)
         return read & self.initializers.keys()
 
     def calculate_quantization_params(self) -> dict[str, Any] | None:
