@@ -21,6 +21,7 @@ from qwrap.ort.calibrate import (
     load_tensors_data,
     save_tensors_data,
 )
+from qwrap.ort.cuda_quantizer import CudaQuantizer
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
 from qwrap.ort.qdq_quantizer import QDQQuantizer
 from qwrap.ort.quant_utils import QuantFormat, QuantType
@@ -43,6 +44,7 @@ __all__ = [
     "CalibraterBase",
     "CalibrationDataReader",
     "CalibrationMethod",
+    "CudaQuantizer",
     "DistributionCalibrater",
     "DynamicQuantConfig",
     "EntropyCalibrater",

@@ -62,11 +62,14 @@ def quantize(
     if isinstance(quant_config, DynamicQuantConfig):
         settings = {k: v for k, v in vars(quant_config).items() if k != "activation_type"}
         return quantize_dynamic(model_input, model_output, **settings, report=report)
-    return _quantize_weights(model_input, model_output, quant_config)
+    return _quantize_weights(model_input, model_output, quant_config, report)
 
 
 def _quantize_weights(
-    model_input: str | Path | ModelProto, model_output: str | Path | None, config: object
+    model_input: str | Path | ModelProto,
+    model_output: str | Path | None,
+    config: object,
+    report: Report | None,
 ) -> ModelProto | None:
     from qwrap.ort.matmul_nbits_quantizer import MatMulNBitsQuantizer, WeightOnlyQuantConfig
 
@@ -78,6 +81,8 @@ def _quantize_weights(
     source = model_input if isinstance(model_input, ModelProto) else str(model_input)
     quantizer = MatMulNBitsQuantizer(source, algo_config=config)
     quantizer.process()
+    if report is not None:
+        report.nodes.extend(quantizer.report.nodes)
     model: ModelProto = quantizer.model.model
     if model_output is None:
         return model
