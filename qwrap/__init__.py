@@ -2,6 +2,7 @@
 
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
+from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
@@ -15,6 +16,7 @@ from qwrap.mixed.search.report import SearchResult
 from qwrap.mixed.search.search import search
 from qwrap.model.observation import observe
 from qwrap.model.wrapped import WrappedModel
+from qwrap.nbits.quantize_weights import quantize_weights
 from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
@@ -44,6 +46,7 @@ __all__ = [
     "RangeTable",
     "SearchResult",
     "Sensitivity",
+    "Smoothed",
     "Statistics",
     "Target",
     "TensorRange",
@@ -62,10 +65,12 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_weights",
     "register_op",
     "rescale",
     "round_weights",
     "search",
     "sensitivity",
+    "smooth_quant",
     "verify",
 ]

@@ -2,5 +2,6 @@
 
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
+from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
-__all__ = ["correct_biases", "round_weights"]
+__all__ = ["Smoothed", "correct_biases", "round_weights", "smooth_quant"]

@@ -71,13 +71,16 @@ class Constants:
 
     def add(self, graph: ir.Graph, name: str, array: Array) -> ir.Value:
         """Make an initialiser of ``graph``; ``name`` must be free (see ``unique_name``)."""
+        return self.add_tensor(graph, ir.tensor(np.asarray(array, order="C"), name=name))
+
+    def add_tensor(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+        """Make an initialiser of ``graph``; the tensor's name must be free."""
         if self._model.ir_version < FREE_INITIALISERS:
             self._free_initialisers()
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
         value = ir.Value(
-            name=name,
+            name=tensor.name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
         graph.register_initializer(value)

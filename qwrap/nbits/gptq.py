@@ -22,8 +22,8 @@ def gptq(
     statistics: InputStatistics | None,
     *,
     damping: float = 0.01,
-    act_order: bool = False,
-    search: bool = False,
+    act_order: bool = True,
+    search: bool = True,
     per_channel: bool = True,
     block: int = BLOCK,
 ) -> Blocks:
@@ -43,7 +43,7 @@ def gptq(
         damping: what is added to each input's power, relative to the mean.
         act_order: round the inputs in order of falling power.
         search: try smaller ranges too, and take that with the least sum of absolute errors to the
-            power of 2.4.
+            power of 2.4, each weighted with the power of its input.
         per_channel: a scale for each output; else all outputs share those of a block of inputs.
         block: inputs whose errors are spread over the later ones in one product. It changes
             nothing but the time, save that it is at least as large as a block of the form.
@@ -62,7 +62,8 @@ def gptq(
     if len(second) != weight.shape[1]:
         raise ConfigError(f"{weight.shape[1]} inputs, but statistics of {len(second)}")
     matrix = weight.double().t()
-    grid = _Grid(matrix, form, weight.dtype, search=search, per_channel=per_channel)
+    power = second.diagonal() if search else None
+    grid = _Grid(matrix, form, weight.dtype, power, per_channel=per_channel)
     grid.is_live = not act_order
     size = grid.size
     # A multiple of the form's blocks: at the first input of one, all of it is up to date.
@@ -84,15 +85,16 @@ class _Grid:
         matrix: Tensor,
         form: BlockFormat,
         dtype: torch.dtype,
+        power: Tensor | None,
         *,
-        search: bool,
         per_channel: bool,
     ) -> None:
         self.form, self.is_live = form, False
         self.size = min(form.block_size or len(matrix), len(matrix))
-        self._dtype, self._search, self._per_channel = dtype, search, per_channel
+        self._dtype, self._power, self._per_channel = dtype, power, per_channel
         self._codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-        found = [self._choose(part) for part in torch.split(matrix, self.size)]
+        starts = range(0, len(matrix), self.size)
+        found = [self._choose(matrix[k : k + self.size], k) for k in starts]
         self._scale, self._zero_point = (torch.stack(column) for column in zip(*found, strict=True))
 
     def __call__(self, rest: Tensor, inputs: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class _Grid:
         index = k // self.size
         if self.is_live and k % self.size == 0:
             values = rest[0, : self.size]
-            self._scale[index], self._zero_point[index] = self._choose(values)
+            self._scale[index], self._zero_point[index] = self._choose(values, k)
         scale, zero_point = self._scale[index], self._zero_point[index]
         codes = self._round(rest[0, 0], scale, zero_point)
         self._codes[k] = codes.to(torch.uint8)
@@ -119,26 +121,27 @@ class _Grid:
     def _round(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return (values / scale).round_().add_(zero_point).clamp_(0, 2**self.form.bits - 1)
 
-    def _choose(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scales and zero points ``[R]`` for values ``[size, R]`` of one block."""
+    def _choose(self, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Return scales and zero points ``[R]`` for ``[size, R]`` values of a block."""
         low, high = torch.aminmax(values, dim=0)
         if not self._per_channel:
             low, high = (end.expand_as(low) for end in (low.amin(), high.amax()))
         best = self._spread(low, high)
-        if not self._search:
+        if self._power is None:
             return best
-        least = self._cost(values, *best)
+        power = self._power[start : start + len(values), None]
+        least = self._cost(values, power, *best)
         for i in range(1, SHRINKS):
             tried = self._spread(low * (1 - i / 100), high * (1 - i / 100))
-            cost = self._cost(values, *tried)
+            cost = self._cost(values, power, *tried)
             better = cost < least
             least = torch.where(better, cost, least)
             best = (torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1]))
         return best
 
-    def _cost(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def _cost(self, values: Tensor, power: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         error = (self._round(values, scale, zero_point) - zero_point) * scale - values
-        cost = error.abs_().pow_(NORM).sum(0)
+        cost = error.abs_().pow_(NORM).mul_(power).sum(0)
         return cost if self._per_channel else cost.sum().expand_as(cost)
 
     def _spread(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

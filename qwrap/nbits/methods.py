@@ -6,7 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from qwrap.nbits.awq import clip
 from qwrap.nbits.blocks import BlockFormat, Blocks
+from qwrap.nbits.gptq import gptq
+from qwrap.nbits.hqq import hqq
+from qwrap.nbits.kquant import k_quant
 from qwrap.nbits.rtn import round_to_nearest
 
 
@@ -23,5 +27,14 @@ class Method(Protocol):
         """
 
 
-METHODS: dict[str, Method] = {"rtn": round_to_nearest}
-"""Those that need no data."""
+METHODS: dict[str, Method] = {
+    "rtn": round_to_nearest,
+    "hqq": hqq,
+    "k_quant": k_quant,
+    "gptq": gptq,
+    "awq": clip,
+}
+"""Rounding to nearest; half-quadratic quantization; llama.cpp's search; error compensation; ranges
+fitted to the data, of weights that ``awq.rescale`` scaled first."""
+FROM_DATA = {"gptq", "awq"}
+"""Those that need to see the inputs of a matrix."""

@@ -103,8 +103,14 @@ def integers(codes: Tensor, bits: int, *, signed: bool) -> Array:
     return array.astype(INTEGERS[bits, signed])
 
 
-def pair_arrays(blocks: Blocks) -> dict[Literal["codes", "scale", "zero_point"], Array]:
-    """Return what a blocked DequantizeLinear with ``axis=0`` reads.
+def pair_arrays(
+    blocks: Blocks, *, transposed: bool = False
+) -> dict[Literal["codes", "scale", "zero_point"], Array]:
+    """Return what a blocked DequantizeLinear reads.
+
+    Args:
+        blocks: the matrix.
+        transposed: leave it ``[N, K]``, which is read with ``axis=1``; else with ``axis=0``.
 
     Returns:
         ``codes`` ``[K, N]``, signed if there are no zero points; ``scale``
@@ -114,9 +120,13 @@ def pair_arrays(blocks: Blocks) -> dict[Literal["codes", "scale", "zero_point"],
         ConfigError: zero points are floats.
     """
     bits, signed = blocks.format.bits, blocks.zero_point is None
+
+    def turned(matrix: Tensor) -> Tensor:
+        return matrix if transposed else matrix.T.contiguous()
+
     arrays: dict[Literal["codes", "scale", "zero_point"], Array] = {
-        "codes": integers(blocks.codes.T.contiguous(), bits, signed=signed),
-        "scale": to_numpy(blocks.scale.T.contiguous()),
+        "codes": integers(turned(blocks.codes), bits, signed=signed),
+        "scale": to_numpy(turned(blocks.scale)),
     }
     if blocks.zero_point is not None:
         if blocks.zero_point.is_floating_point():
@@ -124,5 +134,5 @@ def pair_arrays(blocks: Blocks) -> dict[Literal["codes", "scale", "zero_point"],
                 "DequantizeLinear takes integer zero points, and this method's are floats; "
                 'use form="operator", or another method'
             )
-        arrays["zero_point"] = integers(blocks.zero_point.T.contiguous(), bits, signed=False)
+        arrays["zero_point"] = integers(turned(blocks.zero_point), bits, signed=False)
     return arrays

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwrap.nbits.blocks import BlockFormat, Blocks
 
-AT_ONCE = 1 << 22  # weights whose temporaries are in memory together
+AT_ONCE = 1 << 18  # weights whose temporaries are made together: they stay in the cache
 
 
 @torch.no_grad()

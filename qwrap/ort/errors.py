@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from qwrap.errors import ConfigError, ModelError
+from qwrap.errors import ConfigError, InputError, ModelError
 
 
 class QuantizationError(ConfigError, ValueError):
@@ -27,3 +27,15 @@ class UnknownNameError(QuantizationError):
 
 class MissingFileError(InvalidModelError, FileNotFoundError):
     """A model, or the file that its weights lie in, is not there."""
+
+
+class ComparisonError(InputError, RuntimeError):
+    """What was collected cannot be compared, or there is none."""
+
+
+class UnsupportedError(QuantizationError, AssertionError):
+    """What was asked for there is not: where onnxruntime's tool asserts that it is not wanted."""
+
+
+class BlockSizeError(QuantizationError, RuntimeError):
+    """No kernel reads blocks of this size."""

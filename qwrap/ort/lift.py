@@ -9,18 +9,14 @@ from onnx import helper, numpy_helper
 from qwrap.graph import graphs
 
 _INITIALIZERS_FREE = 4  # the IR version since which an initializer need not be a graph input
-_PLAIN = {
-    "value_float": np.float32,
-    "value_floats": np.float32,
-    "value_int": np.int64,
-    "value_ints": np.int64,
-}
+_STAYS = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
 
 
 def lift_constants(model: onnx.ModelProto) -> set[str]:
     """Make initializers of the same names from Constant nodes, in place, in every graph.
 
-    Nodes remain whose output is an output of their graph, or which hold a sparse tensor.
+    Nodes remain that cannot be weights, such as shapes, for nothing is done to them; and those
+    whose output is an output of their graph, or which hold a sparse tensor.
 
     Returns:
         The names of the nodes that are gone.
@@ -55,21 +51,15 @@ def _lift(graph: onnx.GraphProto, must_be_input: bool) -> set[str]:
 
 
 def _tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
-    """Return the value of a Constant node; None where it is sparse or a function's parameter."""
+    """Return the value of a Constant node that may be a weight or its codes, else None."""
     for attribute in node.attribute:
         if attribute.ref_attr_name:
             return None
-        if attribute.name == "value":
+        if attribute.name == "value" and attribute.t.data_type not in _STAYS:
             tensor = onnx.TensorProto()
             tensor.CopyFrom(attribute.t)
             return tensor
-        if attribute.name in _PLAIN:
+        if attribute.name in ("value_float", "value_floats"):
             value = helper.get_attribute_value(attribute)
-            return numpy_helper.from_array(np.asarray(value, _PLAIN[attribute.name]))
-        if attribute.name in ("value_string", "value_strings"):
-            value = helper.get_attribute_value(attribute)
-            texts = [value] if isinstance(value, bytes) else list(value)
-            found = onnx.TensorProto(data_type=onnx.TensorProto.STRING, string_data=texts)
-            found.dims[:] = [] if isinstance(value, bytes) else [len(texts)]
-            return found
+            return numpy_helper.from_array(np.asarray(value, np.float32))
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -100,12 +100,35 @@ def declare_types(model: onnx.ModelProto) -> None:
     skeleton, _ = weightless(model, STEERS_SHAPES)
     inferred = inferred_message(skeleton)
     for graph, known in zip(graphs(model.graph), graphs(inferred.graph), strict=True):
-        made = {name for node in graph.node for name in node.output}
-        del graph.value_info[:]
-        graph.value_info.extend(v for v in known.value_info if v.name in made)
-        for value, other in zip(graph.output, known.output, strict=True):
-            if other.HasField("type"):
-                value.type.CopyFrom(other.type)
+        _take_over(graph, known)
+
+
+def _take_over(graph: onnx.GraphProto, known: onnx.GraphProto) -> None:
+    """Declare in ``graph``, in place, what is known of its values, and what it declared before."""
+    made = {name for node in graph.node for name in node.output}
+    made -= {value.name for value in graph.output}
+    values = {value.name: value for value in known.value_info if value.name in made}
+    for declared in graph.value_info:
+        if declared.name in values:
+            _keep_symbols(declared.type.tensor_type, values[declared.name].type.tensor_type)
+        elif declared.name in made:
+            values[declared.name] = declared
+    kept = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in values.values()]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    for output, other in zip(graph.output, known.output, strict=True):
+        if other.HasField("type"):
+            _keep_symbols(output.type.tensor_type, other.type.tensor_type)
+            output.type.CopyFrom(other.type)
+
+
+def _keep_symbols(declared: Any, found: Any) -> None:
+    """Let dimensions of ``found`` that nobody knows bear the names they had, in place."""
+    if len(declared.shape.dim) != len(found.shape.dim):
+        return
+    for old, new in zip(declared.shape.dim, found.shape.dim, strict=True):
+        if old.dim_param and not new.HasField("dim_value"):
+            new.dim_param = old.dim_param
 
 
 def model_has_external_data(model_path: str | os.PathLike[str]) -> bool:

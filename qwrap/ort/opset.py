@@ -18,6 +18,8 @@ from qwrap.ort.proto_file import weightless, with_weights
 
 _LOGGER = logging.getLogger(__name__)
 _FUSING = 11  # the opset since which quantized operators are fused
+_AXIS = 13  # scales per channel
+_HALF = 19  # scales of float16
 _FLOAT8 = 19
 _WIDE = 21  # 16 bits, 4 bits and blocks
 _16_BIT = {onnx.TensorProto.UINT16, onnx.TensorProto.INT16}
@@ -92,6 +94,42 @@ def update_opset_version(
     if version < _FUSING - 1:
         return _raise(model, version, _FUSING, "quantization")
     return model
+
+
+def raised_for_pairs(
+    model: onnx.ModelProto, per_channel: bool, options: Mapping[str, Any]
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """Return ``model`` and options with which pairs can be written for its tensors.
+
+    Scales along an axis need opset 13, and scales of float16 need 19. Where a model cannot be
+    raised that far, the pairs are those of domain com.microsoft, which take both in any opset.
+
+    Args:
+        model: not modified.
+        per_channel: whether weights get a scale per channel.
+        options: ``extra_options``; not modified.
+
+    Raises:
+        QuantizationError: the model does not import ai.onnx exactly once.
+    """
+    version, changed = get_opset_version(model), dict(options)
+    overrides = (options.get("TensorQuantOverrides") or {}).values()
+    along = per_channel or any("axis" in entry for entries in overrides for entry in entries)
+    least = _HALF if _has_half(model.graph) else _AXIS if along else version
+    if version >= least or options.get("UseQDQContribOps"):
+        return model, changed
+    what = "pairs of float16 tensors" if least == _HALF else "scales per channel"
+    try:
+        return _raise(model, version, least, what), changed
+    except InvalidModelError as error:
+        _LOGGER.warning("opset %d stays, pairs are of com.microsoft: %s", version, error)
+        return model, {**changed, "UseQDQContribOps": True}
+
+
+def _has_half(graph: onnx.GraphProto) -> bool:
+    values = (*graph.input, *graph.output, *graph.value_info)
+    half = onnx.TensorProto.FLOAT16
+    return any(value.type.tensor_type.elem_type == half for value in values)
 
 
 def _raise(model: onnx.ModelProto, version: int, target: int, what: str) -> onnx.ModelProto:

@@ -104,10 +104,8 @@ def matmul_n_bits(
     return F.linear(A, weight.to(A.dtype), bias)
 
 
-def _fp4_values() -> list[float]:
-    """Return what the 16 codes of bitsandbytes' FP4 stand for: a sign, then 8 magnitudes."""
-    magnitudes = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
-    return [*magnitudes, *(-m for m in magnitudes)]
+FP4_MAGNITUDES = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+"""What the first 8 codes of bitsandbytes' FP4 stand for; the others have the other sign."""
 
 
 NF4_VALUES = (
@@ -145,7 +143,8 @@ def matmul_bnb_4(
         block_size: consecutive numbers with one scale.
         quant_type: 0 for FP4, 1 for NF4.
     """
-    values = torch.tensor(NF4_VALUES if quant_type else _fp4_values(), device=A.device)
+    fp4 = (*FP4_MAGNITUDES, *(-m for m in FP4_MAGNITUDES))
+    values = torch.tensor(NF4_VALUES if quant_type else fp4, device=A.device)
     packed = B.flatten()
     codes = torch.stack((packed >> 4, packed & 15), -1).flatten()[: N * K]
     scales = absmax.flatten().repeat_interleave(block_size)[: N * K]

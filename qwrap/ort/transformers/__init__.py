@@ -1,0 +1,1 @@
+"""What onnxruntime's transformers tools quantize with."""

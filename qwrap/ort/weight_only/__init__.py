@@ -1,0 +1,1 @@
+"""What ``matmul_nbits_quantizer`` is made of."""
