@@ -22,21 +22,33 @@ Batch = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a script asks for; the defaults are the tool's."""
+    """What a script asks for.
 
-    form: str = "QDQ"  # QDQ, QOperator, dynamic
+    Attributes:
+        form: QDQ, QOperator or dynamic.
+        activation: name of a ``QuantType``.
+        weight: name of a ``QuantType``.
+        method: name of a ``CalibrationMethod``.
+        per_channel: scales per channel of weights.
+        reduce_range: a bit less for weights.
+        options: ``extra_options``, or a function of the module that makes them.
+        arguments: further arguments of ``quantize_static`` or ``quantize_dynamic``.
+    """
+
+    form: str = "QDQ"
     activation: str = "QUInt8"
     weight: str = "QInt8"
     method: str = "MinMax"
     per_channel: bool = False
     reduce_range: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [self.form, f"{self.activation}/{self.weight}", self.method]
         parts += [name for name in ("per_channel", "reduce_range") if getattr(self, name)]
-        parts += [f"{key}={value}" for key, value in {**self.options, **self.arguments}.items()]
+        options = {} if callable(self.options) else self.options
+        parts += [f"{key}={value}" for key, value in {**options, **self.arguments}.items()]
         return "-".join(parts)
 
 
@@ -84,7 +96,7 @@ def quantize(
         "per_channel": setting.per_channel,
         "reduce_range": setting.reduce_range,
         "weight_type": ort.QuantType[setting.weight],
-        "extra_options": dict(setting.options),
+        "extra_options": dict(_options(setting, ort)),
         **setting.arguments,
     }
     with quiet(module):
@@ -93,6 +105,11 @@ def quantize(
         else:
             _quantize_static(ort, source, output, Reader(batches), setting, arguments)
     return onnx.load(output)
+
+
+def _options(setting: Setting, ort: ModuleType) -> Mapping[str, Any]:
+    """Extra options; those that name the module's types come from a function of the module."""
+    return setting.options(ort) if callable(setting.options) else setting.options
 
 
 def _quantize_static(

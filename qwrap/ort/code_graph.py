@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from qwrap.ort.onnx_model import ONNXModel
 from qwrap.ort.quant_utils import QuantizedValue, save_and_reload_model_with_shape_infer
 from qwrap.ort.scopes import made_names, node_reads
 from qwrap.ort.tensor_types import TensorTypes
+
+logger = logging.getLogger(__name__)
 
 
 class CodeGraph(BaseQuantizer):
@@ -87,23 +90,26 @@ class CodeGraph(BaseQuantizer):
             in_place=in_place,
         )
         self.parent = parent
-        if mode not in QuantizationMode:
+        if not isinstance(mode, QuantizationMode):
             raise QuantizationError(f"unsupported quantization mode {mode}")
         self.mode = mode
         self.static = static
         self._check_code_types()
         if not static and parent is None:
             self._split_gemms()
+        self._start()
+
+    def _start(self) -> None:
+        """Begin with a graph in which nothing is quantized yet."""
+        graph = self.model.graph()
+        values = (*graph.output, *graph.input)
         self.fuse_dynamic_quant = self.opset_version > 10
         self.q_matmul_const_b_only = bool(self.extra_options.get("MatMulConstBOnly"))
         self.graph_scope = "/"
         self.new_nodes: list[NodeProto] = []
         self.quantized_value_map: dict[str, QuantizedValue] = {}
         self.generated_value_names: set[str] = self.model.get_non_initializer_inputs()
-        graph = self.model.graph()
-        self.tensor_names = dict.fromkeys(
-            (*(v.name for v in graph.output), *(v.name for v in graph.input)), 1
-        )
+        self.tensor_names = dict.fromkeys((value.name for value in values), 1)
         self.tensor_names.update((name, 1) for node in graph.node for name in node.output)
         self.fixed_qrange_uint8_name = "fixed_quantization_range_uint8"
         self.fixed_qrange_int8_name = "fixed_quantization_range_int8"
@@ -111,10 +117,10 @@ class CodeGraph(BaseQuantizer):
         self.fixed_zero_zp_name = "fixed_zero_zp"
         self.types = TensorTypes(self)
         self.quantization_params = self.calculate_quantization_params()
-        self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
         self.constant_codes: dict[str, list[QuantizedValue]] = {}
         self.recurrent_weights: dict[str, tuple[str, str, str]] = {}
         self.scale_products: dict[str, str] = {}
+        self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
         self._taken = made_names(graph)
         self._float_reads: set[str] = set()  # constants that a node reads as floats
         self._param_names: dict[str, tuple[str, str]] = {}
@@ -125,6 +131,8 @@ class CodeGraph(BaseQuantizer):
         integers = {TensorProto.INT8, TensorProto.UINT8}
         known = integers | ({TensorProto.FLOAT8E4M3FN} if self.static else set())
         form = "the QOperator form" if self.static else "dynamic quantization"
+        if any(entry[0].get("convert") for entry in self.tensor_quant_overrides.values() if entry):
+            logger.warning("overrides: 'convert' has no effect in %s", form)
         overrides = {kind.tensor_type for kind in self.tensor_quant_override_qtypes}
         for what, kinds in (
             ("weights", {self.weight_qType}),
@@ -244,10 +252,15 @@ class CodeGraph(BaseQuantizer):
         )
 
     def _reads_of_excluded_nodes(self) -> set[str]:
-        """Return the constants that excluded nodes read: they stay float for all readers."""
-        excluded = set(self.nodes_to_exclude or ())
-        nodes = (node for graph in graphs(self.model.graph()) for node in graph.node)
-        read = {name for node in nodes if node.name in excluded for name in node_reads(node)}
+        """Return the constants that nodes read which the user's names leave out.
+
+        They stay float for all who read floats.
+        """
+        excluded, chosen = set(self.nodes_to_exclude or ()), set(self.nodes_to_quantize or ())
+        read: set[str] = set()
+        for node in (node for graph in graphs(self.model.graph()) for node in graph.node):
+            if node.name in excluded or (chosen and node.name not in chosen):
+                read |= node_reads(node)
         return read & self.initializers.keys()
 
     def calculate_quantization_params(self) -> dict[str, Any] | None:

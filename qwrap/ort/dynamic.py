@@ -78,5 +78,6 @@ def quantize_dynamic(
         excluded,
         list(op_types_to_quantize or IntegerOpsRegistry),
         options,
+        in_place=True,
     )
     return finish(quantizer, model_output, use_external_data_format, report)

@@ -111,6 +111,10 @@ def quantize_channels(
         QuantizationError: there are more or fewer scales than that (a ``ValueError``).
     """
     if axis is None:
+        if scale.size != 1 or zero_point.size != 1:
+            raise QuantizationError(
+                f"{scale.size} scales and {zero_point.size} zero points, but no axis"
+            )
         return quantize_nparray(quant_type, data, scale.reshape(()), zero_point.reshape(()))
     if not -data.ndim <= axis < data.ndim or scale.size != data.shape[axis]:
         raise QuantizationError(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from qwrap.ort.bias import bias_codes, weight_scale_for_bias
 from qwrap.ort.code_inputs import float32_tensor, value_type
 from qwrap.ort.enums import QuantizedValueType
 from qwrap.ort.errors import QuantizationError
@@ -21,9 +22,6 @@ from qwrap.ort.quant_utils import (
 if TYPE_CHECKING:
     from qwrap.ort.code_graph import CodeGraph
     from qwrap.ort.code_values import CodeValues
-
-_LARGEST = float(np.iinfo(np.int32).max)
-_SLACK = 1.0001  # of onnxruntime's tool; leaves room for the rounding of scales to float32
 
 
 def quantize_bias(
@@ -62,11 +60,13 @@ def quantize_bias(
     if value_type(quantizer, value) == TensorProto.FLOAT8E4M3FN:
         return _left_float(quantizer, bias, input_scale, weight_scale, beta)
     size = input_scale * np.abs(factor)
-    grown, scale = grown_scale(bias, size, weight_scale, weight_scale.ndim == 1)
-    if grown:
-        _grow(quantizer, weight_name, scale)
-        weight_scale = scale
-    quantizer.biased_weights.add(_weight_value(quantizer, weight_name).q_name)
+    owner = quantizer.find_owner(weight_name)
+    if owner is not None:
+        grown, scale = grown_scale(bias, size, weight_scale, weight_scale.ndim == 1)
+        if grown:
+            _grow(owner, weight_name, scale)
+            weight_scale = scale
+        owner.biased_weights.add(owner.quantized_value_map[weight_name].q_name)
     product = np.asarray(input_scale * weight_scale, np.float64)  # float32, as kernels have it
     return _added(quantizer, bias, product * factor)
 
@@ -108,8 +108,7 @@ def _added(quantizer: CodeValues, bias: TensorProto, scale: NDArray[Any]) -> str
 
 def _stored(quantizer: CodeValues, bias: TensorProto, scale: NDArray[Any]) -> str:
     data = tensor_proto_to_array(bias).astype(np.float64)
-    codes = np.rint(data / scale.reshape(-1) if scale.size > 1 else data / scale)
-    codes = np.clip(codes, -_LARGEST - 1, _LARGEST).astype(np.int32)
+    codes, _ = bias_codes(data, scale.reshape(-1) if scale.size > 1 else scale)
     name = quantizer.free_name(bias.name + TENSOR_NAME_QUANT_SUFFIX)
     names = name, quantizer.free_name(f"{name}_scale"), quantizer.free_name(f"{name}_zero_point")
     zeros = np.zeros(scale.shape if scale.size > 1 else (), np.int32)
@@ -141,35 +140,22 @@ def grown_scale(
     bias: TensorProto, input_scale: Any, weight_scale: NDArray[Any], per_channel: bool
 ) -> tuple[bool, NDArray[Any]]:
     """Return whether scales of a weight must grow for int32 to hold a bias, and the scales."""
-    largest = np.abs(tensor_proto_to_array(bias).astype(np.float64))
+    largest = np.abs(tensor_proto_to_array(bias))
     if per_channel and weight_scale.size > 1:
         columns = np.broadcast_to(largest, (*largest.shape[:-1], weight_scale.size))
         largest = columns.reshape(-1, weight_scale.size).max(axis=0)
-    else:
-        largest = largest.max(initial=0.0)
-    needed = _SLACK * 2.0 * largest / (2.0 * _LARGEST)
-    product = np.asarray(input_scale, np.float64) * weight_scale.astype(np.float64)
-    small = (product < needed) & (product > 0)
-    if not small.any():
-        return False, weight_scale
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wide = weight_scale.astype(np.float64) * needed / product
-    return True, np.where(small, wide, weight_scale).astype(weight_scale.dtype)
+    scale = weight_scale_for_bias(largest.reshape(-1), np.asarray(input_scale), weight_scale)
+    return (False, weight_scale) if scale is None else (True, scale)
 
 
-def _grow(quantizer: CodeValues, name: str, scale: NDArray[Any]) -> None:
+def _grow(owner: CodeGraph, name: str, scale: NDArray[Any]) -> None:
     """Give a weight new scales, in place, or under another name where a bias needs the old."""
-    owner = quantizer.find_owner(name) or quantizer
     value = owner.quantized_value_map[name]
-    if any(value.q_name in q.biased_weights for q in _family(quantizer)):
+    if value.q_name in owner.biased_weights:
         value = _doubled(owner, value)
+        owner.constant_codes.setdefault(name, []).append(value)
         owner.quantized_value_map[name] = value
     requantize(owner, name, scale)
-
-
-def _family(quantizer: CodeGraph) -> list[CodeGraph]:
-    """Return the quantizers of a graph and of all around it."""
-    return [quantizer, *(_family(quantizer.parent) if quantizer.parent else ())]
 
 
 def _doubled(owner: CodeGraph, value: QuantizedValue) -> QuantizedValue:

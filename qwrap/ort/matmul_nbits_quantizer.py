@@ -1,6 +1,10 @@
 """Constant weights in 2, 4 or 8 bits; ``python -m qwrap.ort.matmul_nbits_quantizer`` too."""
 
-from qwrap.nbits.one_node import find_initializer as get_initializer
+from collections.abc import Sequence
+
+from onnx import GraphProto, TensorProto
+
+from qwrap.nbits.one_node import find_initializer
 from qwrap.ort.enums import QuantFormat
 from qwrap.ort.weight_only.awq import NVAWQWeightOnlyQuantConfig, NVAWQWeightOnlyQuantizer
 from qwrap.ort.weight_only.command import (
@@ -42,6 +46,14 @@ __all__ = [
     "parse_key_value_pair",
     "transpose_packed_int4_matrix",
 ]
+
+
+def get_initializer(
+    name: str, graph_path: Sequence[GraphProto]
+) -> tuple[TensorProto | None, GraphProto | None]:
+    """Return the initializer of that name, innermost first, and the graph that has it."""
+    return find_initializer(name, graph_path)
+
 
 if __name__ == "__main__":
     main()

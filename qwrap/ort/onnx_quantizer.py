@@ -87,7 +87,20 @@ class ONNXQuantizer(CodeValues):
                 "onnxruntime has no kernel with measured scales; "
                 "quantize_static with QuantFormat.QDQ quantizes its weights"
             )
-        return self.reason_to_leave(node) or "no operator on codes for it"
+        reason = self.reason_to_leave(node)
+        if reason is None and node.op_type in BUILT_IN_TYPES:
+            reason = self._unfit_input(node)
+        return reason or "no operator on codes for it"
+
+    def _unfit_input(self, node: NodeProto) -> str:
+        """Return why a node of a known type that was asked for is not quantized."""
+        if (node.op_type in CONTRIB_TYPES) != (node.domain == ms_domain):
+            return f"an operator of domain '{node.domain}' that is called as another one"
+        if node.op_type == "Gather":
+            return "its table is not a float constant"
+        if node.op_type in ("MatMul", "Gemm") and self.q_matmul_const_b_only:
+            return "B is not constant, as extra_options['MatMulConstBOnly'] asks"
+        return "its input is not float"
 
     def should_quantize_node(self, node: NodeProto) -> bool:
         """Whether a node is asked for, and is not another domain's operator of a known name."""

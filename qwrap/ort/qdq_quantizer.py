@@ -12,6 +12,7 @@ from qwrap.ort.calibrate import TensorData
 from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
+from qwrap.ort.qdq.domains import choose_for_tensors, choose_for_types
 from qwrap.ort.qdq.kernels import find_unfused, keep_unfused
 from qwrap.ort.qdq.marks import (
     QDQBiasQuantInfo,
@@ -46,7 +47,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
-_SINCE_21 = {TensorProto.UINT16, TensorProto.INT16, TensorProto.UINT4, TensorProto.INT4}
 
 
 class QDQQuantizer(QuantizedGraph):
@@ -129,35 +129,8 @@ class QDQQuantizer(QuantizedGraph):
         )
         self.matmul_const_b_only = options.get("MatMulConstBOnly", False)
         self.block_size: int = options.get("BlockSize", 0)
-        self._choose_domain()
+        choose_for_types(self)
         self.quantization_params = self.calc_graph_quant_params()
-
-    def _choose_domain(self) -> None:
-        """Take onnxruntime's own Q/DQ operators where those of ONNX lack the type."""
-        types = {self.activation_qType, self.weight_qType}
-        types |= {t.tensor_type for t in self.tensor_quant_override_qtypes}
-        if types & _SINCE_21:
-            self._use_own_operators(21, "16-bit/4-bit integer quantization types")
-
-    def _use_own_operators(self, since: int, what: str) -> None:
-        """Take onnxruntime's own Q/DQ operators if those of the model's opset lack something.
-
-        Args:
-            since: the opset where ONNX has it.
-            what: it is, for the warning.
-        """
-        if self.opset_version >= since or self.qdq_op_domain:
-            return
-        logger.warning(
-            "ONNX QuantizeLinear and DequantizeLinear operators do not support %s prior to opset "
-            "%s. The domain of QuantizeLinear and DequantizeLinear operators will be set to '%s' "
-            "to enable support.",
-            what,
-            since,
-            ms_domain,
-        )
-        for graph in self.graphs():
-            graph.qdq_op_domain = ms_domain
 
     # --- marks -----------------------------------------------------------------------------------
 
@@ -325,11 +298,7 @@ class QDQQuantizer(QuantizedGraph):
         graphs = list(self.graphs())
         for graph in graphs:
             graph._choose_weights()
-        chosen = [params for graph in graphs for params in graph.initializer_quant_params.values()]
-        if any(params.get("block_size", 0) for params in chosen):
-            self._use_own_operators(21, "blocks")
-        if any(params.get("axis") is not None for params in chosen):
-            self._use_own_operators(13, "a scale for each channel")
+        choose_for_tensors(graphs)
         for graph in graphs:
             find_unfused(graph)
             graph.folded.restore()

@@ -130,15 +130,18 @@ def quantize_static(
                 extra_options=calibration_options(options),
             )
             ranges = _collected(calibrator, reader, options.get("CalibStridedMinMax"))
+            del calibrator  # its copy of the weights is not needed beside the quantizer's
     if cache:
         save_tensors_data(ranges, cache, smooth_quant=smooth, model=source)
     shared = (weight_type, activation_type, ranges, chosen, excluded, op_types, options)
     quantizer: ONNXQuantizer | QDQQuantizer
     if in_pairs:
-        quantizer = QDQQuantizer(model, per_channel, reduce_range, *shared)
+        quantizer = QDQQuantizer(model, per_channel, reduce_range, *shared, in_place=True)
     else:
         mode = QuantizationMode.QLinearOps
-        quantizer = ONNXQuantizer(model, per_channel, reduce_range, mode, True, *shared)
+        quantizer = ONNXQuantizer(
+            model, per_channel, reduce_range, mode, True, *shared, in_place=True
+        )
     return finish(quantizer, model_output, use_external_data_format, report)
 
 

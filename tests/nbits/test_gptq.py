@@ -155,6 +155,17 @@ def test_the_search_for_ranges_lessens_the_error_that_it_looks_at(symmetric: boo
     assert ((shares > 0.2) & (shares < 1.001)).all()
 
 
+def test_the_search_weighs_errors_with_the_power_of_their_inputs() -> None:
+    weight, form, power = drawn(OUTPUTS, INPUTS), BlockFormat(2, 128), drawn(INPUTS).exp()
+    diagonal = statistics_of(torch.diag(power.sqrt()) * INPUTS**0.5)
+
+    def error(statistics: InputStatistics) -> float:
+        blocks = plain(weight, form, statistics, act_order=True, search=True)
+        return float(((dequantize(blocks) - weight).abs().pow(2.4) * power).sum())
+
+    assert error(diagonal) < 0.97 * error(UNRELATED)
+
+
 def test_outputs_may_share_the_scales_of_a_block() -> None:
     weight, form = drawn(OUTPUTS, INPUTS), BlockFormat(8, 32)
     blocks = plain(weight, form, SEEN, per_channel=False)

@@ -97,6 +97,14 @@ def test_blocks_are_found_alike_alone_and_among_many() -> None:
     assert torch.equal(whole.scale[-1:, -2:], alone.scale)
 
 
+def test_what_fills_up_the_last_block_counts_for_nothing() -> None:
+    weight = drawn(40, 80)
+    weight[:, -1] *= 5
+    whole, alone = k_quant(weight, BlockFormat(4, 64)), k_quant(weight[:, 64:], BlockFormat(4, 16))
+    assert torch.equal(whole.codes[:, 64:], alone.codes)
+    torch.testing.assert_close(whole.scale[:, 1:], alone.scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_there_are_always_zero_points_and_scales_have_the_type_of_the_weight(
     dtype: torch.dtype,

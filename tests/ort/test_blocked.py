@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import onnxruntime.quantization.quant_utils as incumbent
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from numbers_of_codes import finite32, onnx_types, same
 from onnx import TensorProto, helper, numpy_helper
@@ -23,6 +23,7 @@ from qwrap.ort.errors import QuantizationError
     block_size=st.integers(1, 6),
     symmetric=st.booleans(),
 )
+@settings(deadline=None)
 def test_scales_of_blocks_are_the_incumbents(x, onnx_type, axis, block_size, symmetric) -> None:
     arguments = (x, onnx_type, axis, block_size, symmetric)
     ours = quant_utils.compute_scale_zp_blocked(*arguments)

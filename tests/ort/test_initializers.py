@@ -53,6 +53,8 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         quant_utils.quantize_onnx_initializer(
             weight, TensorProto.INT8, zero, scale, axis=0, block_size=2
         )
+    with pytest.raises(ValueError, match="4 scales and 4 zero points, but no axis"):
+        quant_utils.quantize_onnx_initializer(weight, TensorProto.INT8, zero, scale)
     nan = numpy_helper.from_array(np.array([np.nan], np.float32), "w")
     with pytest.raises(InvalidModelError, match="NaN"):
         quant_utils.quantize_onnx_initializer(nan, FLOAT8, np.array(0), np.float32(1))

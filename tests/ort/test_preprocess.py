@@ -86,7 +86,17 @@ def test_the_result_is_onnxruntimes(tmp_path: Path) -> None:
 
 @pytest.mark.ort(317, 319, 320, 321)
 @pytest.mark.parametrize(
-    "name", ["mnist_cntk", "super_resolution", "resnet20_cifar10", "nanodet_m_320", "stories260k"]
+    "name",
+    [
+        "mnist_cntk",
+        "super_resolution",
+        "resnet20_cifar10",
+        "nanodet_m_320",
+        "stories260k",
+        "espnetv2_s2_voc_256",
+        "ppocr_en_number_rec",
+        "squeezenet1_0_imagenet",
+    ],
 )
 def test_real_models_become_what_onnxruntime_makes_of_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import numpy as np
 import onnxruntime.quantization.quant_utils as incumbent
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis.extra.numpy import array_shapes, arrays
 from numbers_of_codes import FLOAT8, INTEGERS, booleans, finite32, onnx_types, same
 from onnx import TensorProto
@@ -59,6 +59,7 @@ def test_a_range_of_signed_codes_does_not_overflow(onnx_type: int) -> None:
     least=st.none() | st.floats(0, 10, width=32),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
+@settings(deadline=None)
 def test_scales_and_zero_points_have_the_incumbents_bits(
     ends, onnx_type, symmetric, least, dtype
 ) -> None:
@@ -73,6 +74,7 @@ def test_scales_and_zero_points_have_the_incumbents_bits(
 @given(
     x=arrays(np.float32, (2, 7), elements=finite32), onnx_type=onnx_types, symmetric=st.booleans()
 )
+@settings(deadline=None)
 def test_scales_of_many_ranges_are_those_of_each(x, onnx_type, symmetric) -> None:
     low, high = x.min(0), x.max(0)
     codes = quant_utils.get_qmin_qmax_for_qType(onnx_type, symmetric=symmetric)
@@ -159,6 +161,7 @@ def test_a_range_that_is_not_finite_is_refused(bad: float) -> None:
     codes=st.sampled_from([(0, 255), (0, 127)]),
     least=st.none() | st.floats(0, 10, width=32),
 )
+@settings(deadline=None)
 def test_restricted_zero_points_are_the_incumbents(ends, codes, least) -> None:
     low, high = (np.float32(end) for end in sorted(ends))
     ours = quant_utils.snap_zero_point_to_uint8(low, high, *codes, least)
@@ -176,6 +179,7 @@ def test_a_restricted_scale_of_float16_is_a_float16() -> None:
 
 @pytest.mark.ort(48, 119)
 @given(std=finite32.filter(lambda v: v > 0))
+@settings(deadline=None)
 def test_the_scale_of_float8_is_a_ratio_of_spreads(std) -> None:
     ours = quant_utils.compute_scale_zp_float8(FLOAT8, np.float32(std))
     theirs = incumbent.compute_scale_zp_float8(FLOAT8, np.float32(std))
@@ -201,6 +205,7 @@ def test_what_float8_cannot_do_is_refused() -> None:
     reduced=booleans,
     data=st.data(),
 )
+@settings(deadline=None)
 def test_scales_of_channels_have_the_incumbents_bits(
     x, onnx_type, symmetric, reduced, data
 ) -> None:

@@ -23,12 +23,12 @@ class QLinearActivation(QuantOperatorBase):
         The ranges of what one Relu or Clip reads are those of its output, so that the bounds are
         those of the codes. Elsewhere the node is left float.
         """
-        value = self.quantizer.find_quantized_value(self.node.input[0])
+        value = self.known_codes()
         if value is None:
             self.keep("its input is not quantized")
         elif self.quantizer.is_activation_symmetric:
             self.keep("activations are symmetric")
-        elif value.axis is not None or not self._is_within_codes(value.scale_name, value.zp_name):
+        elif not self._is_within_codes(value.scale_name, value.zp_name):
             self.keep("the codes of its input reach beyond its bounds")
         else:
             self.quantizer.quantized_value_map[self.node.output[0]] = value

@@ -12,8 +12,8 @@ class QArgMax(QuantOperatorBase):
 
     def quantize(self) -> None:
         """Emit the node on codes where its input has them, else leave it float."""
-        value = self.quantizer.find_quantized_value(self.node.input[0])
-        if value is None or value.axis is not None:
+        value = self.known_codes()
+        if value is None:
             self.keep("its input is not quantized")
             return
         made = self.copy()

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import NodeProto, TensorProto, helper
 
-from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX, attribute_to_kwarg, ms_domain
+from qwrap.ort.quant_utils import (
+    TENSOR_NAME_QUANT_SUFFIX,
+    QuantizedValue,
+    attribute_to_kwarg,
+    ms_domain,
+)
 
 if TYPE_CHECKING:
     from qwrap.ort.onnx_quantizer import ONNXQuantizer
@@ -97,6 +102,16 @@ class QuantOperatorBase:
             self.node, [index], reduce_range=True, op_level_per_channel=True, axis=axis
         )
         return _triples(codes, scales, zero_points), nodes
+
+    def known_codes(self) -> QuantizedValue | None:
+        """Return the codes that the first input has; None unless they are of 8 bits and one scale.
+
+        A bias, for one, has codes of 32 bits.
+        """
+        value = self.quantizer.find_quantized_value(self.node.input[0])
+        if value is None or value.axis is not None:
+            return None
+        return None if value.node_qtype == TensorProto.INT32 else value
 
     def output_params(
         self, scale: float | None = None, zero_point: int | None = None

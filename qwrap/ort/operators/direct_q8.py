@@ -15,15 +15,12 @@ class Direct8BitOp(QuantOperatorBase):
     def quantize(self) -> None:
         """Emit the node on codes where its input has them, or where the user insists."""
         quantizer, name = self.quantizer, self.node.input[0]
-        known = quantizer.find_quantized_value(name)
+        known = self.known_codes()
         if known is None and not quantizer.force_quantize_no_input_check:
             self.keep("its input is not quantized")
             return
         if known is None and quantizer.code_type(name) is None:
             self.keep(f"no quantization parameters for tensor '{name}'")
-            return
-        if known is not None and known.axis is not None:
-            self.keep("its input has many scales")
             return
         codes = [known.q_name, known.scale_name, known.zp_name] if known is not None else []
         if known is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qwrap.ort.code_inputs import BYTES
 from qwrap.ort.operators.direct_q8 import Direct8BitOp
 from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
 
@@ -21,8 +20,8 @@ class GatherQuant(Direct8BitOp):
 
     def quantize(self) -> None:
         """Emit the node on codes; a table that another node has codes of is not stored twice."""
-        value = self.quantizer.find_quantized_value(self.node.input[0])
-        if value is not None and value.axis is None and value.node_qtype in BYTES:
+        value = self.known_codes()
+        if value is not None:
             self.pass_through(value.q_name, value.scale_name, value.zp_name)
             return
         codes, nodes = self.activations([0])

@@ -13,7 +13,7 @@ class QGlobalAveragePool(QuantOperatorBase):
     def quantize(self) -> None:
         """Emit the node where its input is codes, else leave it float."""
         node, quantizer = self.node, self.quantizer
-        value = quantizer.find_quantized_value(node.input[0])
+        value = self.known_codes()
         reason = "its input is not quantized" if value is None else ""
         calibrated = quantizer.output_type(node.output[0]) is not None
         reason = reason or self.obstacle([0], output=calibrated)

@@ -25,8 +25,8 @@ class QPad(QuantOperatorBase):
     def quantize(self) -> None:
         """Emit the node where its input is codes, else leave it float."""
         quantizer = self.quantizer
-        value = quantizer.find_quantized_value(self.node.input[0])
-        if quantizer.opset_version < 11 or value is None or value.axis is not None:
+        value = self.known_codes()
+        if quantizer.opset_version < 11 or value is None:
             old = quantizer.opset_version < 11
             self.keep("Pad takes tensors of pads since opset 11" if old else "no codes to pad")
             return

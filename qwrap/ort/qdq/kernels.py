@@ -2,7 +2,7 @@
 
 MatMul and Conv between QDQ pairs of 8 bits are fused whatever the shape of the weight's scale, and
 some of these kernels then refuse to run. A Sum of one operand before such a node keeps it from
-being fused: it computes in float what the pairs say.
+being fused: it computes in float what the pairs say. So it is with a Concat of float16 tensors.
 
 Source: what onnxruntime 1.31 on CPU ran and refused; MatMulNodeGroupSelector and
 ConvNodeGroupSelector in onnxruntime/core/optimizer/qdq_transformer.
@@ -48,10 +48,20 @@ def kernel_takes(node: NodeProto, position: int, weight: QuantizationParams, ran
 def find_unfused(quantizer: QuantizedGraph) -> None:
     """Note the nodes of a graph, and the inputs of theirs, that are not to be fused, in place."""
     for node in quantizer.quantized_nodes:
-        if node.op_type in {"MatMul", "Conv"}:
+        if node.op_type == "Concat" and _is_half(quantizer, node.input[0]):
+            quantizer.unfused[id(node)] = 0
+        elif node.op_type in {"MatMul", "Conv"}:
             for weight, other in ((1, 0), (0, 1)):
                 if not _is_taken(quantizer, node, weight, other):
                     quantizer.unfused[id(node)] = other
+
+
+def _is_half(quantizer: QuantizedGraph, name: str) -> bool:
+    """Whether a tensor has codes of 8 bits and a scale of float16, which QLinearConcat refuses."""
+    found = quantizer.scales.find(name)
+    if found is None or found.original.zero_point.data_type not in _BYTES:
+        return False
+    return bool(found.original.scale.data_type == TensorProto.FLOAT16)
 
 
 def _is_taken(quantizer: QuantizedGraph, node: NodeProto, weight: int, other: int) -> bool:

@@ -55,7 +55,8 @@ class PairWriter:
     def weight(self, initializer: TensorProto, params: QuantizationParams) -> None:
         """Replace an initializer by its codes and a DequantizeLinear, or add a pair behind it."""
         name = initializer.name
-        scales = scale_and_zero_point(self._quantizer, name, params)
+        known = self._quantizer.scales.find(name)  # an output may share them, and came first
+        scales = known.original if known else scale_and_zero_point(self._quantizer, name, params)
         settings: dict[str, Any] = {"axis": params.get("axis")}
         if params.get("block_size", 0):
             settings["block_size"] = params["block_size"]

@@ -31,5 +31,5 @@ def _pairs_of(quantizer: QuantizedGraph, node: NodeProto) -> tuple[bool, str]:
     if not written:
         return False, "its input is not quantized, or none of its tensors is a float that can be"
     if id(node) in quantizer.unfused:
-        return True, "runs in float: no kernel takes the scales of its weight"
+        return True, "runs in float: no kernel takes its scales"
     return True, ""

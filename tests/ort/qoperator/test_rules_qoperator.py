@@ -185,7 +185,7 @@ def test_what_moves_values_is_forced_to_move_codes(tmp_path: Path, text: str) ->
     assert len(theirs.graph.node) == 1
 
 
-@pytest.mark.ort(270)
+@pytest.mark.ort(270, 361)
 @pytest.mark.parametrize(
     ("text", "since"), [("MaxPool<kernel_shape=[2,2]>(h)", 12), ("Resize(h, sizes)", 11)]
 )
@@ -392,3 +392,34 @@ def test_weights_of_constant_nodes_are_weights(static: bool) -> None:
     own = quantize_own(model, ranges, per_channel=True).model.model
     assert constants_of(own)["w_quantized"].dtype == np.int8
     assert quality(model, own, DATA) > 35
+
+
+ODD = {
+    "bias read twice": "h = Conv(x, w, b) u = Unsqueeze(b, a) y = Add(h, u)",
+    "sum of constants": "e = Add(b, b) u = Unsqueeze(e, a) h = Conv(x, w, b) y = Add(h, u)",
+    "output read": "h = Conv(x, w, b) s = Sigmoid(h) y = Mul(h, s)",
+    "difference": "h = Conv(x, w, b) d = Sub(h, h) y = Add(h, d)",
+    "constant part": "h = Conv(x, w, b) y = Concat<axis=1>(h, c)",
+    "indices": "h = Conv(x, w, b) y, i = MaxPool<kernel_shape=[2,2]>(h)",
+    "small": "h = Conv(x, w, b) y = Resize<mode='linear'>(h, , halves)".replace("'", '"'),
+    "scalar": "h = Conv(x, w, b) y = Mul(h, two)",
+    "shape": "h = Conv(x, w, b) s = Shape(h) y = Reshape(h, s)",
+    "turned weight": "t = Transpose<perm=[1,0]>(m) y = MatMul(x, t)",
+}
+ODD_WEIGHTS: dict[str, object] = {
+    "a": np.array([1, 2]),
+    "c": (2, 2, 6, 6),
+    "halves": np.array([1, 1, 0.5, 0.5], np.float32),
+    "two": np.array(2, np.float32),
+    "m": (5, 8),
+}
+
+
+@pytest.mark.ort(249)
+@pytest.mark.parametrize("text", ODD)
+@pytest.mark.parametrize("kind", ["QUInt8", "QInt8"])
+def test_odd_graphs_are_right(text: str, kind: str) -> None:
+    model = image_model(ODD[text], ODD_WEIGHTS)
+    own = quantized(model, activation=kind, per_channel=kind == "QInt8")
+    assert quality(model, own, DATA) > 28
+    assert quality(model, quantize_own(model, None).model.model, DATA) > 28
