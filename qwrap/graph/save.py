@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import onnx
@@ -119,26 +119,26 @@ def filled(proto: onnx.ModelProto, pieces: Sequence[Piece]) -> onnx.ModelProto:
     return proto
 
 
-def replace_file(target: Path, write: Callable[[Path], None]) -> None:
+def replace_file(target: Path, write: Callable[[Path], Iterable[str] | None]) -> None:
     """Let ``write`` make a file, and its data beside it, and let them take the place of others.
 
     Args:
         target: the file to make or replace.
-        write: is called with a path of the same name in a folder of its own. Whatever it makes
-            there goes to the folder of ``target``, the file itself last.
+        write: is called with a path of the same name in a folder of its own. It may return names
+            of files that it made there, which go to the folder of ``target`` too.
 
     Raises:
         ExportError: the folder cannot be written to, or the disk is full.
     """
     check_target(target)
+    data_name = f"{target.name}.data"
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             draft = Path(folder) / target.name
-            write(draft)
-            for made in [m for m in Path(folder).rglob("*") if m.is_file() and m != draft]:
-                place = target.parent / made.relative_to(folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(made, place)
+            for name in dict.fromkeys((*(write(draft) or ()), data_name)):
+                if (draft.parent / name).exists():
+                    (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(draft.parent / name, target.parent / name)
             os.replace(draft, target)
     except OSError as error:
         raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error

@@ -90,23 +90,26 @@ class CodeGraph(BaseQuantizer):
             in_place=in_place,
         )
         self.parent = parent
-        if mode not in QuantizationMode:
+        if not isinstance(mode, QuantizationMode):
             raise QuantizationError(f"unsupported quantization mode {mode}")
         self.mode = mode
         self.static = static
         self._check_code_types()
         if not static and parent is None:
             self._split_gemms()
+        self._start()
+
+    def _start(self) -> None:
+        """Begin with a graph in which nothing is quantized yet."""
+        graph = self.model.graph()
+        values = (*graph.output, *graph.input)
         self.fuse_dynamic_quant = self.opset_version > 10
         self.q_matmul_const_b_only = bool(self.extra_options.get("MatMulConstBOnly"))
         self.graph_scope = "/"
         self.new_nodes: list[NodeProto] = []
         self.quantized_value_map: dict[str, QuantizedValue] = {}
         self.generated_value_names: set[str] = self.model.get_non_initializer_inputs()
-        graph = self.model.graph()
-        self.tensor_names = dict.fromkeys(
-            (*(v.name for v in graph.output), *(v.name for v in graph.input)), 1
-        )
+        self.tensor_names = dict.fromkeys((value.name for value in values), 1)
         self.tensor_names.update((name, 1) for node in graph.node for name in node.output)
         self.fixed_qrange_uint8_name = "fixed_quantization_range_uint8"
         self.fixed_qrange_int8_name = "fixed_quantization_range_int8"
@@ -114,10 +117,10 @@ class CodeGraph(BaseQuantizer):
         self.fixed_zero_zp_name = "fixed_zero_zp"
         self.types = TensorTypes(self)
         self.quantization_params = self.calculate_quantization_params()
-        self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
         self.constant_codes: dict[str, list[QuantizedValue]] = {}
         self.recurrent_weights: dict[str, tuple[str, str, str]] = {}
         self.scale_products: dict[str, str] = {}
+        self.biased_weights: set[str] = set()  # codes whose scale a bias was computed with
         self._taken = made_names(graph)
         self._float_reads: set[str] = set()  # constants that a node reads as floats
         self._param_names: dict[str, tuple[str, str]] = {}

@@ -60,11 +60,13 @@ def quantize_bias(
     if value_type(quantizer, value) == TensorProto.FLOAT8E4M3FN:
         return _left_float(quantizer, bias, input_scale, weight_scale, beta)
     size = input_scale * np.abs(factor)
-    grown, scale = grown_scale(bias, size, weight_scale, weight_scale.ndim == 1)
-    if grown:
-        _grow(quantizer, weight_name, scale)
-        weight_scale = scale
-    quantizer.biased_weights.add(_weight_value(quantizer, weight_name).q_name)
+    owner = quantizer.find_owner(weight_name)
+    if owner is not None:
+        grown, scale = grown_scale(bias, size, weight_scale, weight_scale.ndim == 1)
+        if grown:
+            _grow(owner, weight_name, scale)
+            weight_scale = scale
+        owner.biased_weights.add(owner.quantized_value_map[weight_name].q_name)
     product = np.asarray(input_scale * weight_scale, np.float64)  # float32, as kernels have it
     return _added(quantizer, bias, product * factor)
 
@@ -146,19 +148,14 @@ def grown_scale(
     return (False, weight_scale) if scale is None else (True, scale)
 
 
-def _grow(quantizer: CodeValues, name: str, scale: NDArray[Any]) -> None:
+def _grow(owner: CodeGraph, name: str, scale: NDArray[Any]) -> None:
     """Give a weight new scales, in place, or under another name where a bias needs the old."""
-    owner = quantizer.find_owner(name) or quantizer
     value = owner.quantized_value_map[name]
-    if any(value.q_name in q.biased_weights for q in _family(quantizer)):
+    if value.q_name in owner.biased_weights:
         value = _doubled(owner, value)
+        owner.constant_codes.setdefault(name, []).append(value)
         owner.quantized_value_map[name] = value
     requantize(owner, name, scale)
-
-
-def _family(quantizer: CodeGraph) -> list[CodeGraph]:
-    """Return the quantizers of a graph and of all around it."""
-    return [quantizer, *(_family(quantizer.parent) if quantizer.parent else ())]
 
 
 def _doubled(owner: CodeGraph, value: QuantizedValue) -> QuantizedValue:

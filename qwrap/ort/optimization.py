@@ -11,7 +11,6 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from qwrap.graph import replace_file
 from qwrap.ort.model_io import load_message
 from qwrap.ort.proto_file import LIMIT, weights_size, write_proto
 
@@ -30,7 +29,7 @@ def optimize_model(
         InvalidModelError: it is no ONNX model.
     """
     model = optimized(load_message(model_path), disabled=("ConstantSharing",))
-    replace_file(Path(opt_model_path), lambda draft: write_proto(model, draft))
+    write_proto(model, opt_model_path)
 
 
 def optimized_if_possible(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ from qwrap.ort.errors import QuantizationError
 
 LIMIT = 2_000_000_000  # bytes; protobuf refuses messages of 2 GiB
 THRESHOLD = 1024  # bytes: what is smaller stays in the message, where shape inference can read it
+_WEIGHT = "qwrap-weight-"
 _PAGE = 4096  # what is mapped must begin at a page
 _DATA_FIELDS = (
     *("raw_data", "float_data", "int32_data", "int64_data", "uint64_data", "double_data"),
@@ -100,12 +101,12 @@ def weightless(
 ) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
     """Return a copy of ``model`` whose heavy tensors say they lie in files, and the tensors.
 
-    The name of the file is the number of the tensor; see ``with_weights``.
+    The name of the file ends with the number of the tensor; see ``with_weights``.
     """
     copy, pairs = without_data(model, threshold)
     for number, (stub, _) in enumerate(pairs):
         stub.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", str(number)), ("offset", "0"), ("length", "0")):
+        for key, value in (("location", f"{_WEIGHT}{number}"), ("offset", "0"), ("length", "0")):
             stub.external_data.add(key=key, value=value)
     return copy, [source for _, source in pairs]
 
@@ -113,10 +114,11 @@ def weightless(
 def with_weights(model: onnx.ModelProto, tensors: list[onnx.TensorProto]) -> None:
     """Give the tensors of a ``weightless`` model their data back, in place."""
     for tensor in [t for t in tensors_of(model) if is_external(t)]:
-        location = next(e.value for e in tensor.external_data if e.key == "location")
-        name = tensor.name
-        tensor.CopyFrom(tensors[int(location)])
-        tensor.name = name
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        if location.startswith(_WEIGHT):
+            name = tensor.name
+            tensor.CopyFrom(tensors[int(location.removeprefix(_WEIGHT))])
+            tensor.name = name
 
 
 def write_proto(
@@ -173,21 +175,29 @@ def _checked(target: Path, location: str | None) -> str:
 
 def _write_draft(
     draft: Path, proto: onnx.ModelProto, pairs: Tensors, location: str, one_file: bool
-) -> None:
-    """Write message and data beside each other; ``proto`` learns where the data lies, in place."""
+) -> list[str]:
+    """Write message and data beside each other; ``proto`` learns where the data lies, in place.
+
+    Returns:
+        The names of the files with data.
+    """
+    names = []
     if one_file and pairs:
         file = draft.parent / location
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as opened:
             for stub, source in pairs:
                 _append(opened, stub, source, location)
+        names.append(location)
     elif pairs:
         taken = {draft.name}
         for stub, source in pairs:
             own = _own_name(stub.name, draft.name, taken)
             with (draft.parent / own).open("wb") as opened:
                 _append(opened, stub, source, own)
+            names.append(own)
     draft.write_bytes(proto.SerializeToString())
+    return names
 
 
 def _own_name(name: str, model: str, taken: set[str]) -> str:

@@ -130,6 +130,7 @@ def quantize_static(
                 extra_options=calibration_options(options),
             )
             ranges = _collected(calibrator, reader, options.get("CalibStridedMinMax"))
+            del calibrator  # its copy of the weights is not needed beside the quantizer's
     if cache:
         save_tensors_data(ranges, cache, smooth_quant=smooth, model=source)
     shared = (weight_type, activation_type, ranges, chosen, excluded, op_types, options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 
 import onnx
 
@@ -26,14 +28,16 @@ def sort_nodes(graph: onnx.GraphProto, outside: frozenset[str] = frozenset()) ->
         InvalidModelError: nodes read each other's outputs, or read what nothing makes; the
             message names some.
     """
-    given = _given(graph)
-    available = made_names(graph) | outside
-    for node in graph.node:
-        for body in subgraphs(node):
-            sort_nodes(body, frozenset(available))
-    order = _order(graph, given | outside)
-    if len(order) < len(graph.node):
-        raise InvalidModelError(_complaint(graph, set(order), available))
+    nodes = list(graph.node)
+    with_bodies = {i: list(subgraphs(node)) for i, node in enumerate(nodes) if node.attribute}
+    bodies = {i: held for i, held in with_bodies.items() if held}
+    if bodies:
+        available = frozenset(made_names(graph) | outside)
+        for body in itertools.chain.from_iterable(bodies.values()):
+            sort_nodes(body, available)
+    order = _order(nodes, bodies, _given(graph) | outside)
+    if len(order) < len(nodes):
+        raise InvalidModelError(_complaint(graph, set(order), made_names(graph) | outside))
     if order != list(range(len(order))):
         ranks = {position: rank for rank, position in enumerate(order)}
         in_turn = iter(range(len(order)))
@@ -45,13 +49,15 @@ def _given(graph: onnx.GraphProto) -> set[str]:
     return names | {sparse.values.name for sparse in graph.sparse_initializer}
 
 
-def _order(graph: onnx.GraphProto, given: set[str]) -> list[int]:
+def _order(
+    nodes: Sequence[onnx.NodeProto], bodies: Mapping[int, list[onnx.GraphProto]], given: set[str]
+) -> list[int]:
     """Return the positions of the nodes that can be computed from ``given``, in their order."""
     waiting: list[int] = []
     readers: dict[str, list[int]] = defaultdict(list)
-    for position, node in enumerate(graph.node):
+    for position, node in enumerate(nodes):
         reads = [name for name in node.input if name]
-        for body in subgraphs(node):
+        for body in bodies.get(position, ()):
             reads += sorted(captured_names(body))
         waiting.append(len(reads))
         for name in reads:
@@ -69,7 +75,7 @@ def _order(graph: onnx.GraphProto, given: set[str]) -> list[int]:
     for name in sorted(given):
         provide(name)
     while ready:
-        for name in graph.node[ready.popleft()].output:
+        for name in nodes[ready.popleft()].output:
             provide(name)
     return order
 

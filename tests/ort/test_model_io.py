@@ -17,6 +17,7 @@ from qwrap.ort import metadata, model_io, opset, proto_file
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import InvalidModelError
 
+SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BEYOND = 2_150_000_000  # bytes: more than a message can be
 
 
@@ -349,6 +350,24 @@ def test_upsample_becomes_a_resize_that_opset_11_accepts() -> None:
     onnx.checker.check_model(raised, full_check=True)
     x = random(1, 1, 2, 2)
     assert np.array_equal(outputs(raised, x=x)[0], outputs(model, x=x)[0])
+
+
+@pytest.mark.ort(263, 268)
+@pytest.mark.parametrize(("name", "shape"), [("mnist_cntk", (1, 1, 28, 28)),
+                                             ("super_resolution", (1, 1, 224, 224))])  # fmt: skip
+@pytest.mark.parametrize("target", [11, 12, 21])
+def test_real_models_compute_the_same_after_the_raise(
+    name: str, shape: tuple[int, ...], target: int
+) -> None:
+    path = SHARED / "models" / f"{name}.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not there (QWRAP_SHARED says where to look)")
+    model = model_io.read_model(path)
+    raised = opset.raise_opset(model, target)
+    assert metadata.get_opset_version(raised) == target > metadata.get_opset_version(model)
+    feeds = {model.graph.input[0].name: random(*shape)}
+    for before, after in zip(outputs(model, **feeds), outputs(raised, **feeds), strict=True):
+        assert np.array_equal(before, after)
 
 
 @pytest.mark.ort(269)

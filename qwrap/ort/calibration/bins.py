@@ -19,17 +19,20 @@ def even_edges(first: Any, last: Any, bins: int, dtype: np.dtype[Any]) -> Array:
     """Return the borders of equal bins, as ``numpy.histogram`` places them.
 
     Args:
-        first: where they begin; half a unit before, if they end there too.
+        first: where they begin; half a unit or more before, if they end there too.
         last: where they end.
         bins: how many, fewer where ``dtype`` cannot tell their borders apart.
         dtype: of the result, float32 or float64.
     """
+    first, last = float(first), float(last)
     if first == last:
-        first, last = first - 0.5, last + 0.5
+        most = float(np.finfo(dtype).max)
+        beside = max(0.5, abs(first) * float(np.finfo(dtype).eps))
+        first, last = max(first - beside, -most), min(last + beside, most)
     with np.errstate(over="ignore", invalid="ignore"):
         edges = np.linspace(dtype.type(first), dtype.type(last), bins + 1, dtype=dtype)
     if not np.isfinite(edges).all():  # the span is too large for the type, not its ends
-        edges = np.linspace(float(first), float(last), bins + 1).astype(dtype)
+        edges = np.linspace(first, last, bins + 1).astype(dtype)
     return edges if (edges[1:] > edges[:-1]).all() else np.unique(edges)
 
 
@@ -49,8 +52,8 @@ class BinCounter:
         self._edges = torch.from_numpy(edges)
         self._first, bins = float(edges[0]), len(counts)
         self._per_unit = bins / (float(edges[-1]) - self._first)
-        # As numpy.linspace computes them, rounding included.
-        self._width = float((edges[-1:] - edges[:1])[0] / edges.dtype.type(bins))
+        with np.errstate(over="ignore"):  # as numpy.linspace computes them, rounding included
+            self._width = float((edges[-1:] - edges[:1])[0] / edges.dtype.type(bins))
         self._is_even = self._can_compute()
 
     def _can_compute(self) -> bool:

@@ -69,7 +69,8 @@ class DoublingHistogram:
         if ends is None:
             return None
         dtype = edge_type(ends[0])
-        reach = np.ldexp(1.0, self._exponent)
+        most = float(np.finfo(dtype).max)  # the last power of two is beyond
         steps = np.arange(-self._half, self._half + 1)
-        edges = (steps * (reach / self._half)).astype(dtype)
-        return RealHistogram(self._counts, edges, *ends, dtype.type(reach))
+        edges = steps * (np.ldexp(1.0, self._exponent) / self._half)
+        edges = np.clip(edges, -most, most).astype(dtype)
+        return RealHistogram(self._counts, edges, *ends, edges[-1])

@@ -42,6 +42,7 @@ class Extremes:
         self.low: Array | None = None
         self.high: Array | None = None
         self.least: float = np.inf
+        self._taken = False
 
     @property
     def ends(self) -> tuple[Array, Array] | None:
@@ -51,7 +52,7 @@ class Extremes:
         """
         if self.low is not None and self.high is not None:
             return self.low.reshape(()), self.high.reshape(())
-        if self.dtype is None or self.nans or self.infinities:
+        if self.dtype is None or not self._taken or not self.all_finite:
             return None
         return np.zeros((), self.dtype), np.zeros((), self.dtype)
 
@@ -59,6 +60,16 @@ class Extremes:
     def smallest_magnitude(self) -> float:
         """Smallest magnitude taken; 0 if there was none."""
         return self.least if np.isfinite(self.least) else 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was ever taken was empty."""
+        return self.dtype is not None and not self.found and self.all_finite
+
+    @property
+    def zero(self) -> Array:
+        """Zero, of shape ``[1]``, in the tensor's type."""
+        return np.zeros(1, self.dtype)
 
     @property
     def all_finite(self) -> bool:
@@ -69,6 +80,7 @@ class Extremes:
         """Take values in, in place. Empty tensors, NaN and infinity change no extreme."""
         if self.dtype is None:
             self.dtype = torch.empty(0, dtype=values.dtype).numpy().dtype
+        self._taken = True
         if not values.numel():
             return
         if self._per_channel and values.dim() > 1:
@@ -105,12 +117,17 @@ class Extremes:
         if self.low is None or self.high is None:
             self.low, self.high = low, high
             return
-        if self.low.shape != low.shape:
-            raise QuantizationError(
-                f"tensor '{self.name}': {len(low)} channels after {len(self.low)}; ranges per "
-                "channel need a fixed number of them on axis 1"
-            )
+        check_channels(self.name, self.low, low)
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+
+
+def check_channels(name: str, old: Array, new: Array) -> None:
+    """Refuse ends of other shapes than those before."""
+    if old.shape != new.shape:
+        raise QuantizationError(
+            f"tensor '{name}': {new.size} channels after {old.size}; ranges per channel need a "
+            "fixed number of them on axis 1"
+        )
 
 
 def finite(values: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def _lengthened(hist: Array, edges: Array, largest: Any) -> tuple[Array, Array]:
         width = edges[1] - edges[0]
     if largest <= edges[-1]:
         return hist.copy(), edges
-    edges = np.append(edges, np.arange(edges[-1] + width, largest + width, width))
+    added = np.arange(edges[-1] + width, largest + width, width, dtype=np.float64)
+    edges = np.append(edges, added.astype(edges.dtype))
     return np.pad(hist, (0, len(edges) - 1 - len(hist))), edges
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
 from qwrap.ort.calibration.data_reader import CalibrationDataReader
+from qwrap.ort.calibration.extremes import check_channels
 from qwrap.ort.calibration.tensor_data import TensorData, TensorsData
 from qwrap.ort.enums import CalibrationMethod
 from qwrap.ort.errors import QuantizationError
@@ -85,24 +86,28 @@ class MinMaxCalibrater(CalibraterBase):
             QuantizationError: there is no batch, and was none before, or one does not fit the
                 graph inputs (a ``ValueError``).
         """
-        watched = self._extremes()
-        watchers = {name: extremes.take for name, extremes in watched.items()}
+        watchers = {name: extremes.take for name, extremes in self._extremes().items()}
+        batches = 0
         for _ in self._session().observe(batches_of(data_reader), watchers):
-            ranges = {name: self._range(extremes) for name, extremes in watched.items()}
-            found = {name: ends for name, ends in ranges.items() if ends is not None}
-            new = TensorsData(CalibrationMethod.MinMax, found)
-            self.calibrate_tensors_range = self.merge_range(self.calibrate_tensors_range, new)
-            for extremes in watched.values():
-                extremes.clear()
-        if self.calibrate_tensors_range is None:
+            batches += 1
+            if self.moving_average:
+                self._take_ranges()
+        if batches:
+            self._take_ranges()
+        elif self.calibrate_tensors_range is None:
             raise QuantizationError("No data is collected.")
 
-    def _range(self, extremes: Any) -> Range | None:
-        """Return the range of one batch."""
-        low, high = extremes.low, extremes.high
-        if low is None or high is None:
-            ends = extremes.ends  # 0 if the tensor is empty
-            return None if ends is None else (ends[0].reshape(1), ends[1].reshape(1))
+    def _take_ranges(self) -> None:
+        """Merge what was seen since the last time into the ranges, in place."""
+        found: dict[str, Range] = {}
+        for name, extremes in self._watched.items():
+            if extremes.low is not None and extremes.high is not None:
+                found[name] = self._range(extremes.low, extremes.high)
+            extremes.clear()
+        new = TensorsData(CalibrationMethod.MinMax, found)
+        self.calibrate_tensors_range = self.merge_range(self.calibrate_tensors_range, new)
+
+    def _range(self, low: Array, high: Array) -> Range:
         if self.symmetric:
             high = np.maximum(np.abs(low), np.abs(high))
             low = -high
@@ -118,10 +123,11 @@ class MinMaxCalibrater(CalibraterBase):
         merged: dict[str, TensorData | tuple[Any, ...]] = {**dict(old_range.items())}
         for name, new in new_range.items():
             old = old_range.data.get(name)
-            merged[name] = new if old is None else self._merged(old, new)
+            merged[name] = new if old is None else self._merged(name, old, new)
         return TensorsData(CalibrationMethod.MinMax, merged)
 
-    def _merged(self, old: TensorData, new: TensorData) -> Range:
+    def _merged(self, name: str, old: TensorData, new: TensorData) -> Range:
+        check_channels(name, old.lowest, new.lowest)
         if not self.moving_average:
             return np.minimum(old.lowest, new.lowest), np.maximum(old.highest, new.highest)
         share = self.averaging_constant
@@ -131,10 +137,14 @@ class MinMaxCalibrater(CalibraterBase):
     def compute_data(self) -> TensorsData:
         """Return the ranges: lowest and highest, ``[1]``, or ``[C]`` per channel.
 
+        Tensors that were always empty have 0 for both, those without a finite value have no range.
+
         Raises:
             QuantizationError: no data was collected (a ``ValueError``).
         """
         if self.calibrate_tensors_range is None:
             raise QuantizationError("No data is collected.")
         self._report()
-        return self.calibrate_tensors_range
+        empty = {n: (e.zero, e.zero) for n, e in self._watched.items() if e.is_empty}
+        known = dict(self.calibrate_tensors_range.items())
+        return TensorsData(CalibrationMethod.MinMax, {**empty, **known})

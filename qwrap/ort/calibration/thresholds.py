@@ -70,7 +70,8 @@ def within(histogram: Histogram, left: Any, right: Any, *, symmetric: bool) -> R
         high = np.maximum(np.abs(low), np.abs(high))
         low = -high
     dtype = high.dtype
-    return np.asarray(np.maximum(left, low), dtype), np.asarray(np.minimum(right, high), dtype)
+    ends = np.clip(left, low, high), np.clip(right, low, high)
+    return np.asarray(ends[0], dtype), np.asarray(ends[1], dtype)
 
 
 def mean_and_deviation(hist: Array, edges: Array, power: float = 1) -> Range:
@@ -88,9 +89,9 @@ def mean_and_deviation(hist: Array, edges: Array, power: float = 1) -> Range:
     """
     if power <= 0:
         raise QuantizationError(f"power={power} <= 0 is invalid.")
-    middles = (edges[:-1] + edges[1:]) * 0.5
+    middles = (edges[:-1] * 0.5 + edges[1:] * 0.5).astype(np.float64)
     values = middles if power == 1 else np.sign(middles) * np.abs(middles) ** power
-    total = hist.sum()
+    total = max(hist.sum(), 1)  # of an empty tensor, mean and deviation are 0
     mean = (hist * values).sum() / total
     variance = (hist * values**2).sum() / total - mean**2
     deviation = np.sqrt(np.maximum(variance, 0))

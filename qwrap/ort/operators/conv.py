@@ -31,6 +31,7 @@ class ConvInteger(QuantOperatorBase):
         reduced = self.quantizer.reduce_range
         nodes = scaled_product(self, "ConvInteger", result, reduce_range=reduced, per_channel=False)
         if has_bias and weight is not None:
+            self.quantizer.read_float(node.input[2])
             nodes += self.add_bias(result, len(weight.dims))
         self.quantizer.new_nodes += nodes
 

@@ -94,6 +94,7 @@ class QuantizedGraph(BaseQuantizer):
         self.scales = TensorScales(self)
         self.folded = FoldedActivations(self)
         self._dropped: list[TensorProto] = []
+        self._numbers: dict[str, int] = {}
         self._stems: dict[str, str] = {}
 
     def for_body(self, model: ONNXModel) -> Any:
@@ -302,9 +303,13 @@ class QuantizedGraph(BaseQuantizer):
         return copied.name
 
     def _numbered(self, name: str) -> str:
-        number = self.model.get_largest_initializer_name_suffix(name) + 1
+        number = self._numbers.get(name)
+        if number is None:
+            number = self.model.get_largest_initializer_name_suffix(name)
+        number += 1
         while f"{name}{number}" in self._taken:
             number += 1
+        self._numbers[name] = number
         self._taken.add(f"{name}{number}")
         return f"{name}{number}"
 

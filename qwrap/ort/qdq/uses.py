@@ -70,8 +70,8 @@ class GraphUses:
 
     def reread(self, node: NodeProto, old: str, new: str) -> None:
         """Note that ``node`` now reads ``new`` in place of ``old``."""
-        places = [place for place, n in enumerate(self.readers(old)) if n is node]
-        del self._readers[old][places[-1]]
+        place = next(place for place, reader in enumerate(self.readers(old)) if reader is node)
+        del self._readers[old][place]
         self._readers.setdefault(new, []).append(node)
 
     def _refresh(self) -> None:

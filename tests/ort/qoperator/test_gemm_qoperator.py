@@ -107,3 +107,41 @@ def test_a_bias_of_two_scales_gets_codes_for_each(tmp_path: Path) -> None:
     assert names == ["b_quantized", "b0_quantized"]
     assert quality(model, own, batches()) > 35
     assert quality(model, quantize_incumbent(model, ranges, tmp_path), batches()) < 30
+
+
+@pytest.mark.ort(219, "G44")
+def test_a_weight_of_two_branches_grows_for_one_of_them_alone() -> None:
+    """Each branch has a bias of its own, and the weight is of the graph around them."""
+    text = """
+        s = ReduceSum<keepdims=0>(x)
+        zero = Constant<value = float {0.0}>()
+        c = Less(zero, s)
+        y = If(c) <
+            then_branch = one () => (float[N,M] p) { p = Gemm(x, w, b) },
+            else_branch = two () => (float[N,M] q) { q = Gemm(x, w, c0) }
+        >
+    """
+    model = parse(text, {"w": (16, 8), "b": (8,), "c0": np.full(8, 3e3)}, scale=1e-6)
+    span = {"x": 3.0, "p": 2e-5, "q": 3.1e3}
+    ranges = {
+        name: (np.array(-high, np.float32), np.array(high, np.float32))
+        for name, high in span.items()
+    }
+    own = quantize_own(model, ranges, options={"EnableSubgraph": True}).model.model
+    for batch in [*batches(), *({"x": -batch["x"]} for batch in batches())]:
+        assert sqnr(run(model, batch), run(own, batch)) > 20
+
+
+@pytest.mark.parametrize("text", ["v = Tanh(w) y = Gemm(x, v, b)", "v = Tanh(w) y = MatMul(x, v)"])
+def test_a_computed_weight_is_an_activation(text: str) -> None:
+    model = parse(text, WEIGHTS)
+    own = quantize_own(model, observe(model, batches()), per_channel=True).model.model
+    assert op_types(own)[-2] in ("QGemm", "QLinearMatMul")
+    assert quality(model, own, batches()) > 30
+    image = parse(
+        "v = Tanh(w) y = Conv(x, v, b)", {"w": (4, 3, 3, 3), "b": (4,)}, "float[2,3,8,8] x"
+    )
+    image.graph.output[0].type.tensor_type.ClearField("shape")
+    data = batches({"x": (2, 3, 8, 8)})
+    own = quantize_own(image, observe(image, data)).model.model
+    assert quality(image, own, data) > 30

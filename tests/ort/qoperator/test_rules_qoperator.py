@@ -185,7 +185,7 @@ def test_what_moves_values_is_forced_to_move_codes(tmp_path: Path, text: str) ->
     assert len(theirs.graph.node) == 1
 
 
-@pytest.mark.ort(270)
+@pytest.mark.ort(270, 361)
 @pytest.mark.parametrize(
     ("text", "since"), [("MaxPool<kernel_shape=[2,2]>(h)", 12), ("Resize(h, sizes)", 11)]
 )
