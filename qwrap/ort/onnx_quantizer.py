@@ -161,6 +161,9 @@ class ONNXQuantizer(CodeValues):
         if value_name in self._float_reads or value_name in self._excluded_reads:
             return None  # a constant that stays float
         value = self.quantized_value_map[value_name]
+        if value.axis is not None and self.opset_version < 13:
+            self._float_reads.add(value_name)  # DequantizeLinear has one scale until then
+            return None
         self.generated_value_names.add(value_name)
         half = self.types.is_half(value_name)
         made = self.free_name(f"{value_name}_float32") if half else value_name
