@@ -94,7 +94,7 @@ class ONNXQuantizer(CodeValues):
 
     def _unfit_input(self, node: NodeProto) -> str:
         """Return why a node of a known type that was asked for is not quantized."""
-        if (node.op_type in CONTRIB_TYPES) != (node.domain == ms_domain):
+        if _is_namesake(node):
             return f"an operator of domain '{node.domain}' that is called as another one"
         if node.op_type == "Gather":
             return "its table is not a float constant"
@@ -104,9 +104,7 @@ class ONNXQuantizer(CodeValues):
 
     def should_quantize_node(self, node: NodeProto) -> bool:
         """Whether a node is asked for, and is not another domain's operator of a known name."""
-        contrib = node.op_type in CONTRIB_TYPES
-        namesake = contrib != (node.domain == ms_domain) and node.op_type in BUILT_IN_TYPES
-        return not namesake and super().should_quantize_node(node)
+        return not _is_namesake(node) and super().should_quantize_node(node)
 
     def has_QDQ_nodes(self) -> bool:
         """Whether the model has QuantizeLinear or DequantizeLinear nodes."""
@@ -161,6 +159,9 @@ class ONNXQuantizer(CodeValues):
         if value_name in self._float_reads or value_name in self._excluded_reads:
             return None  # a constant that stays float
         value = self.quantized_value_map[value_name]
+        if value.axis is not None and self.opset_version < 13:
+            self._float_reads.add(value_name)  # DequantizeLinear has one scale until then
+            return None
         self.generated_value_names.add(value_name)
         half = self.types.is_half(value_name)
         made = self.free_name(f"{value_name}_float32") if half else value_name
@@ -185,6 +186,12 @@ class ONNXQuantizer(CodeValues):
         """Remove float constants in whose place a DequantizeLinear node came, in place."""
         found = (self.model.get_initializer(n) for n in self.generated_value_names)
         self.model.remove_initializers([tensor for tensor in found if tensor is not None])
+
+
+def _is_namesake(node: NodeProto) -> bool:
+    """Whether a node is of another domain than the operator of its name that is quantized here."""
+    own = (ms_domain,) if node.op_type in CONTRIB_TYPES else ("", "ai.onnx")
+    return node.op_type in BUILT_IN_TYPES and node.domain not in own
 
 
 def _imports(model: ModelProto, domain: str) -> bool:

@@ -219,3 +219,13 @@ def test_transposes_pass_codes_on() -> None:
     stored = next(t for t in own.graph.initializer if t.name == "w_quantized")
     assert stored.data_type == TensorProto.UINT8
     assert quality(model, own, batches()) > 30
+
+
+@pytest.mark.ort(254)
+@pytest.mark.parametrize("opset", [10, 12, 13])
+def test_channels_of_a_tied_weight_before_opset_13(opset: int) -> None:
+    """DequantizeLinear has no channels before; the incumbent writes one that does not load."""
+    model = loose(parse(TIED["MatMul and Tanh"], {"w": (16, 16)}, opset=opset))
+    own = quantize_own(model, None, per_channel=True).model.model
+    assert ("DequantizeLinear" in op_types(own)) == (opset >= 13)
+    assert quality(model, own, batches()) > 25
