@@ -29,6 +29,7 @@ def round_in_range(
     side of 0: there the codes do not reach from the smallest value, whose zero point would be out
     of range.
     """
+    weight = weight.contiguous()
     rows = max(1, AT_ONCE // max(1, weight.shape[1]))
     parts = [_round(part, form, ratio) for part in torch.split(weight, rows)]
     codes, scale, zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -39,7 +40,7 @@ def _round(weight: Tensor, form: BlockFormat, ratio: float) -> tuple[Tensor, Ten
     inputs, size = weight.shape[1], form.block_size or weight.shape[1]
     padded = F.pad(weight.float(), (0, -inputs % size))
     blocks = padded.reshape(len(weight), -1, size)
-    low, high = (end * ratio for end in torch.aminmax(blocks, dim=-1, keepdim=True))
+    low, high = blocks.amin(-1, keepdim=True) * ratio, blocks.amax(-1, keepdim=True) * ratio
     top, middle = 2**form.bits - 1, 2 ** (form.bits - 1)
     if form.symmetric:
         high = torch.maximum(low.abs(), high.abs())

@@ -36,6 +36,7 @@ def round_to_nearest(
     Source: ``MlasQuantizeBlockwise`` and ``MlasQDQQuantizeBlockwise`` of onnxruntime, of which the
     results were compared.
     """
+    weight = weight.contiguous()  # of a view of [K, N], rows are slow to read
     rows = max(1, AT_ONCE // max(1, weight.shape[1]))
     parts = [_round(part, form, around_zero) for part in torch.split(weight, rows)]
     codes, scale, zero_point = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -47,16 +48,16 @@ def _round(weight: Tensor, form: BlockFormat, around_zero: bool) -> tuple[Tensor
     size = form.block_size or inputs
     padded = F.pad(weight.float(), (0, -inputs % size))
     blocks = padded.reshape(len(weight), -1, size)
-    low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)  # aminmax is slow
     scale, zero_point = spread(low, high, form, weight.dtype)
     top = 2**form.bits - 1
     stored = scale.float()
     steps = blocks * torch.where(stored == 0, 0.0, 1.0 / stored)
     if around_zero:
-        codes = round_half_away(steps).add_(zero_point)
+        codes = round_half_away(steps).add_(zero_point).clamp_(0, top)
     else:
-        codes = round_half_away(steps.add_(zero_point))
-    codes = codes.clamp_(0, top).flatten(1)[:, :inputs].to(torch.uint8)
+        codes = _round_half_up(steps.add_(zero_point).clamp_(0, top))
+    codes = codes.flatten(1)[:, :inputs].to(torch.uint8)
     return codes, scale[..., 0], zero_point[..., 0].to(torch.uint8)
 
 
@@ -85,7 +86,14 @@ def spread(
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """Round to integers, halves away from 0; ``floor(x + 0.5)`` is wrong just below a half."""
-    whole = x.trunc()
-    rest = x - whole  # exact
-    return whole.add_((rest >= 0.5).to(x.dtype)).sub_((rest <= -0.5).to(x.dtype))
+    """Round to integers, halves away from 0."""
+    return torch.copysign(_round_half_up(x.abs()), x)
+
+
+def _round_half_up(x: Tensor) -> Tensor:
+    """Round numbers that are not negative, and spoil ``x``.
+
+    ``floor(x + 0.5)`` is wrong just below a half; here the difference is exact.
+    """
+    whole = x.floor()
+    return whole.add_(x.sub_(whole).ge_(0.5))

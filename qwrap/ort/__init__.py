@@ -21,6 +21,7 @@ from qwrap.ort.calibrate import (
     load_tensors_data,
     save_tensors_data,
 )
+from qwrap.ort.calibration_table import write_calibration_table
 from qwrap.ort.cuda_quantizer import CudaQuantizer
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
 from qwrap.ort.qdq_quantizer import QDQQuantizer
@@ -73,4 +74,5 @@ __all__ = [
     "quantize_qat",
     "quantize_static",
     "save_tensors_data",
+    "write_calibration_table",
 ]

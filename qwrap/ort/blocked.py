@@ -43,8 +43,9 @@ def compute_scale_zp_blocked(
     if symmetric:
         high = np.maximum(np.abs(low), np.abs(high))
         low = -high
-    raw = (_width(low, high) / (float(qmax) - float(qmin))).astype(weight.dtype)
-    exact, degenerate = usable_scales(raw.astype(np.float64), high - low, weight.dtype)
+    width = _width(low, high)
+    raw = (width / (float(qmax) - float(qmin))).astype(weight.dtype)
+    exact, degenerate = usable_scales(raw.astype(np.float64), width, weight.dtype)
     if symmetric:
         zeros = np.full(raw.shape, np.round((float(qmin) + float(qmax)) / 2.0))
     else:

@@ -26,6 +26,7 @@ from qwrap.ort.qdq.marks import (
 )
 from qwrap.ort.qdq.pairs import PairWriter
 from qwrap.ort.qdq.reasons import report_nodes
+from qwrap.ort.qdq.rois import fill_unused_regions
 from qwrap.ort.qdq.scope import QuantizedGraph
 from qwrap.ort.qdq.weights import initializer_params
 from qwrap.ort.quantization_params import QuantizationParams
@@ -358,6 +359,7 @@ class QDQQuantizer(QuantizedGraph):
             for name, info in self.bias_to_quantize.items():
                 self.quantize_bias_static(name, info)
         keep_unfused(self)
+        fill_unused_regions(self)
 
     def _write_graph(self) -> None:
         for node in self.uses.nodes():

@@ -3,6 +3,7 @@
 from qwrap.ort.blocked import compute_scale_zp_blocked
 from qwrap.ort.calibration.divergence import smooth_distribution
 from qwrap.ort.calibration.plot import apply_plot
+from qwrap.ort.calibration_table import write_calibration_table
 from qwrap.ort.code_types import (
     FLOAT8_TYPES,
     ONNX_INT_TYPE_RANGE,
@@ -124,4 +125,5 @@ __all__ = [
     "tensor_proto_to_array",
     "type_to_name",
     "update_opset_version",
+    "write_calibration_table",
 ]

@@ -111,3 +111,15 @@ def test_scales_of_a_weight_grow_until_the_bias_fits(channels: int) -> None:
     if channels == 4:
         assert scale[2] == np.float32(1e-4)  # this one fitted
     assert weight_scale_for_bias(bias, np.float32(1), np.float32(1)) is None
+
+
+@pytest.mark.ort(49, 218)
+def test_scales_of_float16_grow_enough() -> None:
+    """Rounded down to float16, a scale would lose more than the slack."""
+    bias = np.array([3e4], np.float16)
+    for step in np.geomspace(1e-4, 1e-2, 40):
+        scale = weight_scale_for_bias(bias, np.float16(6e-5), np.float16(step))
+        if scale is not None:
+            wanted = 3e4 / (2**31 - 1)
+            assert float(scale) * float(np.float16(6e-5)) >= wanted
+            assert float(scale) * float(np.float16(6e-5)) <= wanted * 1.003

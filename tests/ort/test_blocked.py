@@ -96,3 +96,14 @@ def test_blocks_of_small_float16_do_not_vanish(symmetric: bool) -> None:
     tiny = float(np.finfo(np.float16).tiny)
     assert scale.tolist() == [[tiny, 1.0, tiny]]
     assert incumbent.compute_scale_zp_blocked(*arguments)[1].tolist() == [[1.0] * 3]
+
+
+@pytest.mark.ort(49, 120)
+def test_a_block_may_be_wider_than_its_type_counts() -> None:
+    """The incumbent subtracts in float16, where 60000 and -60000 lie infinitely far apart."""
+    weight = np.array([[60000.0, -60000.0]], np.float16)
+    _, scale = quant_utils.compute_scale_zp_blocked(weight, TensorProto.INT8, 1, 2, False)
+    assert scale == np.float16(120000 / 255)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        theirs = incumbent.compute_scale_zp_blocked(weight, TensorProto.INT8, 1, 2, False)
+    assert np.isinf(theirs[1])

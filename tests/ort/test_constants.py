@@ -162,3 +162,13 @@ def test_the_float_weight_may_be_kept() -> None:
     ours.quantize_initializer_impl(ours.initializers["w"], INT8, keep_float_weight=True)
     names = {tensor.name for tensor in ours.model.initializer()}
     assert names == {"w", "b", "w_scale", "w_zero_point"}
+
+
+@pytest.mark.ort(130, "G38")
+@pytest.mark.parametrize("zero_point", [300, -1, 0.5])
+def test_a_zero_point_that_is_no_code_is_refused(zero_point: float) -> None:
+    """The type of a constant of which no type is said is known only where it is quantized."""
+    data = GENERATOR.normal(size=(4, 3)).astype(np.float32)
+    entries = [{"axis": 0, "scale": 1.0, "zero_point": zero_point}]
+    with pytest.raises(ValueError, match="is no code of uint8"):
+        channel_params(data, UINT8, 0, entries, symmetric=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,15 @@ from qwrap.ort.errors import InvalidModelError, QuantizationError
 from qwrap.ort.metadata import model_has_pre_process_metadata
 
 SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+COMMAND = "qwrap.ort.preprocess"
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Do what ``python -m`` does, without another process."""
+    monkeypatch.delitem(sys.modules, COMMAND, raising=False)
+    monkeypatch.setattr(sys, "argv", [COMMAND, *arguments])
+    runpy.run_module(COMMAND, run_name="__main__")
 
 
 def random(*shape: int) -> np.ndarray:
@@ -312,16 +321,30 @@ def test_the_command_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.ort(324, "G52")
-def test_the_command_optimizes_and_writes_external_data(tmp_path: Path) -> None:
+def test_the_command_optimizes_and_writes_external_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """onnxruntime's refuses the two together, although its function can do both."""
     onnx.save(normalized_conv(), tmp_path / "m.onnx")
-    command = [sys.executable, "-m", "qwrap.ort.preprocess", "--input", str(tmp_path / "m.onnx")]
-    command += ["--output", str(tmp_path / "o.onnx"), "--save_as_external_data"]
-    command += ["--all_tensors_to_one_file", "--external_data_location", "w.bin"]
-    command += ["--external_data_size_threshold", "100", "--skip_symbolic_shape", "True"]
-    command += ["--auto_merge", "--int_max", "9", "--guess_output_rank", "--verbose", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
-    assert done.stdout == b""
+    command = ["--input", str(tmp_path / "m.onnx"), "--output", str(tmp_path / "o.onnx")]
+    command += ["--save_as_external_data", "--all_tensors_to_one_file"]
+    command += ["--external_data_location", "w.bin", "--external_data_size_threshold", "100"]
+    command += ["--skip_symbolic_shape", "True", "--auto_merge", "--int_max", "9"]
+    command += ["--guess_output_rank", "--verbose", "1"]
+    run_command(monkeypatch, *command)
+    assert not capfd.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "o.onnx", "w.bin"]
     assert len(onnx.load(tmp_path / "o.onnx").graph.node) == 2
+
+
+@pytest.mark.ort(324, 326, 341)
+def test_no_package_imports_the_module_of_a_command() -> None:
+    """Else ``python -m`` warns that it runs it twice."""
+    code = """import sys, qwrap.ort, qwrap.ort.execution_providers.qnn as qnn
+names = ("preprocess", "static_quantize_runner", "execution_providers.qnn.preprocess")
+print([name for name in names if "qwrap.ort." + name in sys.modules])"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+    )
+    assert done.stdout.strip() == b"[]", done.stderr

@@ -24,14 +24,15 @@ def even_edges(first: Any, last: Any, bins: int, dtype: np.dtype[Any]) -> Array:
         bins: how many, fewer where ``dtype`` cannot tell their borders apart.
         dtype: of the result, float32 or float64.
     """
+    first, last = float(first), float(last)
     if first == last:
         most = float(np.finfo(dtype).max)
-        beside = max(0.5, abs(float(first)) * float(np.finfo(dtype).eps))
+        beside = max(0.5, abs(first) * float(np.finfo(dtype).eps))
         first, last = max(first - beside, -most), min(last + beside, most)
     with np.errstate(over="ignore", invalid="ignore"):
         edges = np.linspace(dtype.type(first), dtype.type(last), bins + 1, dtype=dtype)
     if not np.isfinite(edges).all():  # the span is too large for the type, not its ends
-        edges = np.linspace(float(first), float(last), bins + 1).astype(dtype)
+        edges = np.linspace(first, last, bins + 1).astype(dtype)
     return edges if (edges[1:] > edges[:-1]).all() else np.unique(edges)
 
 

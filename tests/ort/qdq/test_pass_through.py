@@ -224,3 +224,24 @@ def test_a_tensor_whose_range_is_infinite_stays_float(caplog: pytest.LogCaptureF
     assert "tensor 'x' stays float: the range" in caplog.text
     assert not any(n.name == "x_QuantizeLinear" for n in model.graph.node)
     near(made, model)
+
+
+@pytest.mark.ort(197)
+@pytest.mark.parametrize("opset", [11, 13, 17])
+def test_an_empty_region_that_could_be_given_is_filled(opset: int) -> None:
+    """onnxruntime permutes its ends, and stops on what onnxruntime's tool writes."""
+    nodes = 'h = Conv(x, w, b) r = Resize<mode="nearest">(h, roi, scales) y = Conv(r, v, b)'
+    weights = {
+        **CONV,
+        "v": (4, 4, 3, 3),
+        "roi": np.zeros(0, np.float32),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }
+    made = make(Case(nodes, IMAGE, {"y": 4}, weights), opset)
+    made.model.graph.input.append(helper.make_tensor_value_info("roi", TensorProto.FLOAT, [0]))
+    ranges = observed(made.model, made.batches)
+    model = by_qwrap(made.model, ranges)
+    np.testing.assert_array_equal(constants_of(model)["roi"], [0, 0, 0, 0, 1, 1, 1, 1])
+    near(made, model)
+    with pytest.raises(Exception, match="indices element out of data bounds"):
+        run(by_incumbent(made.model, ranges), made.batches[0], optimised=True)
