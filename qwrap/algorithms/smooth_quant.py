@@ -159,11 +159,11 @@ def _observe(
     draft: ir.Model, products: list[Products], batches: Iterable[Any], *, keep: bool
 ) -> list[_Channels]:
     """Return what one pass of the data shows of the input of each of ``products``."""
-    graph = OnnxGraph(draft)
+    graph, constants = OnnxGraph(draft), Constants(draft)
     model = load(draft).eval()
     found, watchers = [], defaultdict(list)
     for each in products:
-        unfolds = {_unfold(node) for node in each.nodes} if keep else set()
+        unfolds = {_unfold(n, _view(constants, n)) for n in each.nodes} if keep else set()
         channels = _Channels(each.trailing, unfolds)
         found.append(channels)
         if graph.key(each.value) in model.graph.values:
@@ -189,11 +189,8 @@ def _adding(name: str, parts: list[_Channels]) -> Callable[[Tensor], None]:
     return add
 
 
-def _unfold(node: ir.Node) -> Unfold:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.shape is not None
-    return Unfold.of(node, torch.empty(weight.shape.numpy(), device="meta"))
+def _unfold(node: ir.Node, view: WeightView) -> Unfold:
+    return Unfold.of(node, torch.empty(view.values.shape, device="meta"))
 
 
 # --- what to divide by ---------------------------------------------------------------------------
@@ -208,7 +205,8 @@ class _Layer:
     def __init__(self, constants: Constants, products: Products, channels: _Channels) -> None:
         self._channels = channels
         self._views = [_view(constants, node) for node in products.nodes]
-        self._unfolds = [_unfold(node) for node in products.nodes] if channels.rows else []
+        pairs = zip(products.nodes, self._views, strict=True)
+        self._unfolds = [_unfold(node, view) for node, view in pairs]
         largest = np.max([view.largest() for view in self._views], 0)
         # A channel that no weight takes up must not decide on the scale of the others either.
         self._weights = np.maximum(largest, LEAST * largest.max())

@@ -263,6 +263,21 @@ def test_products_in_bodies_are_smoothed_where_they_are(small: Any) -> None:
     assert_same_function(model, smooth, outliers((6, 32), 2))
 
 
+@pytest.mark.parametrize("alpha", [0.5, "auto"])
+def test_weights_may_be_constant_nodes(alpha: float) -> None:
+    w = np.random.default_rng(0).normal(0, 1, (32, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(w)),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "/y"),
+    ]
+    ends = [helper.make_tensor_value_info(name, 1, ["N", n]) for name, n in (("x", 32), ("y", 8))]
+    graph = helper.make_graph(nodes, "constant", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    smooth = qwrap.smooth_quant(model, [outliers((40, 32))], alpha=alpha)
+    assert smooth.inserted == ("x_smooth_mul",)
+    assert_same_function(model, smooth, outliers((40, 32), 5))
+
+
 def test_other_operators_are_left_alone(small: Any) -> None:
     model = small.build(
         "a = Gemm(x, p) y = MatMul(a, w)",
