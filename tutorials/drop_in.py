@@ -18,6 +18,7 @@ from qwrap.ort import (
     CalibrationMethod,
     QuantFormat,
     QuantType,
+    quant_pre_process,
     quantize_dynamic,
     quantize_qat,
     quantize_static,
@@ -25,9 +26,12 @@ from qwrap.ort import (
 from qwrap.ort.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from qwrap.ort.report import Report
 
+# 0. Fold BatchNormalization and constants first, as onnxruntime advises too.
+quant_pre_process(model_path(), "digits.ready.onnx", skip_symbolic_shape=True)
+
 images, labels = digits("calibration")
 test_images, test_labels = (array[:1000] for array in digits("validation"))
-float_model = onnx.load(model_path())
+float_model = onnx.load("digits.ready.onnx")
 input_name = float_model.graph.input[0].name
 
 
@@ -57,7 +61,7 @@ print(f"float     {accuracy(model_path()):.4f}")
 for form in (QuantFormat.QDQ, QuantFormat.QOperator):
     path = f"digits.{form}.onnx"
     quantize_static(
-        model_path(),
+        "digits.ready.onnx",
         path,
         Reader(),
         quant_format=form,

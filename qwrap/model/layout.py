@@ -22,6 +22,7 @@ from qwrap.model.settings import LoadSettings
 from qwrap.model.values import Values, is_flow
 
 RUNNING_STATISTICS = ("input_mean", "input_var", "mean", "var")  # of BatchNormalization
+SCALES = ("x_scale", "y_scale")  # of DequantizeLinear and QuantizeLinear
 DOTTED = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
 WILD = re.compile(r"[*?\[]")
 
@@ -44,7 +45,8 @@ class Layout:
     """Regions and slots of one graph; computed from the graph alone, so always the same.
 
     A float tensor of rank 1 or more is a parameter; any other stored tensor is a buffer (0-d
-    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization, and
+    parameters cannot be sharded by FSDP2), and so are mean and variance of BatchNormalization,
+    scales of QuantizeLinear and DequantizeLinear, whose gradients are as large as the codes,
     constants in the bodies of functions, of which the file has one for all calls, and single
     numbers without a dotted name that multiply or divide: exporters write 1 / sqrt(d) so.
     Constants that only steer shapes or bounds are written into the code as numbers.
@@ -183,7 +185,7 @@ class Layout:
         if producer is not None and FUNCTION in producer.metadata_props:
             return False
         is_single = len(tensor.shape) == 0 or _is_scale(value, tensor.size, op_type)
-        return not is_single and role not in RUNNING_STATISTICS
+        return not is_single and role not in (*RUNNING_STATISTICS, *SCALES)
 
     def _free(self, key: str) -> bool:
         parts = key.split(".")

@@ -25,7 +25,7 @@ from qwrap.ort.calibration_table import write_calibration_table
 from qwrap.ort.cuda_quantizer import CudaQuantizer
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
 from qwrap.ort.qdq_quantizer import QDQQuantizer
-from qwrap.ort.quant_utils import QuantFormat, QuantType, write_calibration_table
+from qwrap.ort.quant_utils import QuantFormat, QuantType
 from qwrap.ort.quantize import (
     DynamicQuantConfig,
     QuantConfig,

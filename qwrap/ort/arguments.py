@@ -91,15 +91,18 @@ def check_names(
     nodes_to_quantize: Collection[str] | None,
     nodes_to_exclude: Collection[str] | None,
     op_types: Collection[str] | None,
+    lifted: Collection[str] = (),
 ) -> None:
     """Refuse names of nodes that no node has, and operator types that do not exist.
+
+    ``lifted`` are names of Constant nodes that became initializers, see ``read_model``.
 
     Raises:
         UnknownNameError: with the nearest name.
         QuantizationError: a node is both to be quantized and to be excluded.
     """
     nodes = list(every_node(model.graph))
-    names = {node.name for node in nodes}
+    names = {node.name for node in nodes} | set(lifted)
     _check_list("op_types_to_quantize", op_types)
     for what, asked in (
         ("nodes_to_quantize", nodes_to_quantize),

@@ -16,7 +16,7 @@ from qwrap.ort.options import check_options
 from qwrap.ort.quant_utils import update_opset_version
 from qwrap.ort.registry import IntegerOpsRegistry
 from qwrap.ort.report import Report
-from qwrap.ort.static import check_overrides, finish, warn_if_raw
+from qwrap.ort.static import check_overrides, finish, own_options, warn_if_raw
 
 
 def quantize_dynamic(
@@ -56,11 +56,12 @@ def quantize_dynamic(
         QuantizationError: an argument contradicts itself, another or the model (``ValueError``).
         UnknownNameError: a node or an operator type does not exist.
     """
-    options = {"MatMulConstBOnly": True, **(extra_options or {})}
+    options = {"MatMulConstBOnly": True, **own_options(extra_options)}
     check_dynamic_quant_arguments(weight_type)
     check_options(options, "dynamic")
-    model = read_model(model_input)
-    check_names(model, nodes_to_quantize, nodes_to_exclude, op_types_to_quantize)
+    lifted: set[str] = set()
+    model = read_model(model_input, lifted)
+    check_names(model, nodes_to_quantize, nodes_to_exclude, op_types_to_quantize, lifted)
     excluded, chosen = list(nodes_to_exclude or ()), list(nodes_to_quantize or ())
     check_overrides(model, options, QuantType.QUInt8)
     warn_if_raw(model)

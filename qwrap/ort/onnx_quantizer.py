@@ -94,7 +94,7 @@ class ONNXQuantizer(CodeValues):
 
     def _unfit_input(self, node: NodeProto) -> str:
         """Return why a node of a known type that was asked for is not quantized."""
-        if (node.op_type in CONTRIB_TYPES) != (node.domain == ms_domain):
+        if _is_namesake(node):
             return f"an operator of domain '{node.domain}' that is called as another one"
         if node.op_type == "Gather":
             return "its table is not a float constant"
@@ -104,9 +104,7 @@ class ONNXQuantizer(CodeValues):
 
     def should_quantize_node(self, node: NodeProto) -> bool:
         """Whether a node is asked for, and is not another domain's operator of a known name."""
-        contrib = node.op_type in CONTRIB_TYPES
-        namesake = contrib != (node.domain == ms_domain) and node.op_type in BUILT_IN_TYPES
-        return not namesake and super().should_quantize_node(node)
+        return not _is_namesake(node) and super().should_quantize_node(node)
 
     def has_QDQ_nodes(self) -> bool:
         """Whether the model has QuantizeLinear or DequantizeLinear nodes."""
@@ -188,6 +186,12 @@ class ONNXQuantizer(CodeValues):
         """Remove float constants in whose place a DequantizeLinear node came, in place."""
         found = (self.model.get_initializer(n) for n in self.generated_value_names)
         self.model.remove_initializers([tensor for tensor in found if tensor is not None])
+
+
+def _is_namesake(node: NodeProto) -> bool:
+    """Whether a node is of another domain than the operator of its name that is quantized here."""
+    own = (ms_domain,) if node.op_type in CONTRIB_TYPES else ("", "ai.onnx")
+    return node.op_type in BUILT_IN_TYPES and node.domain not in own
 
 
 def _imports(model: ModelProto, domain: str) -> bool:

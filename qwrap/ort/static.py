@@ -36,7 +36,7 @@ from qwrap.ort.qdq_quantizer import QDQQuantizer
 from qwrap.ort.quant_utils import model_has_pre_process_metadata, update_opset_version
 from qwrap.ort.registry import QDQRegistry, QLinearOpsRegistry
 from qwrap.ort.report import Report
-from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper
+from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper, normalized_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +92,14 @@ def quantize_static(
         QuantizationError: an argument contradicts itself, another or the model (``ValueError``).
         UnknownNameError: a node, an operator type or a tensor does not exist.
     """
-    options = dict(extra_options or {})
+    options = own_options(extra_options)
     check_method(calibrate_method, _float8_first(activation_type, weight_type))
     check_static_quant_arguments(quant_format, activation_type, weight_type)
     in_pairs = quant_format is QuantFormat.QDQ
     check_options(options, "QDQ" if in_pairs else "QOperator", calibrate_method)
-    source = read_model(model_input)
-    check_names(source, nodes_to_quantize, nodes_to_exclude, op_types_to_quantize)
+    lifted: set[str] = set()
+    source = read_model(model_input, lifted)
+    check_names(source, nodes_to_quantize, nodes_to_exclude, op_types_to_quantize, lifted)
     excluded, chosen = list(nodes_to_exclude or ()), list(nodes_to_quantize or ())
     check_overrides(source, options, activation_type)
     smooth = bool(options.get("SmoothQuant"))
@@ -122,15 +123,9 @@ def quantize_static(
         if in_pairs:
             model, options = raised_for_pairs(model, per_channel, options)
         if not ranges:
-            calibrator = create_calibrator(
-                model,
-                op_types,
-                calibrate_method=calibrate_method,
-                providers=calibration_providers,
-                extra_options=calibration_options(options),
+            ranges = _calibrated(
+                model, reader, op_types, calibrate_method, calibration_providers, options
             )
-            ranges = _collected(calibrator, reader, options.get("CalibStridedMinMax"))
-            del calibrator  # its copy of the weights is not needed beside the quantizer's
     if cache:
         save_tensors_data(ranges, cache, smooth_quant=smooth, model=source)
     shared = (weight_type, activation_type, ranges, chosen, excluded, op_types, options)
@@ -204,16 +199,38 @@ def _check_reader(
             )
 
 
-def _collected(calibrator: Any, reader: Any, stride: int | None) -> TensorsData:
+def _calibrated(
+    model: ModelProto,
+    reader: Any,
+    op_types: Sequence[str],
+    method: CalibrationMethod,
+    providers: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> TensorsData:
     """Return the ranges that the batches lead to, in strides where the reader is to be told."""
+    calibrator = create_calibrator(
+        model,
+        op_types,
+        calibrate_method=method,
+        providers=providers,
+        extra_options=calibration_options(options),
+    )
+    stride = options.get("CalibStridedMinMax")
     if not stride:
         calibrator.collect_data(reader)
     else:
         for start in range(0, len(reader), stride):
             reader.set_range(start_index=start, end_index=start + stride)
             calibrator.collect_data(reader)
-    ranges: TensorsData = calibrator.compute_data()
-    return ranges
+    return calibrator.compute_data()
+
+
+def own_options(extra_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of ``extra_options`` in which types of overrides are ``QuantType``."""
+    options = dict(extra_options or {})
+    if isinstance(options.get("TensorQuantOverrides"), Mapping):
+        options["TensorQuantOverrides"] = normalized_overrides(options["TensorQuantOverrides"])
+    return options
 
 
 def check_overrides(

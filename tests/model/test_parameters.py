@@ -176,3 +176,14 @@ def test_training_in_place_changes_neither_the_file_nor_another_module(tmp_path:
     one.rewrite(OnnxGraph(one.graph.model), ())
     assert torch.equal(one.stored("w"), again.stored("w"))
     assert (tmp_path / "m.data").read_bytes() == before
+
+
+def test_a_scale_of_codes_is_no_parameter(build: Build) -> None:
+    """Its gradient is the sum of codes: a step of plain descent would throw it anywhere."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scales"], ["c"], "dequantize", axis=0),
+        helper.make_node("Mul", ["x", "c"], ["m"], "mul"),
+        helper.make_node("Add", ["m", "bias"], ["y"], "add"),
+    ]
+    arrays = {"codes": np.arange(4, dtype=np.int32), "scales": ONES, "bias": ONES}
+    assert trained(qwrap.load(build(nodes, {"x": [2, 4]}, initializers=arrays))) == {"bias"}

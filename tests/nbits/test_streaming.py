@@ -18,12 +18,11 @@ WIDTH, LAYERS = 1024, 40  # 4 MiB each
 
 
 @pytest.mark.ort(275)
-@pytest.mark.parametrize("form", ["operator", "qdq"])
-def test_peak_memory_is_that_of_some_layers(tmp_path: Path, form: str) -> None:
+def test_peak_memory_is_that_of_some_layers(tmp_path: Path) -> None:
     """onnxruntime's tool loads the whole model, and copies weights on the way."""
     source, target = tmp_path / "large.onnx", tmp_path / "large.int4.onnx"
     size = large_model.make(source, LAYERS, WIDTH)
-    found = large_model.quantize(source, target, form=form, block_size=128)
+    found = large_model.quantize(source, target, block_size=128)
     # One layer, its codes and what the quantizer needs; some of it is the first use of libraries.
     assert found["bytes"] < size / 4
     data = tmp_path / "large.int4.onnx.data"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +73,12 @@ def model_folder(folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-def command(module: str, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"{module}.{name}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=ENVIRONMENT,
-    )
+def command(module: str, name: str, *arguments: object) -> None:
+    """Run the module as ``python -m`` does, in this process."""
+    with pytest.MonkeyPatch.context() as patch, quiet(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it was imported before
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_module(f"{module}.{name}", run_name="__main__")
 
 
 @pytest.mark.ort("G51", 326, 329, 330)
@@ -93,11 +94,9 @@ def test_the_runner_takes_axes_and_overrides(tmp_path: Path) -> None:
     }
     # fmt: on
     for name, extra in asked.items():
-        given = ["-i", model, "-o", tmp_path / f"{name}.onnx", *extra]
-        done = command(OWN, "static_quantize_runner", *given)
-        assert done.returncode == 0, done.stderr[-2000:]
-        refused = command(INCUMBENT, "static_quantize_runner", *given[:3], tmp_path / "x", *extra)
-        assert refused.returncode != 0
+        command(OWN, "static_quantize_runner", "-i", model, "-o", tmp_path / f"{name}.onnx", *extra)
+        with pytest.raises((TypeError, KeyError)):
+            command(INCUMBENT, "static_quantize_runner", "-i", model, "-o", tmp_path / "x", *extra)
     assert constants_of(onnx.load(tmp_path / "axis.onnx"))["w_scale"].shape == (16,)
     assert constants_of(onnx.load(tmp_path / "overrides.onnx"))["x_zero_point"].dtype == np.uint16
 
@@ -109,10 +108,11 @@ def test_a_step_of_preprocessing_is_skipped_where_that_is_true(tmp_path: Path) -
     skip = [f"--skip_{step}" for step in ("optimization", "onnx_shape", "symbolic_shape")]
     flags = [part for flag in skip for part in (flag, "False")]
     given = ["--input", tmp_path / "in.onnx", "--output", tmp_path / "out.onnx", *flags]
-    command(INCUMBENT, "preprocess", *given)
+    with contextlib.suppress(SystemExit):
+        command(INCUMBENT, "preprocess", *given)
     assert not (tmp_path / "out.onnx").exists()
-    done = command(OWN, "preprocess", *given)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with contextlib.suppress(SystemExit):
+        command(OWN, "preprocess", *given)
     assert (tmp_path / "out.onnx").exists()
 
 

@@ -84,6 +84,20 @@ def test_an_unknown_node_is_refused_with_the_nearest_before_calibration(argument
     assert reader.asked == 0
 
 
+def test_a_constant_node_may_be_excluded() -> None:
+    model = chain()
+    weight = next(t for t in model.graph.initializer if t.name == "w1")
+    node = helper.make_node("Constant", [], ["w1"], "weight", value=weight)
+    model.graph.initializer.remove(weight)
+    model.graph.node.insert(0, node)
+    config = ort.get_qdq_config(
+        model, Reader(), nodes_to_exclude=lambda _, node: node.op_type in ("Constant", "Relu")
+    )
+    quantized = ort.quantize(model, None, config)
+    assert quantized is not None
+    assert "w1_quantized" in {t.name for t in quantized.graph.initializer}
+
+
 @pytest.mark.ort("G24", 151)
 def test_an_unknown_receiver_is_refused_before_calibration() -> None:
     reader = Reader()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 import numpy as np
 import onnx
 
 import qwrap
+from qwrap.nbits.awq import clip
 from qwrap.ort.enums import QuantFormat
 from qwrap.ort.errors import QuantizationError
 from qwrap.ort.weight_only.configs import WeightOnlyQuantConfig
@@ -28,7 +30,8 @@ class NVAWQWeightOnlyQuantConfig(WeightOnlyQuantConfig):
 
     Attributes:
         calibration_data_reader: list of inputs.
-        calibration_method: "awq_lite" or "awq_clip".
+        calibration_method: "awq_lite", which scales weights and clips ranges, or "awq_clip",
+            which clips only.
     """
 
     def __init__(
@@ -157,22 +160,26 @@ class NVAWQWeightOnlyQuantizer:
         """Take the settings."""
         self.config = config
 
-    def quantize_awq(self, model: onnx.ModelProto | str) -> onnx.ModelProto:
-        """Return a model with blocked int4 weights in QDQ form, 128 to a block.
+    def quantize_awq(
+        self, model: onnx.ModelProto | str | os.PathLike[str], **settings: Any
+    ) -> onnx.ModelProto:
+        """Return a model with blocked symmetric int4 weights in QDQ form, 128 to a block.
 
         Args:
             model: message or path.
+            settings: of ``qwrap.quantize_weights``, such as ``exclude``, ``bits``, ``report``.
 
         Raises:
             ModelError: the model cannot be read or run.
             InputError: the samples do not fit it.
         """
+        given: dict[str, Any] = {"form": "qdq", "symmetric": True, **settings}
+        scales = self.config.calibration_method == "awq_lite"
         result = qwrap.quantize_weights(
             model,
-            method="awq",
-            form="qdq",
-            symmetric=True,
+            method="awq" if scales else clip,
             batches=self.config.calibration_data_reader,
+            **given,
         )
         assert result is not None
         return result

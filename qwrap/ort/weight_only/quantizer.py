@@ -139,16 +139,30 @@ class MatMulNBitsQuantizer:
             ModelError: the model cannot be read.
             ExportError: the model cannot be raised to the opset that int4 needs.
         """
-        if self.algo_config.algorithm == "nvidia_awq":
-            self.model = ONNXModel(self.node_quantizer.quantize_awq(self._source))
-            return
         model = read_model(self._source).clone()
+        if isinstance(self.node_quantizer, NVAWQWeightOnlyQuantizer):
+            self._process_awq(model, self.node_quantizer)
+            return
         requests = self._requests(model)
         self.report = Report()
         rewrite(model, requests.get, report=self.report, through_transpose=False)
         take_in(model)
         self._model = ONNXModel(ir.to_proto(model))
         logger.debug("%s", self.report)
+
+    def _process_awq(self, model: ir.Model, quantizer: NVAWQWeightOnlyQuantizer) -> None:
+        nodes = list(walk_nodes(model.graph))
+        self._check_names({node.name for node in nodes if node.name})
+        self.report = Report()
+        result = quantizer.quantize_awq(
+            self._source,
+            bits=self.bits,
+            block_size=self.block_size,
+            exclude=self.nodes_to_exclude,
+            nodes=self.nodes_to_include,
+            report=self.report,
+        )
+        self._model = ONNXModel(result)
 
     def int4_quant_algo(self) -> None:
         """Quantize; of RTN, k_quant and GPTQ this was once the only way."""

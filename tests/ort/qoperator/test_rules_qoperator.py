@@ -423,3 +423,18 @@ def test_odd_graphs_are_right(text: str, kind: str) -> None:
     own = quantized(model, activation=kind, per_channel=kind == "QInt8")
     assert quality(model, own, DATA) > 28
     assert quality(model, quantize_own(model, None).model.model, DATA) > 28
+
+
+@pytest.mark.ort(249)
+@pytest.mark.parametrize("domain", ["custom", "com.microsoft"])
+def test_operators_of_other_domains_are_others(domain: str) -> None:
+    """The incumbent goes by the name alone."""
+    model = image_model("h = Conv(x, w, b) y = Tanh(h)")
+    ranges = observe(model, DATA)
+    model.graph.node[0].domain = domain
+    model.opset_import.add(domain=domain, version=1)
+    for observed in (ranges, None):
+        options = {"DefaultTensorType": TensorProto.FLOAT}
+        quantizer = quantize_own(model, observed, options=options)
+        assert op_types(quantizer.model.model) == ["Conv", "Tanh"]
+        assert f"domain '{domain}'" in quantizer.report.nodes[0].reason
