@@ -22,7 +22,7 @@ from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.bnb4 import KINDS
 from qwrap.nbits.draft import Draft
 from qwrap.nbits.inputs import observe_inputs
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.methods import FROM_DATA, METHODS, Method
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
@@ -65,8 +65,8 @@ def quantize_weights(
         output: file to make or replace. None: return the model.
         bits: 2, 4 or 8.
         block_size: weights in a row along the reduced axis that share a scale: for
-            ``form="operator"`` a power of 2 from 16 on; 0, with ``form="qdq"``, for one scale an
-            output.
+            ``form="operator"`` a power of 2 from 16 on, of a MatMul to 256; 0, with
+            ``form="qdq"``, for one scale an output.
         symmetric: keep no zero points; the middle code means 0.
         method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
             zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a
@@ -117,6 +117,8 @@ def quantize_weights(
         raise ConfigError(f"op_types: {sorted(unknown)}: choose from {list(REWRITES)}")
     draft = read_model(model) if isinstance(model, ir.Model) else read_model(model).clone()
     chosen = _chosen(draft, op_types, nodes, set(exclude), set(settings.formats))
+    for node in chosen:
+        settings.request(node)  # before any data is read
     seen = _seen(draft, chosen, method, batches)
     if method == "awq":
         seen = rescale(draft, {node: settings.request(node).format for node in seen}, seen)
@@ -216,8 +218,17 @@ class _Settings:
             check_format(form, self.form)
 
     def request(self, node: ir.Node) -> Request:
-        """Return what to make of ``node``."""
+        """Return what to make of ``node``.
+
+        Raises:
+            ConfigError: no kernel takes blocks of that size.
+        """
         form = self.formats.get(node.name or "", self.form_of_blocks)
+        if self.form != "qdq" and not is_block(form.block_size, node.op_type):
+            raise ConfigError(
+                f"node {node.name!r}: block_size={form.block_size}: the operators for MatMul take "
+                "a power of 2 from 16 to 256"
+            )
         return Request(form, self.method, self.form, self.accuracy_level, self.axis)
 
 
@@ -231,7 +242,7 @@ def check_format(form: BlockFormat, written: Form) -> None:
         raise ConfigError(f"bits={form.bits}: only 2, 4 or 8 bits")
     if written in KINDS and form.bits != 4:
         raise ConfigError(f'form="{written}" has 4 bits, not {form.bits}')
-    if written != "qdq" and not is_operator_block(form.block_size):
+    if written != "qdq" and not is_block(form.block_size, "Gather"):
         raise ConfigError(
             f"block_size={form.block_size}: the operators take a power of 2 from 16 on"
             + ('; one scale an output needs form="qdq"' if form.block_size == 0 else "")

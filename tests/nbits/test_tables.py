@@ -57,6 +57,12 @@ def test_tables_compute_what_their_codes_mean(
     }
 
 
+@pytest.mark.ort(283, 289)
+def test_blocks_of_tables_may_be_large() -> None:
+    model = quantized(lookup(drawn(40, 1000)), op_types=["Gather"], block_size=512)
+    assert_computes_its_codes(model, {"i": np.array([2, 0])})
+
+
 @pytest.mark.ort(289)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 8])
