@@ -310,8 +310,11 @@ class QDQQuantizer(QuantizedGraph):
             graph._write_pairs()
         for graph in graphs:
             report_nodes(graph)
+        appended = any(len(graph.uses.nodes()) != graph.node_count for graph in graphs)
         for graph in reversed(graphs):
             graph._write_graph()
+        if appended:  # by operator classes, wherever that was
+            self.model.topological_sort()
         if not self.add_qdq_pair_to_weight:
             self.model.clean_initializers()
         model = self.model.model
