@@ -360,3 +360,25 @@ def test_files_of_each_method_compute_their_codes(bits: int, method: str) -> Non
 def test_float_zero_points_do_not_fit_pairs() -> None:
     with pytest.raises(ConfigError, match="integer zero points"):
         quantized(product(drawn(64, 24)), method="hqq", form="qdq")
+
+
+@pytest.mark.ort("G75")
+def test_the_report_says_of_each_node_what_became_of_it() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "h"], ["g"]),
+        helper.make_node("Relu", ["g"], ["y"]),
+    ]
+    report = Report()
+    source = model_of(nodes, {"w": drawn(64, 64)}, {"x": [64, 64]}, ["y"])
+    qwrap.quantize_weights(source, block_size=32, report=report)
+    assert [(n.name, n.quantized) for n in report.nodes] == [
+        ("/h", True),
+        ("/g", False),
+        ("/y", False),
+    ]
+    assert [n.reason for n in report.nodes] == [
+        "MatMulNBits, 4 bits, blocks of 32",
+        "its second input is no constant of a float type",
+        "not asked for",
+    ]
