@@ -16,11 +16,11 @@ from qwrap.ort.calibration.float_model import CPU, FloatModel
 from qwrap.ort.calibration.selection import observed_tensors, with_outputs
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import read_model
+from qwrap.ort.model_io import HeldModel, read_model
 
 _LOG = logging.getLogger(__name__)
 
-ModelSource = str | Path | ModelProto
+ModelSource = str | Path | ModelProto | HeldModel
 
 
 class CalibraterBase:
@@ -53,7 +53,7 @@ class CalibraterBase:
         """Read a model.
 
         Args:
-            model_path: path of a float model, or the model itself.
+            model_path: path of a float model, or the model itself; a ``HeldModel`` is not copied.
             op_types_to_calibrate: types of the nodes whose inputs and outputs are watched; all
                 nodes if None or empty.
             augmented_model_path: accepted and not used.
@@ -64,9 +64,12 @@ class CalibraterBase:
         Raises:
             QuantizationError: the model is neither a path nor a model (a ``ValueError``).
         """
-        if not isinstance(model_path, str | os.PathLike | ModelProto):
+        if not isinstance(model_path, str | os.PathLike | ModelProto | HeldModel):
             raise QuantizationError("model_path should be model path.")
-        self.model = read_model(model_path)
+        held = model_path
+        if not isinstance(held, HeldModel):
+            held = HeldModel(read_model(held))
+        self.model, self._folder = held.message, held.folder
         self.op_types_to_calibrate = op_types_to_calibrate
         self.augmented_model_path = augmented_model_path
         self.symmetric = symmetric
@@ -92,7 +95,9 @@ class CalibraterBase:
 
     def create_inference_session(self) -> None:
         """Load the model, in place; it is done at the first ``collect_data`` otherwise."""
-        self.infer_session = FloatModel(self.model, self.execution_providers, self.custom_ops)
+        self.infer_session = FloatModel(
+            self.model, self.execution_providers, self.custom_ops, self._folder
+        )
 
     def select_tensors_to_calibrate(
         self, model: ModelProto
