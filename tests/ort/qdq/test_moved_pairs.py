@@ -67,5 +67,5 @@ def test_the_incumbents_file_is_refused(tmp_path: Any) -> None:
         model("Transpose"), tmp_path / "q.onnx", reader(incumbent), op_types_to_quantize=["Conv"]
     )
     outputs(str(tmp_path / "q.onnx"), "ORT_DISABLE_ALL")
-    with pytest.raises(RuntimeError, match="QuantizeLinear"):
+    with pytest.raises(Exception, match="QuantizeLinear"):  # its own class, of no public name
         outputs(str(tmp_path / "q.onnx"), "ORT_ENABLE_ALL")
