@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import onnx
 import onnx_ir as ir
 
-from qwrap.errors import ConfigError
+from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
@@ -92,7 +93,8 @@ def quantize_weights(
         batches: data for ``"gptq"`` and ``"awq"``, as for ``qwrap.calibrate``; some 30 samples do.
         external_data: write weights to ``<output>.data``; None does so if the source has external
             data or the result is too large for one file.
-        report: is told of each node, whether it was quantized, as what or why not.
+        report: is told of each node, whether it was quantized, as what or why not. Where none
+            is, a ``QwrapWarning`` says so.
 
     Returns:
         The quantized model, None if it was written to ``output``.
@@ -128,13 +130,36 @@ def quantize_weights(
             return None
         return replace(settings.request(node), statistics=seen.pop(node, None))
 
-    edit = partial(rewrite, draft, choose, report=report)
+    tally = _Tally(report)
+    edit = partial(rewrite, draft, choose, report=tally)
+    result = None
     if output is None:
         edit()
         take_in(draft)
-        return ir.to_proto(draft)
-    write_edited(model, draft, Path(output), edit, external_data)
-    return None
+        result = ir.to_proto(draft)
+    else:
+        write_edited(model, draft, Path(output), edit, external_data)
+    if not tally.quantized:
+        warnings.warn(
+            "no weight was quantized: no node of " + " or ".join(sorted(op_types)) + " that was "
+            "chosen has a constant float matrix; report= says of each node why",
+            QwrapWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+class _Tally:
+    """Counts the nodes that were quantized, and tells them on."""
+
+    def __init__(self, report: Report | None) -> None:
+        self._report = report
+        self.quantized = 0
+
+    def add(self, name: str, op_type: str, quantized: bool, reason: str = "") -> None:
+        self.quantized += quantized
+        if self._report is not None:
+            self._report.add(name, op_type, quantized, reason)
 
 
 def write_edited(

@@ -13,7 +13,7 @@ from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
 from qwrap.ort.qdq.domains import choose_for_tensors, choose_for_types
-from qwrap.ort.qdq.kernels import find_unfused, keep_unfused
+from qwrap.ort.qdq.kernels import find_unfused, keep_behind, keep_unfused
 from qwrap.ort.qdq.marks import (
     QDQBiasQuantInfo,
     QDQQuantParamProvider,
@@ -362,6 +362,7 @@ class QDQQuantizer(QuantizedGraph):
             for name, info in self.bias_to_quantize.items():
                 self.quantize_bias_static(name, info)
         keep_unfused(self)
+        keep_behind(self)
         fill_unused_regions(self)
 
     def _write_graph(self) -> None:

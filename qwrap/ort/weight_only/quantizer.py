@@ -38,7 +38,7 @@ from qwrap.ort.weight_only.default import DefaultWeightOnlyQuantizer
 from qwrap.ort.weight_only.hqq import HQQWeightOnlyQuantizer
 from qwrap.ort.weight_only.requests import Requests
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qwrap.ort.matmul_nbits_quantizer")  # scripts set its level
 
 
 class MatMulNBitsQuantizer:

@@ -110,7 +110,11 @@ class Requests:
         if isinstance(config, RTNWeightOnlyQuantConfig):
             ratios = (config.ratios[name] for name in weights if name in config.ratios)
             return self._ratio(next(ratios, 1.0))
-        assert self._gptq is not None
+        if self._gptq is None:
+            raise QuantizationError(
+                f"algo_config: {type(config).__name__} says nothing of an algorithm; pass one of "
+                "the classes made for one, such as DefaultWeightOnlyQuantConfig"
+            )
         return self._gptq
 
 
