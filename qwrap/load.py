@@ -47,7 +47,8 @@ def load(
 
     Args:
         source: a path, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; it is not modified. External
-            data is mapped, and read when used; a ``ModelProto`` has to hold its data itself.
+            data is mapped, and read when used; a ``ModelProto`` has to hold its data itself, and is
+            copied unless it is ``qwrap.graph.Borrowed``.
         expand: which operators with a function body in their schema run as that body: those
             without an implementation of their own, none, or all. Functions of the model itself
             are always expanded.

@@ -2,15 +2,15 @@
 
 from qwrap.graph.check import external_problem, packed_size
 from qwrap.graph.index import OnnxGraph, ValueType, inferred_message
-from qwrap.graph.load import borrowed_model, read_model
+from qwrap.graph.load import Borrowed, read_model
 from qwrap.graph.nodes import graphs, label, subgraphs
 from qwrap.graph.opset import raised_message
 from qwrap.graph.save import replace_file, write_model
 
 __all__ = [
+    "Borrowed",
     "OnnxGraph",
     "ValueType",
-    "borrowed_model",
     "external_problem",
     "graphs",
     "inferred_message",

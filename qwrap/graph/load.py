@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,21 @@ from qwrap.graph.nodes import graphs
 from qwrap.graph.sparse import densified
 from qwrap.graph.tie import untie
 
-Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A message to be read without a copy of it.
+
+    Attributes:
+        message: must not change as long as what was read is used.
+        folder: where its external data lies. None: it has none.
+    """
+
+    message: onnx.ModelProto
+    folder: Path | None = None
+
+
+Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Borrowed
 
 
 def read_model(source: Source, also: Also | None = None, *, untied: bool = False) -> ir.Model:
@@ -27,7 +42,7 @@ def read_model(source: Source, also: Also | None = None, *, untied: bool = False
     External data stays on disk until a tensor is used. Sparse tensors become dense ones.
 
     Args:
-        source: a path, a message or a model of onnx_ir.
+        source: a path, a message or a model of onnx_ir; only what is ``Borrowed`` is not copied.
         also: finds what else is wrong with a model that is refused, for the same error.
         untied: give each node its own copy of the float initialisers that it shares.
 
@@ -46,6 +61,12 @@ def read_model(source: Source, also: Also | None = None, *, untied: bool = False
         own = onnx.ModelProto()
         own.CopyFrom(source)  # the caller may go on changing it
         return _from_proto(own, "the ModelProto", None, also, untied)
+    if isinstance(source, Borrowed):
+        own = source.message
+        if untied:  # which adds to the message
+            own = onnx.ModelProto()
+            own.CopyFrom(source.message)
+        return _from_proto(own, "the ModelProto", source.folder, also, untied)
     path = Path(source)
     return _from_proto(_parse(path), str(path), path.parent, also, untied)
 
@@ -98,22 +119,6 @@ def to_model(proto: onnx.ModelProto, folder: Path | None, *, is_original: bool =
     if folder is not None:
         _open_files(model, folder)
     return model
-
-
-def borrowed_model(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
-    """Return a message as a model that shares its tensors instead of copying them.
-
-    Args:
-        proto: must not change as long as the result is used.
-        folder: where its external data lies, which must have been checked. None: it has none.
-
-    Raises:
-        ModelError: the message is malformed, or a file with data cannot be read.
-    """
-    try:
-        return to_model(proto, folder, is_original=False)
-    except MALFORMED as error:
-        raise ModelError(f"the ModelProto: malformed graph: {error.__cause__ or error}") from error
 
 
 ORIGINAL = "qwrap.original"

@@ -249,12 +249,13 @@ class WrappedModel(Block):
                 raise ModelError(f"the model has no program {program!r}; prepare and calibrate it")
             program = self.programs[program]()
         before, self._program = self._program, program
+        layout, written = self.layout, dict(self._written)
         self._generate()
         try:
             yield
         finally:
             self._program = before
-            self._generate()
+            self._generate(written if self.layout is layout else None)
 
     @contextmanager
     def watching(self, watchers: Mapping[str, Callable[[Tensor], object]]) -> Iterator[None]:
@@ -279,10 +280,11 @@ class WrappedModel(Block):
             return self._program
         return Program({point: self.tap(point) for point in self.attached}, self.kernels)
 
-    def _generate(self) -> None:
+    def _generate(self, known: Mapping[Path, Code] | None = None) -> None:
+        """Let the Blocks run what is to run now; ``known`` code is used where it is that."""
         names = {point: name for point, (_, name) in self.attached.items()}
         replaced = {key: (name, self.substitute(key)) for key, (_, name) in self.replaced.items()}
-        for code in generate(self.layout, self.program, names, self._written, replaced):
+        for code in generate(self.layout, self.program, names, known or self._written, replaced):
             if self._written.get(code.path) is code:
                 continue
             block = self._module_at(code.path)

@@ -32,7 +32,7 @@ def even_edges(first: Any, last: Any, bins: int, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         edges = np.linspace(dtype.type(first), dtype.type(last), bins + 1, dtype=dtype)
     if not np.isfinite(edges).all():  # the span is too large for the type, not its ends
-        edges = np.linspace(first, last, bins + 1).astype(dtype)
+        edges = (2 * np.linspace(first / 2, last / 2, bins + 1)).astype(dtype)
     return edges if (edges[1:] > edges[:-1]).all() else np.unique(edges)
 
 

@@ -13,6 +13,7 @@ from qwrap.ort.calibration.extremes import Extremes, finite
 from qwrap.ort.calibration.histogram import RealHistogram, edge_type
 
 _LEAST_EXPONENT = -100  # so that bins in a unit are a number in float32
+_TOGETHER = 1 << 15  # values: what is smaller waits, for a count takes as long as so many values
 
 
 class DoublingHistogram:
@@ -21,21 +22,47 @@ class DoublingHistogram:
     Each bin then is one half, or less, of a new one, so that counts do not depend on the order of
     values.
 
+    Small tensors are kept, up to 128 KiB of them, and counted together.
+
     Args:
         name: of the tensor.
         bins: how many; one more if odd. Between a half and all of them hold the values.
     """
 
     def __init__(self, name: str, bins: int) -> None:
-        self.extremes = Extremes(name)
+        self._extremes = Extremes(name)
+        self._waiting: list[Tensor] = []
+        self._size = 0
         self._half = -(-bins // 2)
         self._exponent = _LEAST_EXPONENT
         # One more than there are bins: the product below may be rounded up to the end.
         self._counts = torch.zeros(2 * self._half + 1, dtype=torch.int64)
 
+    @property
+    def extremes(self) -> Extremes:
+        """The ends of all values taken."""
+        self._count_waiting()
+        return self._extremes
+
     def take(self, values: Tensor) -> None:
         """Count values, in place; NaN and infinity are left out."""
-        extremes = self.extremes
+        if values.numel() >= _TOGETHER:
+            self._count(values)
+            return
+        if self._waiting and not _are_alike(self._waiting[0], values):
+            self._count_waiting()
+        self._waiting.append(values.detach().flatten().clone())
+        self._size += values.numel()
+        if self._size >= _TOGETHER or len(self._waiting) >= _TOGETHER >> 9:
+            self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        if self._waiting:
+            values, self._waiting, self._size = torch.cat(self._waiting), [], 0
+            self._count(values)
+
+    def _count(self, values: Tensor) -> None:
+        extremes = self._extremes
         missing = extremes.nans, extremes.infinities
         extremes.take(values)
         if not extremes.found or not values.numel():
@@ -75,3 +102,7 @@ class DoublingHistogram:
         edges = steps * (np.ldexp(1.0, self._exponent) / self._half)
         edges = np.clip(edges, -most, most).astype(dtype)
         return RealHistogram(self._joined().numpy(), edges, *ends, edges[-1])
+
+
+def _are_alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device

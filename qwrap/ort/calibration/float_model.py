@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qwrap
 from qwrap.errors import InputError, QwrapWarning
-from qwrap.graph import borrowed_model
+from qwrap.graph import Borrowed
 from qwrap.ort.errors import QuantizationError, UnknownNameError
 
 _LOG = logging.getLogger(__name__)
@@ -95,9 +95,7 @@ class FloatModel:
         self._device, self._providers = device_of(providers or [CPU])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QwrapWarning)  # they are about training
-            loaded = qwrap.load(
-                borrowed_model(model, folder), quantized="nodes", custom_ops=custom_ops
-            )
+            loaded = qwrap.load(Borrowed(model, folder), quantized="nodes", custom_ops=custom_ops)
         self._model = loaded.to(self._device).eval()
         constants = {tensor.name for tensor in model.graph.initializer}
         self._inputs = [NodeArg.of(v) for v in model.graph.input if v.name not in constants]

@@ -171,6 +171,17 @@ def test_values_at_borders_are_counted_as_by_numpy(
 
 
 @pytest.mark.ort(98)
+def test_bins_over_nearly_all_doubles_are_even_and_count_what_lies_in_them() -> None:
+    most = float(np.finfo(np.float64).max)
+    edges = even_edges(-most, most, 4, np.dtype(np.float64))
+    expected = [-most, -most / 2, 0, most / 2, most]
+    np.testing.assert_allclose(edges, expected, rtol=2**-51)  # linspace rounds twice
+    counter = BinCounter(edges, np.zeros(4, np.int64))
+    counter.add(torch.tensor([-most, -1.0, 0.0, 1.0, most], dtype=torch.float64))
+    assert counter.counts.tolist() == [1, 1, 2, 1]
+
+
+@pytest.mark.ort(98)
 def test_zeros_of_either_sign_are_one_value() -> None:
     edges = even_edges(np.float32(-1), np.float32(1), 4, np.dtype(np.float32))
     counts = np.zeros(4, np.int64)
