@@ -21,6 +21,7 @@ import pytest
 from calibration_cases import Reader, conv_model, images
 from onnx import helper, numpy_helper
 
+from qwrap.ort.borrowed import HOMES
 from qwrap.ort.errors import QuantizationError
 
 OWN, INCUMBENT = "qwrap.ort", "onnxruntime.quantization"
@@ -139,6 +140,41 @@ def test_a_graph_augmented_by_a_subclass(tmp_path: Path, model: str) -> None:
     assert found.keys() == {"r", "c"}
 
 
+@pytest.mark.ort(83, 91)
+@pytest.mark.parametrize("limit", [None, 2])
+def test_ranges_computed_from_kept_outputs(tmp_path: Path, model: str, limit: int | None) -> None:
+    """Tensors that a script wants to have one range share it; the incumbent's limit loses data."""
+
+    def script(package: str) -> Ranges:
+        calibrate = part(package, "calibrate")
+
+        class Shared(calibrate.MinMaxCalibrater):
+            def compute_data(self) -> Any:
+                names = [output.name for output in self.infer_session.get_outputs()]
+                seen = [dict(zip(names, row, strict=True)) for row in self.intermediate_outputs]
+                if not seen:
+                    return self.calibrate_tensors_range
+                lows = [float(row[f"{name}_ReduceMin"][0]) for row in seen for name in ("c", "f")]
+                highs = [float(row[f"{name}_ReduceMax"][0]) for row in seen for name in ("c", "f")]
+                ends = (np.float32([min(lows)]), np.float32([max(highs)]))
+                found = {"c": ends, "f": ends}
+                new = calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, found)
+                old = self.calibrate_tensors_range
+                self.calibrate_tensors_range = self.merge_range(old, new) if old else new
+                return self.calibrate_tensors_range
+
+            def clear_collected_data(self) -> None:
+                self.compute_data()
+                super().clear_collected_data()
+
+        augmented = str(tmp_path / "augmented.onnx")
+        shared = Shared(model, augmented_model_path=augmented, max_intermediate_outputs=limit)
+        return collected(shared, 5)
+
+    found = assert_alike(script)
+    assert found["c"] == found["f"]
+
+
 @pytest.mark.ort(83, 99)
 def test_a_collector_of_ones_own(tmp_path: Path, model: str) -> None:
     def script(package: str) -> Ranges:
@@ -221,6 +257,25 @@ def test_collect_data_that_is_put_in_place_reaches_quantize_static(
     assert forms[0] == forms[1]
 
 
+@pytest.mark.ort(83)
+def test_augment_graph_that_is_wrapped_still_augments(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, kind = importlib.import_module(OWN), part(OWN, "calibrate").MinMaxCalibrater
+    module.quantize_static(model, tmp_path / "plain.onnx", Reader(images(2)))
+    original, seen = kind.augment_graph, []
+
+    def augment_graph(self: Any) -> None:
+        seen.append(self.augmented_model_path)
+        original(self)
+
+    monkeypatch.setattr(kind, "augment_graph", augment_graph)
+    module.quantize_static(model, tmp_path / "wrapped.onnx", Reader(images(2)))
+    assert len(seen) == 1
+    written = [(tmp_path / f"{name}.onnx").read_bytes() for name in ("plain", "wrapped")]
+    assert written[0] == written[1]
+
+
 @pytest.mark.ort(82, 91)
 @pytest.mark.parametrize("package", [OWN, INCUMBENT])
 def test_a_class_put_in_place_reaches_quantize_static(
@@ -282,6 +337,58 @@ def test_a_reader_may_end_with_stop_iteration(tmp_path: Path, model: str) -> Non
     assert written[0] == written[1]
     with pytest.raises(StopIteration):
         theirs.quantize_static(model, tmp_path / "theirs.onnx", Raising(images(3)))
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ort(6, 23)
+@pytest.mark.parametrize("name", ["FusedConv", "QAttention", "SkipLayerNormalization"])
+def test_operators_of_onnxruntime_may_be_named_where_a_model_has_none(
+    tmp_path: Path, model: str, name: str
+) -> None:
+    forms = []
+    for package in (OWN, INCUMBENT):
+        output = tmp_path / f"{package}.onnx"
+        quantize_dynamic = importlib.import_module(package).quantize_dynamic
+        quantize_dynamic(model, output, op_types_to_quantize=["MatMul", name])
+        forms.append(graph_form(output))
+    assert forms[0] == forms[1]
+
+
+@pytest.mark.ort(52)
+@pytest.mark.parametrize("package", [OWN, INCUMBENT])
+def test_a_flag_may_be_0_or_1(tmp_path: Path, model: str, package: str) -> None:
+    module = importlib.import_module(package)
+    written = []
+    for symmetric in (1, True):
+        output = tmp_path / f"{package}{symmetric!r}.onnx"
+        options = {"ActivationSymmetric": symmetric}
+        module.quantize_static(model, output, Reader(images(2)), extra_options=options)
+        written.append(onnx.load(output).SerializeToString(deterministic=True))
+    assert written[0] == written[1]
+
+
+@pytest.mark.ort(54)
+def test_a_flag_may_not_be_2(tmp_path: Path, model: str) -> None:
+    quantize_dynamic = importlib.import_module(OWN).quantize_dynamic
+    with pytest.raises(QuantizationError, match="WeightSymmetric"):
+        quantize_dynamic(model, tmp_path / "out.onnx", extra_options={"WeightSymmetric": 2})
+
+
+@pytest.mark.ort(82)
+@pytest.mark.parametrize("name", sorted(HOMES))
+@pytest.mark.parametrize("module", ["quantize", "onnx_quantizer", "qdq_quantizer", "calibrate"])
+def test_names_that_modules_borrow_can_be_imported_from_them(module: str, name: str) -> None:
+    if hasattr(part(INCUMBENT, module), name):
+        home = part(OWN, HOMES[name])
+        assert getattr(part(OWN, module), name) is getattr(home, name)
+
+
+@pytest.mark.ort(82)
+def test_a_name_that_no_module_has_is_missing() -> None:
+    with pytest.raises(AttributeError, match=r"'qwrap.ort.quantize' has no attribute 'nonsense'"):
+        _ = part(OWN, "quantize").nonsense
 
 
 # --- what older versions took --------------------------------------------------------------------

@@ -87,7 +87,7 @@ class MinMaxCalibrater(CalibraterBase):
             QuantizationError: there is no batch, and was none before, or one does not fit the
                 graph inputs (a ``ValueError``).
         """
-        if self._runs_outputs():
+        if self._runs_outputs() or self.overrides("compute_data"):
             self._collect_outputs(data_reader)
             return
         watchers = {name: extremes.take for name, extremes in self._extremes().items()}
@@ -102,7 +102,8 @@ class MinMaxCalibrater(CalibraterBase):
             raise QuantizationError("No data is collected.")
 
     def _collect_outputs(self, data_reader: CalibrationDataReader) -> None:
-        session, names = self._session(), self._output_names()
+        session = self._show_outputs()
+        names = self._output_names()
         own, most = self.model_original_outputs, self.max_intermediate_outputs
         for batch in batches_of(data_reader):
             values = zip(names, session.run(None, batch), strict=True)
