@@ -100,6 +100,22 @@ def to_model(proto: onnx.ModelProto, folder: Path | None, *, is_original: bool =
     return model
 
 
+def borrowed_model(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
+    """Return a message as a model that shares its tensors instead of copying them.
+
+    Args:
+        proto: must not change as long as the result is used.
+        folder: where its external data lies, which must have been checked. None: it has none.
+
+    Raises:
+        ModelError: the message is malformed, or a file with data cannot be read.
+    """
+    try:
+        return to_model(proto, folder, is_original=False)
+    except MALFORMED as error:
+        raise ModelError(f"the ModelProto: malformed graph: {error.__cause__ or error}") from error
+
+
 ORIGINAL = "qwrap.original"
 
 

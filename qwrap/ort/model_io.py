@@ -7,6 +7,7 @@ they can be known, its weights are initializers, and its data is in memory.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +26,34 @@ ModelSource: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto"
 STEERS_SHAPES = 1 << 16  # bytes; larger tensors are weights, which inference need not see
 
 
+@dataclass(frozen=True)
+class HeldModel:
+    """A message as ``read_model`` returns it, but that heavy tensors may still lie in files.
+
+    Attributes:
+        message: the model; private to who holds it.
+        path: the file it came from, beside which these tensors lie; None if none does.
+    """
+
+    message: onnx.ModelProto
+    path: Path | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files with tensors lie."""
+        return None if self.path is None else self.path.parent
+
+    def take_in(self) -> onnx.ModelProto:
+        """Read the tensors that lie in files into the message, in place; return it.
+
+        Raises:
+            InvalidModelError: the files are no longer what they were.
+        """
+        if self.path is not None:
+            _take_in(self.message, self.path)
+        return self.message
+
+
 def read_model(model: ModelSource, lifted: set[str] | None = None) -> onnx.ModelProto:
     """Return a private copy of a model with declared types, its weights in it as initializers.
 
@@ -38,17 +67,35 @@ def read_model(model: ModelSource, lifted: set[str] | None = None) -> onnx.Model
         InvalidModelError: it is not an ONNX model, or the message says that its weights are in
             files, of which it does not know the folder.
     """
-    own = load_message(model)
+    return hold_model(model, lifted).message
+
+
+def hold_model(
+    model: ModelSource, lifted: set[str] | None = None, *, in_files: bool = False
+) -> HeldModel:
+    """Return what ``read_model`` returns, with ``in_files`` but for the data of heavy tensors.
+
+    Those that lie in files then stay there, checked, until ``take_in``.
+
+    Raises:
+        MissingFileError: as ``read_model``.
+        InvalidModelError: as ``read_model``.
+    """
+    own = load_message(model, STEERS_SHAPES if in_files else None)
     names = lift_constants(own)
     if lifted is not None:
         lifted |= names
     declare_types(own)
     add_infer_metadata(own)
-    return own
+    return HeldModel(own, None if isinstance(model, onnx.ModelProto) else Path(model))
 
 
-def load_message(model: ModelSource) -> onnx.ModelProto:
+def load_message(model: ModelSource, heavy: int | None = None) -> onnx.ModelProto:
     """Return a private copy of a model with its external data in it, and nothing else changed.
+
+    Args:
+        model: a path, or a message that stays as it is.
+        heavy: external tensors of so many bytes are checked, but stay where they are.
 
     Raises:
         MissingFileError: as ``read_model``.
@@ -73,7 +120,7 @@ def load_message(model: ModelSource) -> onnx.ModelProto:
         raise InvalidModelError(f"{path}: not an ONNX model, or cut off ({error})") from error
     if not own.HasField("graph"):
         raise InvalidModelError(f"{path}: not an ONNX model: it has no graph")
-    _take_in(own, path)
+    _take_in(own, path, heavy)
     return own
 
 
@@ -154,7 +201,7 @@ def save_and_reload_model_with_shape_infer(model: onnx.ModelProto) -> onnx.Model
     return read_model(model)
 
 
-def _take_in(model: onnx.ModelProto, path: Path) -> None:
+def _take_in(model: onnx.ModelProto, path: Path, heavy: int | None = None) -> None:
     """Read external data into the message, in place; only files in the folder of ``path``."""
     for tensor in tensors_of(model):
         if not is_external(tensor):
@@ -171,6 +218,8 @@ def _take_in(model: onnx.ModelProto, path: Path) -> None:
         if problem:
             kind = MissingFileError if "is missing" in problem else InvalidModelError
             raise kind(f"{path}: tensor '{tensor.name}': {problem}")
+        if heavy is not None and size >= heavy:
+            continue
         with (path.parent / location).open("rb") as file:
             file.seek(offset)
             tensor.raw_data = file.read(size)

@@ -30,7 +30,7 @@ from qwrap.ort.calibrate import (
 from qwrap.ort.calibration.spool import Spool
 from qwrap.ort.enums import CalibrationMethod, QuantFormat, QuantizationMode, QuantType
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import read_model, write_model
+from qwrap.ort.model_io import HeldModel, hold_model, read_model, write_model
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
 from qwrap.ort.opset import raised_for_pairs
 from qwrap.ort.options import calibration_options, check_options
@@ -99,13 +99,12 @@ def quantize_static(
     check_static_quant_arguments(quant_format, activation_type, weight_type)
     in_pairs = quant_format is QuantFormat.QDQ
     check_options(options, "QDQ" if in_pairs else "QOperator", calibrate_method)
-    lifted: set[str] = set()
-    source = read_model(model_input, lifted)
+    smooth, cache, lifted = bool(options.get("SmoothQuant")), calibration_cache_path, set[str]()
+    held = hold_model(model_input, lifted, in_files=not smooth and not cache)
+    source = held.message
     check_names(source, nodes_to_quantize, nodes_to_exclude, op_types_to_quantize, lifted)
     excluded, chosen = list(nodes_to_exclude or ()), list(nodes_to_quantize or ())
     check_overrides(source, options, activation_type)
-    smooth = bool(options.get("SmoothQuant"))
-    cache = calibration_cache_path
     ranges = cache and cached_ranges(cache, calibrate_method, smooth_quant=smooth, model=source)
     _check_reader(calibration_data_reader, bool(ranges), options)
     warn_if_raw(source)
@@ -125,11 +124,14 @@ def quantize_static(
         if in_pairs:
             model, options = raised_for_pairs(model, per_channel, options)
         if not ranges:
+            held = HeldModel(model, held.path)
             ranges = _calibrated(
-                model, reader, op_types, calibrate_method, calibration_providers, options
+                held, reader, op_types, calibrate_method, calibration_providers, options
             )
+            model = held.take_in()
     if cache:
         save_tensors_data(ranges, cache, smooth_quant=smooth, model=source)
+    del source, held  # where the opset was raised, their weights are others
     shared = (weight_type, activation_type, ranges, chosen, excluded, op_types, options)
     quantizer: ONNXQuantizer | QDQQuantizer
     if in_pairs:
@@ -202,7 +204,7 @@ def _check_reader(
 
 
 def _calibrated(
-    model: ModelProto,
+    model: HeldModel,
     reader: Any,
     op_types: Sequence[str],
     method: CalibrationMethod,

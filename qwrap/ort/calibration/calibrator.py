@@ -16,12 +16,12 @@ from qwrap.ort.calibration.float_model import CPU, FloatModel
 from qwrap.ort.calibration.selection import observed_tensors, with_outputs
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import read_model, write_model
+from qwrap.ort.model_io import HeldModel, read_model, write_model
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "qwrap.ort."
 
-ModelSource = str | Path | ModelProto
+ModelSource = str | Path | ModelProto | HeldModel
 
 
 class CalibraterBase:
@@ -62,7 +62,7 @@ class CalibraterBase:
         """Read a model.
 
         Args:
-            model_path: path of a float model, or the model itself.
+            model_path: path of a float model, or the model itself; a ``HeldModel`` is not copied.
             op_types_to_calibrate: types of the nodes whose inputs and outputs are watched; all
                 nodes if None or empty.
             augmented_model_path: where ``augment_graph`` writes, which need not be called.
@@ -73,9 +73,13 @@ class CalibraterBase:
         Raises:
             QuantizationError: the model is neither a path nor a model (a ``ValueError``).
         """
-        if not isinstance(model_path, str | os.PathLike | ModelProto):
+        if not isinstance(model_path, str | os.PathLike | ModelProto | HeldModel):
             raise QuantizationError("model_path should be model path.")
-        self.model = self._source = read_model(model_path)
+        held = model_path
+        if not isinstance(held, HeldModel):
+            held = HeldModel(read_model(held))
+        self.model = self._source = held.message
+        self._folder = held.folder
         self.augment_model: ModelProto | None = None
         self.num_model_outputs = len(self.model.graph.output)
         self.model_original_outputs = {output.name for output in self.model.graph.output}
@@ -105,10 +109,10 @@ class CalibraterBase:
 
     def create_inference_session(self) -> None:
         """Load the model, in place; it is done at the first ``collect_data`` otherwise."""
-        model = self.model
+        model, folder = self.model, self._folder
         if self.overrides("augment_graph"):  # what such a method makes is in its file
-            model = read_model(self.augmented_model_path)
-        self.infer_session = FloatModel(model, self.execution_providers, self.custom_ops)
+            model, folder = read_model(self.augmented_model_path), None
+        self.infer_session = FloatModel(model, self.execution_providers, self.custom_ops, folder)
 
     def select_tensors_to_calibrate(
         self, model: ModelProto

@@ -254,7 +254,7 @@ class HistogramCollector(CalibrationDataCollector):
         if self.num_bins <= self.num_quantized_bins:
             _LOG.warning(
                 "num_bins=%d for num_quantized_bins=%d leave one threshold to choose from: ranges "
-                "are those of MinMax; 2048 and 128 are usual",
+                "are those of MinMax; 2048 and 256 are usual",
                 self.num_bins,
                 self.num_quantized_bins,
             )

@@ -20,7 +20,8 @@ _DEFAULTS: dict[CalibrationMethod, dict[str, Any]] = {
         "max_intermediate_outputs": None,
         "per_channel": False,
     },
-    CalibrationMethod.Entropy: {"num_bins": 2048, "num_quantized_bins": 128, "symmetric": False},
+    # Levels are on both sides of 0: 256 of them, where 128 would be the codes of 7 bits.
+    CalibrationMethod.Entropy: {"num_bins": 2048, "num_quantized_bins": 256, "symmetric": False},
     CalibrationMethod.Percentile: {"num_bins": 2048, "percentile": 99.999, "symmetric": True},
     CalibrationMethod.Distribution: {"num_bins": 2048, "scenario": "same"},
 }
@@ -46,7 +47,7 @@ def create_calibrator(
         providers: onnxruntime's names of what to run on; None for the CPU.
         extra_options: what the method has defaults for: MinMax ``symmetric``, ``moving_average``,
             ``averaging_constant`` (0.01), ``max_intermediate_outputs`` and ``per_channel``; Entropy
-            ``num_bins`` (2048), ``num_quantized_bins`` (128) and ``symmetric``; Percentile
+            ``num_bins`` (2048), ``num_quantized_bins`` (256) and ``symmetric``; Percentile
             ``num_bins`` (2048), ``percentile`` (99.999) and ``symmetric``; Distribution
             ``num_bins`` (2048) and ``scenario`` ("same"). An option that is None counts as not
             given. Percentile looks at magnitudes if ``symmetric`` is not given, and its ranges end

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import qwrap
 from qwrap.errors import InputError, QwrapWarning
+from qwrap.graph import borrowed_model
 from qwrap.ort.errors import QuantizationError, UnknownNameError
 
 _LOG = logging.getLogger(__name__)
@@ -76,13 +78,15 @@ class FloatModel:
         model: ModelProto,
         providers: Sequence[Any] | None = None,
         custom_ops: Sequence[str | os.PathLike[str]] = (),
+        folder: Path | None = None,
     ) -> None:
         """Load a model.
 
         Args:
-            model: holds its data; not modified.
+            model: not modified, and must not be as long as this is used.
             providers: onnxruntime's names, see ``device_of``.
             custom_ops: shared libraries with operators for onnxruntime; loading one runs its code.
+            folder: of the files with its external data, which are mapped. None: it has none.
 
         Raises:
             UnknownNameError: a provider does not exist.
@@ -91,7 +95,9 @@ class FloatModel:
         self._device, self._providers = device_of(providers or [CPU])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QwrapWarning)  # they are about training
-            loaded = qwrap.load(model, quantized="nodes", custom_ops=custom_ops)
+            loaded = qwrap.load(
+                borrowed_model(model, folder), quantized="nodes", custom_ops=custom_ops
+            )
         self._model = loaded.to(self._device).eval()
         constants = {tensor.name for tensor in model.graph.initializer}
         self._inputs = [NodeArg.of(v) for v in model.graph.input if v.name not in constants]

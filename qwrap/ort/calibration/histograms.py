@@ -195,7 +195,7 @@ class HistogramCalibrater(CalibraterBase):
 
 
 class EntropyCalibrater(HistogramCalibrater):
-    """Ranges that lose least of each tensor's distribution; 2048 bins and 128 levels are usual."""
+    """Ranges that lose least of each tensor's distribution; 2048 bins and 256 levels are usual."""
 
     calibration_method = CalibrationMethod.Entropy
 

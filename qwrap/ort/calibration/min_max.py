@@ -135,8 +135,9 @@ class MinMaxCalibrater(CalibraterBase):
         """Merge what was seen since the last time into the ranges, in place."""
         found: dict[str, Range] = {}
         for name, extremes in self._watched.items():
-            if extremes.low is not None and extremes.high is not None:
-                found[name] = self._range(extremes.low, extremes.high)
+            low, high = extremes.low, extremes.high
+            if low is not None and high is not None:
+                found[name] = self._range(low, high)
             extremes.clear()
         new = TensorsData(CalibrationMethod.MinMax, found)
         self.calibrate_tensors_range = self.merge_range(self.calibrate_tensors_range, new)
