@@ -175,6 +175,34 @@ def test_ranges_computed_from_kept_outputs(tmp_path: Path, model: str, limit: in
     assert found["c"] == found["f"]
 
 
+def run_outside(calibrator: Any) -> Ranges:
+    """A loop that is no method; it leaves outputs for compute_data."""
+    for batch in images(3):
+        calibrator.intermediate_outputs.append(calibrator.infer_session.run(None, batch))
+    return numbers(calibrator.compute_data())
+
+
+@pytest.mark.ort(83, 91)
+def test_a_loop_outside_of_the_calibrator(tmp_path: Path, model: str) -> None:
+    def script(package: str) -> Ranges:
+        create = importlib.import_module(package).create_calibrator
+        path = tmp_path / f"{package}.onnx"
+        calibrator = create(model, augmented_model_path=str(path))
+        if not path.exists():  # the incumbent augments when a calibrator is made
+            calibrator.augment_graph()
+            calibrator.create_inference_session()
+        return run_outside(calibrator)
+
+    assert assert_alike(script).keys() == {"x", "c", "r", "g", "f", "y"}
+
+
+@pytest.mark.ort(83, 91)
+def test_such_a_loop_needs_an_augmented_graph(model: str) -> None:
+    calibrator = importlib.import_module(OWN).create_calibrator(model)
+    with pytest.raises(QuantizationError, match=r"call augment_graph\(\) and"):
+        run_outside(calibrator)
+
+
 @pytest.mark.ort(83, 99)
 def test_a_collector_of_ones_own(tmp_path: Path, model: str) -> None:
     def script(package: str) -> Ranges:

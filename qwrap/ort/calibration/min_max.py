@@ -121,8 +121,14 @@ class MinMaxCalibrater(CalibraterBase):
     def _take_outputs(self) -> None:
         """Merge the ranges that ``intermediate_outputs`` tell into the others, in place."""
         own = self.num_model_outputs
+        names = self._output_names()[own:]
+        if not names:
+            raise QuantizationError(
+                "intermediate_outputs hold no outputs of watched tensors; call augment_graph() and "
+                "create_inference_session() before infer_session.run()"
+            )
         rows = [row[own:] for row in self.intermediate_outputs]
-        found = ranges_of_rows(self._output_names()[own:], rows, self.moving_average)
+        found = ranges_of_rows(names, rows, self.moving_average)
         new = {name: self._range(low, high) for name, (low, high) in found.items()}
         self.calibrate_tensors_range = self.merge_range(
             self.calibrate_tensors_range, TensorsData(CalibrationMethod.MinMax, new)
