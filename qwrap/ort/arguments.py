@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from qwrap.ort.enums import CalibrationMethod, QuantFormat, QuantType
 from qwrap.ort.errors import QuantizationError, UnknownNameError
@@ -131,7 +132,8 @@ def _check_list(what: str, names: Any) -> None:
 
 def _known_types() -> set[str]:
     registered = {*QDQRegistry, *QLinearOpsRegistry, *IntegerOpsRegistry}
-    return registered | {schema.name for schema in onnx.defs.get_all_schemas()}
+    schemas = (*onnx.defs.get_all_schemas(), *onnxruntime_pybind11_state.get_all_operator_schema())
+    return registered | {schema.name for schema in schemas}
 
 
 def check_receivers(model: ModelProto, overrides: Mapping[str, Sequence[Any]]) -> None:

@@ -9,6 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from qwrap.graph import graphs
 from qwrap.ort.added_constants import bias_tensors, constant_tensors, float_bias_tensors
+from qwrap.ort.borrowed import lender
 from qwrap.ort.calibrate import TensorData
 from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.errors import QuantizationError
@@ -25,6 +26,8 @@ from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper, normali
 from qwrap.ort.weight_params import channel_params, tensor_params
 
 __all__ = ["BaseQuantizer", "QuantizationParams"]
+
+__getattr__ = lender(__name__)
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _SIGNED = (TensorProto.INT4, TensorProto.INT8, TensorProto.INT16, TensorProto.FLOAT8E4M3FN)

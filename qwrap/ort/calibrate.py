@@ -1,5 +1,6 @@
 """Calibration: data readers, calibrators, ranges and their cache."""
 
+from qwrap.ort.borrowed import lender
 from qwrap.ort.calibration.cache import (
     CalibrationCacheEncoder,
     cached_ranges,
@@ -45,3 +46,5 @@ __all__ = [
     "save_tensors_data",
     "smooth_distribution",
 ]
+
+__getattr__ = lender(__name__)

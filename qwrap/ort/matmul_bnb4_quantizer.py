@@ -24,6 +24,7 @@ from qwrap.nbits.request import Request
 from qwrap.nbits.rewrite import rewrite
 from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.streaming import take_in
+from qwrap.ort.borrowed import lender
 from qwrap.ort.errors import (
     BlockSizeError,
     QuantizationError,
@@ -34,6 +35,8 @@ from qwrap.ort.onnx_model import ONNXModel
 from qwrap.ort.report import Report
 
 __all__ = ["MatMulBnb4Quantizer", "parse_args"]
+
+__getattr__ = lender(__name__)
 
 logger = logging.getLogger(__name__)
 

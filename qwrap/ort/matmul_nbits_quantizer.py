@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from onnx import GraphProto, TensorProto
 
 from qwrap.nbits.one_node import find_initializer
+from qwrap.ort.borrowed import lender
 from qwrap.ort.enums import QuantFormat
 from qwrap.ort.weight_only.awq import NVAWQWeightOnlyQuantConfig, NVAWQWeightOnlyQuantizer
 from qwrap.ort.weight_only.command import (
@@ -47,6 +48,8 @@ __all__ = [
     "parse_key_value_pair",
     "transpose_packed_int4_matrix",
 ]
+
+__getattr__ = lender(__name__)
 
 
 def get_initializer(

@@ -9,6 +9,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from qwrap.graph import subgraphs
 from qwrap.ort import bodies, code_inputs
+from qwrap.ort.borrowed import lender
 from qwrap.ort.code_values import CodeValues
 from qwrap.ort.errors import InvalidModelError
 from qwrap.ort.quant_utils import __producer__, __version__, ms_domain
@@ -16,6 +17,8 @@ from qwrap.ort.registry import BUILT_IN_TYPES, CONTRIB_TYPES, CreateOpQuantizer
 from qwrap.ort.scopes import node_reads
 
 __all__ = ["ONNXQuantizer"]
+
+__getattr__ = lender(__name__)
 
 logger = logging.getLogger(__name__)
 

@@ -110,6 +110,10 @@ def _is_count(value: Any, least: int = 1) -> bool:
     return isinstance(value, numbers.Integral) and not _is_bool(value) and int(value) >= least
 
 
+def _is_flag(value: Any) -> bool:
+    return _is_bool(value) or (_is_count(value, 0) and int(value) <= 1)  # as command lines give it
+
+
 def _is_within(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: _is_real(value) and low <= float(value) <= high
 
@@ -133,7 +137,7 @@ def _is_axes(value: Any) -> bool:
 
 
 def _flag(default: bool | None, *forms: Form) -> Option:
-    accepts = _or_none(_is_bool) if default is None else _is_bool
+    accepts = _or_none(_is_flag) if default is None else _is_flag
     expects = "True, False or None" if default is None else "True or False"
     return Option(default, expects, accepts, forms or ("QDQ", "QOperator"))
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qwrap.graph import graphs
+from qwrap.ort.borrowed import lender
 from qwrap.ort.dequantized import constants_of, dequantized_weights
 from qwrap.ort.errors import ComparisonError, UnknownNameError
 from qwrap.ort.model_io import ModelSource, read_model
@@ -42,6 +43,8 @@ __all__ = [
     "iterate_activations",
     "modify_model_output_intermediate_tensors",
 ]
+
+__getattr__ = lender(__name__)
 
 _LOGGER = logging.getLogger(__name__)
 _SAVED = "_ReshapedSavedOutput"

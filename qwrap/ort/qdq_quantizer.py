@@ -8,6 +8,7 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto
 
+from qwrap.ort.borrowed import lender
 from qwrap.ort.calibrate import TensorData
 from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
@@ -44,6 +45,8 @@ __all__ = [
     "QDQTensorQuantizedValue",
     "QDQTensorScaleZpInitializers",
 ]
+
+__getattr__ = lender(__name__)
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from onnx import ModelProto
 
 from qwrap.ort.arguments import check_static_quant_arguments
+from qwrap.ort.borrowed import lender
 from qwrap.ort.configs import DynamicQuantConfig, QuantConfig, StaticQuantConfig
 from qwrap.ort.dynamic import quantize_dynamic
 from qwrap.ort.enums import CalibrationMethod, QuantFormat, QuantizationMode, QuantType
@@ -34,6 +35,8 @@ __all__ = [
     "quantize_qat",
     "quantize_static",
 ]
+
+__getattr__ = lender(__name__)
 
 
 def quantize(

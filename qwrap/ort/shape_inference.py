@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from qwrap.ort.borrowed import lender
 from qwrap.ort.errors import InvalidModelError, QuantizationError
 from qwrap.ort.metadata import add_pre_process_metadata, get_opset_version
 from qwrap.ort.model_io import ModelSource, declare_types, load_message
@@ -17,6 +18,8 @@ from qwrap.ort.proto_file import THRESHOLD, write_proto
 from qwrap.ort.symbolic import declare_symbolic
 
 __all__ = ["quant_pre_process"]
+
+__getattr__ = lender(__name__)
 
 _LOGGER = logging.getLogger(__name__)
 _LOWEST_OPSET = 11

@@ -32,8 +32,8 @@ class CalibraterBase:
 
     A subclass may do as those of onnxruntime's classes do: choose other tensors, override
     ``augment_graph``, ``create_inference_session`` or ``collect_data``, and read the outputs of
-    ``infer_session``. Where it augments the graph or makes the session, batches are run through
-    that session, and what it returns is kept in ``intermediate_outputs``.
+    ``infer_session``. Where it augments the graph or makes the session, or computes ranges from
+    ``intermediate_outputs``, batches are run through that session, and what it returns is kept.
 
     Attributes:
         model: the model, with declared types; after ``augment_graph``, with outputs for the watched
@@ -135,7 +135,8 @@ class CalibraterBase:
 
         Calibration does not need that; those who look at the file, or run it, do.
         """
-        self.model = self.get_augment_model()
+        if self.model is self._source:
+            self.model = self._augmented(self.select_tensors_to_calibrate(self._source)[0])
         self.infer_session = None
         write_model(self.model, self.augmented_model_path, self.use_external_data_format)
 
@@ -156,10 +157,7 @@ class CalibraterBase:
 
     def overrides(self, *names: str) -> bool:
         """Whether a method is a user's own, by subclass or by assignment to the class."""
-        methods = (getattr(type(self), name) for name in names)
-        return any(
-            not str(getattr(method, "__module__", "")).startswith(_PACKAGE) for method in methods
-        )
+        return any(is_replaced(type(self), name) for name in names)
 
     # --- for calibrators -------------------------------------------------------------------------
 
@@ -171,6 +169,14 @@ class CalibraterBase:
     def _runs_outputs(self) -> bool:
         """Whether the graph or the session is a user's own, so that only its outputs are known."""
         return self.overrides("augment_graph") or not isinstance(self._session(), FloatModel)
+
+    def _show_outputs(self) -> Any:
+        """Return a session with outputs for the watched tensors, made now if there is none."""
+        is_mine = isinstance(self._session(), FloatModel) and not self.overrides("augment_graph")
+        if is_mine and self.model is self._source:
+            self.model = self.get_augment_model()
+            self.create_inference_session()
+        return self._session()
 
     def _output_names(self) -> list[str]:
         return [output.name for output in self._session().get_outputs()]
@@ -198,6 +204,11 @@ class CalibraterBase:
                     extremes.infinities,
                     what,
                 )
+
+
+def is_replaced(kind: type, name: str) -> bool:
+    """Whether a method of a class was not written here."""
+    return not str(getattr(getattr(kind, name), "__module__", "")).startswith(_PACKAGE)
 
 
 def batches_of(data_reader: Any) -> Iterator[Mapping[str, Any]]:

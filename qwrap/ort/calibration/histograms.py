@@ -8,15 +8,21 @@ from functools import partial
 from typing import Any
 
 from qwrap.ort.calibration.by_outputs import by_name
-from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
+from qwrap.ort.calibration.calibrator import (
+    CalibraterBase,
+    ModelSource,
+    batches_of,
+    is_replaced,
+)
 from qwrap.ort.calibration.collector import HistogramCollector
 from qwrap.ort.calibration.data_reader import CalibrationDataReader
 from qwrap.ort.calibration.doubling import DoublingHistogram
-from qwrap.ort.calibration.float_model import FloatModel
 from qwrap.ort.calibration.spool import Spool
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.enums import CalibrationMethod
 from qwrap.ort.errors import QuantizationError
+
+_COLLECTING = ("collect", "collect_value", "collect_absolute_value", "merge_histogram")
 
 
 class HistogramCalibrater(CalibraterBase):
@@ -105,7 +111,8 @@ class HistogramCalibrater(CalibraterBase):
                 graph inputs (a ``ValueError``).
         """
         collector = self.collector or self._new_collector()
-        if type(collector).collect is not HistogramCollector.collect or self._runs_outputs():
+        collects = any(is_replaced(type(collector), name) for name in _COLLECTING)
+        if collects or self._runs_outputs():
             self._collect_outputs(collector, data_reader)
             return
         collect = self._collect_once if self.method == "entropy" else self._collect_twice
@@ -116,10 +123,7 @@ class HistogramCalibrater(CalibraterBase):
 
     def _collect_outputs(self, collector: Any, data_reader: CalibrationDataReader) -> None:
         """Give all outputs of all batches to a collector, in place."""
-        if isinstance(self._session(), FloatModel) and not self.overrides("augment_graph"):
-            self.model = self.get_augment_model()
-            self.create_inference_session()
-        session = self._session()
+        session = self._show_outputs()
         self.intermediate_outputs += [session.run(None, b) for b in batches_of(data_reader)]
         if not self.intermediate_outputs:
             raise QuantizationError("No data is collected.")

@@ -87,7 +87,7 @@ class MinMaxCalibrater(CalibraterBase):
             QuantizationError: there is no batch, and was none before, or one does not fit the
                 graph inputs (a ``ValueError``).
         """
-        if self._runs_outputs():
+        if self._runs_outputs() or self.overrides("compute_data"):
             self._collect_outputs(data_reader)
             return
         watchers = {name: extremes.take for name, extremes in self._extremes().items()}
@@ -102,7 +102,8 @@ class MinMaxCalibrater(CalibraterBase):
             raise QuantizationError("No data is collected.")
 
     def _collect_outputs(self, data_reader: CalibrationDataReader) -> None:
-        session, names = self._session(), self._output_names()
+        session = self._show_outputs()
+        names = self._output_names()
         own, most = self.model_original_outputs, self.max_intermediate_outputs
         for batch in batches_of(data_reader):
             values = zip(names, session.run(None, batch), strict=True)
@@ -120,8 +121,14 @@ class MinMaxCalibrater(CalibraterBase):
     def _take_outputs(self) -> None:
         """Merge the ranges that ``intermediate_outputs`` tell into the others, in place."""
         own = self.num_model_outputs
+        names = self._output_names()[own:]
+        if not names:
+            raise QuantizationError(
+                "intermediate_outputs hold no outputs of watched tensors; call augment_graph() and "
+                "create_inference_session() before infer_session.run()"
+            )
         rows = [row[own:] for row in self.intermediate_outputs]
-        found = ranges_of_rows(self._output_names()[own:], rows, self.moving_average)
+        found = ranges_of_rows(names, rows, self.moving_average)
         new = {name: self._range(low, high) for name, (low, high) in found.items()}
         self.calibrate_tensors_range = self.merge_range(
             self.calibrate_tensors_range, TensorsData(CalibrationMethod.MinMax, new)
