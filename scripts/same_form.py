@@ -67,7 +67,7 @@ def _compare_graphs(one: GraphProto, other: GraphProto, found: Comparison, round
     found.form.extend(f"in the first, {twice}" for twice in _repeated(one))
     found.form.extend(f"in the second, {twice}" for twice in _repeated(other))
     found.form.extend(_node_differences(one, other))
-    tensors = [{t.name: t for t in graph.initializer} for graph in (one, other)]
+    tensors = [_constants(graph) for graph in (one, other)]
     for name in sorted({*tensors[0], *tensors[1]}):
         pair = [side.get(name) for side in tensors]
         if pair[0] is None or pair[1] is None:
@@ -79,6 +79,18 @@ def _compare_graphs(one: GraphProto, other: GraphProto, found: Comparison, round
     bodies = [dict(_bodies(graph)) for graph in (one, other)]
     for key in bodies[0].keys() & bodies[1].keys():
         _compare_graphs(bodies[0][key], bodies[1][key], found, rounding)
+
+
+def _constants(graph: GraphProto) -> dict[str, TensorProto]:
+    """Return initializers, and as such the tensors of Constant nodes."""
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            tensor = TensorProto()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            found[tensor.name] = tensor
+    return found
 
 
 def _repeated(graph: GraphProto) -> Iterator[str]:
@@ -98,7 +110,10 @@ def _bodies(graph: GraphProto) -> Iterator[tuple[tuple[str, str], GraphProto]]:
 
 
 def _node_differences(one: GraphProto, other: GraphProto) -> Iterator[str]:
-    sides = [{tuple(node.output): _describe(node) for node in graph.node} for graph in (one, other)]
+    sides = [
+        {tuple(n.output): _describe(n) for n in graph.node if n.op_type != "Constant"}
+        for graph in (one, other)
+    ]
     for outputs in sides[0] | sides[1]:
         pair = [side.get(outputs) for side in sides]
         if pair[0] != pair[1]:

@@ -247,6 +247,7 @@ def test_codes_and_values_are_onnxruntimes(real: ir.DataType, opset: int, domain
     assert not wrong
 
 
+@pytest.mark.ort("G74")
 def test_the_matrix_is_whole() -> None:
     cases = itertools.chain.from_iterable(GROUPS[FLOAT].values())
     types = {(case.spec.dtype, case.format.granularity) for case in cases}

@@ -267,6 +267,7 @@ def test_a_target_of_the_users_own(small) -> None:
     assert plan.constants["/a", 1].spec.axis is None
 
 
+@pytest.mark.ort(355)
 def test_what_runs_and_what_is_fast() -> None:
     assert ORT_CPU.supports("Conv", "uint16", "int4")
     assert ORT_CPU.fast("Conv", "uint8", "int8")

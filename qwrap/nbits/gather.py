@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qwrap.model.tensors import to_numpy
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.draft import MICROSOFT, Array, Draft, Weight
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.packing import INTEGERS, pack
 from qwrap.nbits.request import Request
 from qwrap.nbits.unfit import Unfit
@@ -67,7 +67,7 @@ def _check(weight: Weight, request: Request, gather_axis: int) -> int:
         raise Unfit(f"table {weight.name!r} is of float64: GatherBlockQuantized takes none")
     if not -rank <= request.axis < rank:
         raise Unfit(f"table {weight.name!r} {list(weight.shape)} has no axis {request.axis}")
-    if not is_operator_block(request.format.block_size):
+    if not is_block(request.format.block_size, "Gather"):
         raise Unfit(f"blocks of {request.format.block_size} are no power of 2 from 16 on")
     axis = request.axis % rank
     in_bytes = request.format.bits != 4

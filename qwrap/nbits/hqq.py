@@ -5,7 +5,7 @@ Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,19 +68,8 @@ def hqq(
     top = 2**form.bits - 1
     width = (high - low) / top
     scale = stored_scale(torch.where(width > 0, width, low.abs()), weight.dtype)
-    best = zero_point = -low / scale
-    least = torch.full_like(low, torch.inf)
-    for _ in range(steps + 1):
-        codes = codes_of(blocks, scale, zero_point.to(weight.dtype).float(), top)
-        rounded = (codes - zero_point) * scale
-        error = blocks - rounded
-        cost = (error.abs().pow(norm) * present).sum(-1, keepdim=True)
-        best, least = torch.where(cost < least, zero_point, best), torch.minimum(cost, least)
-        kept = error - shrink(error, beta, norm)
-        wanted = codes - (rounded + kept) / scale
-        zero_point = (wanted * present).sum(-1, keepdim=True) / present.sum(-1, keepdim=True)
-        beta *= kappa
-    zero_point = best.to(weight.dtype)
+    solver = _Solver(top, norm, beta, kappa, steps)
+    zero_point = solver.zero_point(blocks, present, scale, -low / scale).to(weight.dtype)
     codes = codes_of(blocks, scale, zero_point.float(), top)
     return Blocks(
         join(codes, weight.shape[1]),
@@ -88,6 +77,33 @@ def hqq(
         zero_point[..., 0],
         replace(form, symmetric=False),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """The settings of ``hqq``, and the largest code."""
+
+    top: int
+    norm: float
+    beta: float
+    kappa: float
+    steps: int
+
+    def zero_point(self, blocks: Tensor, present: Tensor, scale: Tensor, start: Tensor) -> Tensor:
+        """Return the best zero point of each block that is met from ``start`` on."""
+        best, least, zero_point = start, torch.full_like(start, torch.inf), start
+        count, beta = present.sum(-1, keepdim=True), self.beta
+        for _ in range(self.steps + 1):
+            codes = codes_of(blocks, scale, zero_point, self.top)
+            rounded = (codes - zero_point) * scale
+            error = blocks - rounded
+            cost = (error.abs().pow(self.norm) * present).sum(-1, keepdim=True)
+            best, least = torch.where(cost < least, zero_point, best), torch.minimum(cost, least)
+            kept = error - shrink(error, beta, self.norm)
+            wanted = codes - (rounded + kept) / scale
+            zero_point = (wanted * present).sum(-1, keepdim=True) / count
+            beta *= self.kappa
+        return best
 
 
 def shrink(x: Tensor, beta: float, norm: float) -> Tensor:

@@ -16,7 +16,7 @@ from qwrap.nbits.request import Naming, Request
 from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.unfit import Unfit
 
-SMALLEST_BLOCK = 16
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 
 def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
@@ -82,9 +82,13 @@ def _blocks(weight: Weight, request: Request) -> Blocks:
 # --- MatMulNBits ---------------------------------------------------------------------------------
 
 
-def is_operator_block(size: int) -> bool:
-    """Whether MatMulNBits and GatherBlockQuantized take blocks of this size."""
-    return size >= SMALLEST_BLOCK and size & (size - 1) == 0
+def is_block(size: int, op_type: str = "MatMul") -> bool:
+    """Whether a kernel of onnxruntime takes blocks of this size.
+
+    MatMulNBits and MatMulBnb4 take a power of 2 from 16 to 256, GatherBlockQuantized any from 16.
+    """
+    largest = LARGEST_BLOCK if op_type == "MatMul" else size
+    return SMALLEST_BLOCK <= size <= largest and size & (size - 1) == 0
 
 
 def _operator(draft: Draft, node: ir.Node, weight: Weight, request: Request) -> list[ir.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, get_args
 import onnx
 import onnx_ir as ir
 
-from qwrap.errors import ConfigError
+from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
@@ -22,7 +23,7 @@ from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.bnb4 import KINDS
 from qwrap.nbits.draft import Draft
 from qwrap.nbits.inputs import observe_inputs
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.methods import FROM_DATA, METHODS, Method
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
@@ -65,8 +66,8 @@ def quantize_weights(
         output: file to make or replace. None: return the model.
         bits: 2, 4 or 8.
         block_size: weights in a row along the reduced axis that share a scale: for
-            ``form="operator"`` a power of 2 from 16 on; 0, with ``form="qdq"``, for one scale an
-            output.
+            ``form="operator"`` a power of 2 from 16 on, of a MatMul to 256; 0, with
+            ``form="qdq"``, for one scale an output.
         symmetric: keep no zero points; the middle code means 0.
         method: how the codes of a MatMul are chosen: ``"rtn"``, to nearest; ``"hqq"``, with float
             zero points, for ``form="operator"``, and at 8 bits as ``"rtn"``; ``"k_quant"``, by a
@@ -92,7 +93,8 @@ def quantize_weights(
         batches: data for ``"gptq"`` and ``"awq"``, as for ``qwrap.calibrate``; some 30 samples do.
         external_data: write weights to ``<output>.data``; None does so if the source has external
             data or the result is too large for one file.
-        report: is told of each node, whether it was quantized, as what or why not.
+        report: is told of each node, whether it was quantized, as what or why not. Where none
+            is, a ``QwrapWarning`` says so.
 
     Returns:
         The quantized model, None if it was written to ``output``.
@@ -117,6 +119,8 @@ def quantize_weights(
         raise ConfigError(f"op_types: {sorted(unknown)}: choose from {list(REWRITES)}")
     draft = read_model(model) if isinstance(model, ir.Model) else read_model(model).clone()
     chosen = _chosen(draft, op_types, nodes, set(exclude), set(settings.formats))
+    for node in chosen:
+        settings.request(node)  # before any data is read
     seen = _seen(draft, chosen, method, batches)
     if method == "awq":
         seen = rescale(draft, {node: settings.request(node).format for node in seen}, seen)
@@ -126,13 +130,36 @@ def quantize_weights(
             return None
         return replace(settings.request(node), statistics=seen.pop(node, None))
 
-    edit = partial(rewrite, draft, choose, report=report)
+    tally = _Tally(report)
+    edit = partial(rewrite, draft, choose, report=tally)
+    result = None
     if output is None:
         edit()
         take_in(draft)
-        return ir.to_proto(draft)
-    write_edited(model, draft, Path(output), edit, external_data)
-    return None
+        result = ir.to_proto(draft)
+    else:
+        write_edited(model, draft, Path(output), edit, external_data)
+    if not tally.quantized:
+        warnings.warn(
+            "no weight was quantized: no node of " + " or ".join(sorted(op_types)) + " that was "
+            "chosen has a constant float matrix; report= says of each node why",
+            QwrapWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+class _Tally:
+    """Counts the nodes that were quantized, and tells them on."""
+
+    def __init__(self, report: Report | None) -> None:
+        self._report = report
+        self.quantized = 0
+
+    def add(self, name: str, op_type: str, quantized: bool, reason: str = "") -> None:
+        self.quantized += quantized
+        if self._report is not None:
+            self._report.add(name, op_type, quantized, reason)
 
 
 def write_edited(
@@ -216,8 +243,17 @@ class _Settings:
             check_format(form, self.form)
 
     def request(self, node: ir.Node) -> Request:
-        """Return what to make of ``node``."""
+        """Return what to make of ``node``.
+
+        Raises:
+            ConfigError: no kernel takes blocks of that size.
+        """
         form = self.formats.get(node.name or "", self.form_of_blocks)
+        if self.form != "qdq" and not is_block(form.block_size, node.op_type):
+            raise ConfigError(
+                f"node {node.name!r}: block_size={form.block_size}: the operators for MatMul take "
+                "a power of 2 from 16 to 256"
+            )
         return Request(form, self.method, self.form, self.accuracy_level, self.axis)
 
 
@@ -231,7 +267,7 @@ def check_format(form: BlockFormat, written: Form) -> None:
         raise ConfigError(f"bits={form.bits}: only 2, 4 or 8 bits")
     if written in KINDS and form.bits != 4:
         raise ConfigError(f'form="{written}" has 4 bits, not {form.bits}')
-    if written != "qdq" and not is_operator_block(form.block_size):
+    if written != "qdq" and not is_block(form.block_size, "Gather"):
         raise ConfigError(
             f"block_size={form.block_size}: the operators take a power of 2 from 16 on"
             + ('; one scale an output needs form="qdq"' if form.block_size == 0 else "")

@@ -67,7 +67,8 @@ def rewrite(
     if any(_is_deep(draft, node) for node in chosen):
         draft.learn_types()
     for node in nodes:
-        name, op_type = node.name or node.outputs[0].name or "", node.op_type
+        name = node.name or next((value.name for value in node.outputs if value.name), "")
+        op_type = node.op_type
         if node not in chosen:
             report.add(name, op_type, False, "not asked for")
             continue

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import GraphProto, helper
 
+from qwrap.graph import graphs
 from qwrap.ort.quant_utils import add_infer_metadata
 from qwrap.ort.scopes import made_names
 
@@ -26,7 +27,7 @@ def quantize_body(around: ONNXQuantizer, body: GraphProto, key: str) -> GraphPro
         body, producer_name="onnx-quantizer", opset_imports=around.model.model.opset_import
     )
     add_infer_metadata(wrapped)
-    own = made_names(body)
+    own = {name for graph in graphs(body) for name in made_names(graph)}
     quantizer = type(around)(
         wrapped,
         around.per_channel,
@@ -52,12 +53,12 @@ def quantize_body(around: ONNXQuantizer, body: GraphProto, key: str) -> GraphPro
 
 
 def _within(ranges: Any, names: set[str]) -> Any:
-    """Return the ranges of a body's own tensors."""
+    """Return the ranges of a body's own tensors, and of those of bodies within."""
     return None if ranges is None else {name: ranges[name] for name in ranges if name in names}
 
 
 def _own_options(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Return the options with the overrides of a body's own tensors only."""
+    """Return the options with the overrides of such tensors only."""
     overrides = options.get("TensorQuantOverrides") or {}
     own = {name: value for name, value in overrides.items() if name in names}
     return {**options, "TensorQuantOverrides": own}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from qwrap.errors import ConfigError, InputError, ModelError
+from qwrap.errors import ConfigError, ExportError, InputError, ModelError
 
 
 class QuantizationError(ConfigError, ValueError):
@@ -27,6 +27,10 @@ class UnknownNameError(QuantizationError):
 
 class MissingFileError(InvalidModelError, FileNotFoundError):
     """A model, or the file that its weights lie in, is not there."""
+
+
+class MissingFolderError(ExportError, FileNotFoundError):
+    """The folder that a file is to be written to is not there."""
 
 
 class ComparisonError(InputError, RuntimeError):

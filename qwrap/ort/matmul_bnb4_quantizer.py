@@ -19,7 +19,7 @@ from qwrap.graph import read_model
 from qwrap.graph.index import walk_nodes
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.bnb4 import Kind, float4_arrays
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.request import Request
 from qwrap.nbits.rewrite import rewrite
 from qwrap.nbits.rtn import round_to_nearest
@@ -64,7 +64,7 @@ class MatMulBnb4Quantizer:
         Args:
             model: message or path.
             quant_type: ``FP4`` or ``NF4``.
-            block_size: weights in a row that share a scale: a power of 2 from 16 on.
+            block_size: weights in a row that share a scale: a power of 2 from 16 to 256.
             nodes_to_exclude: names of nodes to leave.
 
         Raises:
@@ -73,8 +73,8 @@ class MatMulBnb4Quantizer:
         """
         if quant_type not in (self.FP4, self.NF4):
             raise UnsupportedError(f"quant_type={quant_type}: 0 is FP4, 1 is NF4")
-        if not is_operator_block(block_size):
-            raise BlockSizeError(f"block_size={block_size}: MatMulBnb4 takes a power of 2 from 16")
+        if not is_block(block_size):
+            raise BlockSizeError(f"block_size={block_size}: MatMulBnb4 takes 16, 32, 64, 128, 256")
         self._source = model
         self._model: ONNXModel | None = None
         self.quant_type = quant_type

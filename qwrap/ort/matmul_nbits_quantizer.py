@@ -24,7 +24,7 @@ from qwrap.ort.weight_only.configs import (
 from qwrap.ort.weight_only.default import DefaultWeightOnlyQuantizer
 from qwrap.ort.weight_only.hqq import HQQWeightOnlyQuantizer
 from qwrap.ort.weight_only.matrices import is_divisible, transpose_packed_int4_matrix
-from qwrap.ort.weight_only.quantizer import MatMulNBitsQuantizer
+from qwrap.ort.weight_only.quantizer import MatMulNBitsQuantizer, logger
 
 __all__ = [
     "DefaultWeightOnlyQuantConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "WeightOnlyQuantConfig",
     "get_initializer",
     "is_divisible",
+    "logger",
     "ort_convert_str_to_bool",
     "parse_args",
     "parse_key_value_pair",

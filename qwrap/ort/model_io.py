@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import onnx
 from google.protobuf.message import DecodeError
 
+from qwrap.errors import ExportError
 from qwrap.graph import external_problem, graphs, inferred_message, packed_size
-from qwrap.ort.errors import InvalidModelError, MissingFileError
+from qwrap.ort.errors import InvalidModelError, MissingFileError, MissingFolderError
 from qwrap.ort.lift import lift_constants
 from qwrap.ort.metadata import add_infer_metadata
 from qwrap.ort.proto_file import is_external, tensors_of, weightless, write_proto
@@ -133,9 +134,15 @@ def write_model(
     Weights go to ``<name>.data`` beside it if asked, or if they are too large for one message.
 
     Raises:
-        ExportError: the folder does not exist or cannot be written to.
+        ExportError: the folder does not exist (a ``FileNotFoundError`` too) or cannot be written
+            to.
     """
-    write_proto(model, path, external=use_external_data_format or None)
+    try:
+        write_proto(model, path, external=use_external_data_format or None)
+    except ExportError as error:
+        if Path(path).parent.is_dir():
+            raise
+        raise MissingFolderError(str(error)) from error
 
 
 def declare_types(model: onnx.ModelProto) -> None:

@@ -76,7 +76,7 @@ class ONNXQuantizer(CodeValues):
         """Report what became of a node."""
         reason = getattr(operator, "reason", "")
         left = any(made is node for made in self.new_nodes[before:])
-        if left and not reason:
+        if not reason and (left or self.reason_to_leave(node) is not None):
             reason = self._why_not_asked(node)
         name = node.name or next(iter(node.output), "")
         self.report.add(name, node.op_type, not reason, reason)

@@ -13,7 +13,7 @@ from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
 from qwrap.ort.qdq.domains import choose_for_tensors, choose_for_types
-from qwrap.ort.qdq.kernels import find_unfused, keep_unfused
+from qwrap.ort.qdq.kernels import find_unfused, keep_behind, keep_unfused
 from qwrap.ort.qdq.marks import (
     QDQBiasQuantInfo,
     QDQQuantParamProvider,
@@ -310,8 +310,11 @@ class QDQQuantizer(QuantizedGraph):
             graph._write_pairs()
         for graph in graphs:
             report_nodes(graph)
+        appended = any(len(graph.uses.nodes()) != graph.node_count for graph in graphs)
         for graph in reversed(graphs):
             graph._write_graph()
+        if appended:  # by operator classes, wherever that was
+            self.model.topological_sort()
         if not self.add_qdq_pair_to_weight:
             self.model.clean_initializers()
         model = self.model.model
@@ -359,6 +362,7 @@ class QDQQuantizer(QuantizedGraph):
             for name, info in self.bias_to_quantize.items():
                 self.quantize_bias_static(name, info)
         keep_unfused(self)
+        keep_behind(self)
         fill_unused_regions(self)
 
     def _write_graph(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qwrap.ort.arguments import (
     every_node,
 )
 from qwrap.ort.calibrate import (
+    CalibraterBase,
     CalibrationDataReader,
     TensorsData,
     cached_ranges,
@@ -210,21 +212,26 @@ def _calibrated(
     options: Mapping[str, Any],
 ) -> TensorsData:
     """Return the ranges that the batches lead to, in strides where the reader is to be told."""
-    calibrator = create_calibrator(
-        model,
-        op_types,
-        calibrate_method=method,
-        providers=providers,
-        extra_options=calibration_options(options),
-    )
-    stride = options.get("CalibStridedMinMax")
+    with tempfile.TemporaryDirectory(prefix="qwrap") as folder:
+        calibrator = create_calibrator(
+            model,
+            op_types,
+            str(Path(folder, "augmented_model.onnx")),
+            calibrate_method=method,
+            providers=providers,
+            extra_options=calibration_options(options),
+        )
+        _collect(calibrator, reader, options.get("CalibStridedMinMax"))
+        return calibrator.compute_data()
+
+
+def _collect(calibrator: CalibraterBase, reader: Any, stride: int | None) -> None:
     if not stride:
         calibrator.collect_data(reader)
-    else:
-        for start in range(0, len(reader), stride):
-            reader.set_range(start_index=start, end_index=start + stride)
-            calibrator.collect_data(reader)
-    return calibrator.compute_data()
+        return
+    for start in range(0, len(reader), stride):
+        reader.set_range(start_index=start, end_index=start + stride)
+        calibrator.collect_data(reader)
 
 
 def own_options(extra_options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def test_indices_of_four_bits_raise_the_opset_that_packs_them(tmp_path: Path) ->
     assert len(kinds) == 3
 
 
+@pytest.mark.ort(356)
 def test_functions_have_readable_names_and_are_written_once(tmp_path: Path) -> None:
     file = exported(quantized(network(), exact("int3"), exact(LOG2)), tmp_path)
     assert sorted(f.name for f in file.functions) == ["DequantizeLog2", "FakeQuantizeInt3"]

@@ -308,6 +308,7 @@ STAYING: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.ort(358)
 @pytest.mark.parametrize("name", STAYING)
 def test_what_cannot_be_a_stub_is_computed_as_it_stands_and_told(
     small: Any, imported: Any, tmp_path: Path, name: str

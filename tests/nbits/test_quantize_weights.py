@@ -25,7 +25,7 @@ from nbits_files import (
 from onnx import helper
 
 import qwrap
-from qwrap.errors import ConfigError, ExportError
+from qwrap.errors import ConfigError, ExportError, QwrapWarning
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.ort.report import Report
 
@@ -109,7 +109,8 @@ def test_a_matrix_in_unit_dimensions_gives_the_rank_that_matmul_gives(
 @pytest.mark.ort(287)
 def test_a_stack_of_matrices_is_left_and_said() -> None:
     report = Report()
-    model = quantized(product(drawn(2, 64, 24), shape=["B", 3, 64]), report=report)
+    with pytest.warns(QwrapWarning, match="no weight was quantized"):
+        model = quantized(product(drawn(2, 64, 24), shape=["B", 3, 64]), report=report)
     assert types(model) == ["MatMul"]
     assert "is not one matrix" in report.nodes[0].reason
 
@@ -278,6 +279,9 @@ def test_names_choose_nodes_and_formats() -> None:
         ({"block_size": 20}, "power of 2 from 16 on"),
         ({"block_size": 8}, "power of 2 from 16 on"),
         ({"block_size": 0}, 'form="qdq"'),
+        ({"block_size": 512}, "node 'product': block_size=512.*to 256"),
+        ({"block_size": 512, "form": "nf4"}, "to 256"),
+        ({"block_size": 512, "method": "gptq", "batches": [None]}, "to 256"),
         ({"block_size": -1, "form": "qdq"}, "0 or more"),
         ({"method": "rnt"}, "no method 'rnt'; 'rtn'"),
         ({"method": "gptq"}, "needs data: give batches"),
@@ -306,7 +310,8 @@ def test_weights_that_are_not_finite_stay_float() -> None:
     weight = drawn(64, 24)
     weight[3, 3] = np.inf
     report = Report()
-    assert types(quantized(product(weight), report=report)) == ["MatMul"]
+    with pytest.warns(QwrapWarning, match="no weight was quantized"):
+        assert types(quantized(product(weight), report=report)) == ["MatMul"]
     assert "not finite" in str(report)
 
 
@@ -357,3 +362,25 @@ def test_files_of_each_method_compute_their_codes(bits: int, method: str) -> Non
 def test_float_zero_points_do_not_fit_pairs() -> None:
     with pytest.raises(ConfigError, match="integer zero points"):
         quantized(product(drawn(64, 24)), method="hqq", form="qdq")
+
+
+@pytest.mark.ort("G75")
+def test_the_report_says_of_each_node_what_became_of_it() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "h"], ["g"]),
+        helper.make_node("Relu", ["g"], ["y"]),
+    ]
+    report = Report()
+    source = model_of(nodes, {"w": drawn(64, 64)}, {"x": [64, 64]}, ["y"])
+    qwrap.quantize_weights(source, block_size=32, report=report)
+    assert [(n.name, n.quantized) for n in report.nodes] == [
+        ("/h", True),
+        ("/g", False),
+        ("/y", False),
+    ]
+    assert [n.reason for n in report.nodes] == [
+        "MatMulNBits, 4 bits, blocks of 32",
+        "its second input is no constant of a float type",
+        "not asked for",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import large_model
@@ -104,3 +105,24 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no"):
         qwrap.quantize_weights(source, tmp_path / "q.onnx", block_size=32, method=breaks)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.ort("G65")
+def test_runs_side_by_side_on_one_model_do_not_meet(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def quantize(index: int) -> None:
+        qwrap.quantize_weights(source, out / f"q{index % 2}.onnx", block_size=32)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(quantize, range(8)))
+    assert sorted(p.name for p in tmp_path.iterdir() if p != out) == before
+    assert {p.name for p in out.iterdir()} == {
+        *("q0.onnx", "q0.onnx.data", "q1.onnx", "q1.onnx.data")
+    }
+    x = {"x": drawn(64, 64, seed=3)}
+    results = [run(str(out / f"q{i}.onnx"), x)[0] for i in range(2)]
+    np.testing.assert_array_equal(*results)

@@ -11,6 +11,7 @@ from nbits_files import attributes, constants, drawn, in_floats, lookup, model_o
 from onnx import helper
 
 import qwrap
+from qwrap.errors import QwrapWarning
 from qwrap.ort.report import Report
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,6 +58,12 @@ def test_tables_compute_what_their_codes_mean(
     }
 
 
+@pytest.mark.ort(283, 289)
+def test_blocks_of_tables_may_be_large() -> None:
+    model = quantized(lookup(drawn(40, 1000)), op_types=["Gather"], block_size=512)
+    assert_computes_its_codes(model, {"i": np.array([2, 0])})
+
+
 @pytest.mark.ort(289)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 8])
@@ -66,7 +73,8 @@ def test_tables_of_other_bits_are_packed_in_bytes(bits: int, symmetric: bool) ->
     model = quantized(lookup(drawn(40, 72)), bits=bits, **settings)
     assert_computes_its_codes(model, {"i": np.array([2, 0, 1, 39])})
     report = Report()
-    left = quantized(lookup(drawn(40, 72)), bits=bits, axis=0, report=report, **settings)
+    with pytest.warns(QwrapWarning, match="no weight was quantized"):
+        left = quantized(lookup(drawn(40, 72)), bits=bits, axis=0, report=report, **settings)
     assert types(left) == ["Gather"]
     assert "blocks along axis 1" in report.nodes[0].reason
 

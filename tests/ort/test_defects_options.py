@@ -72,6 +72,16 @@ def test_entropy_cuts_outliers(tmp_path: Path) -> None:
     assert range_of(side.quantize(OWN, Setting(method="Entropy")), "x")[1] < 20
 
 
+@pytest.mark.ort("G6", 94)
+def test_zeros_do_not_pull_thresholds(tmp_path: Path) -> None:
+    """Zero loses nothing when it is quantized, however many there are, as after a ReLU."""
+    rng = np.random.default_rng(0)
+    values = np.maximum(rng.normal(-0.5, 1, (4, 64, 16)), 0).astype(np.float32)
+    side = side_of(tmp_path, ADD, [{"x": batch} for batch in values])
+    high = range_of(side.quantize(OWN, Setting(method="Entropy")), "x")[1]
+    assert high > 0.75 * values.max()
+
+
 @pytest.mark.ort("G13", 74)
 def test_the_hundredth_percentile_is_the_largest_value(tmp_path: Path) -> None:
     """The incumbent reads the left edge of the bin (corrected where files are compared)."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 from both_ways import Side, make_side
-from one_operator import Made, make
+from one_operator import Made, constants_of, make
 from operator_cases import CASES, CHAINS, LAYERS
-from ort_script import INCUMBENT, OWN, Setting
+from ort_script import INCUMBENT, OWN, Reader, Setting
 from same_form import compare
+from shared_models import SharedModels, default_folder
+
+from qwrap.ort import quantize_static
+from qwrap.ort.report import Report
 
 pytestmark = [
     pytest.mark.ort(4, 10, 11, 24, 44, 45, 46, 47, 48, 51, 52, 54, 56, 61, 65, 113, 115, 116, 118),
@@ -136,3 +141,45 @@ def test_a_path_and_a_model_give_one_file(tmp_path: Path) -> None:
     assert compare(from_path, side.quantize(OWN)).same
     assert isinstance(made, Made)
     onnx.checker.check_model(from_path)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "mnist_cntk", "super_resolution"])
+@pytest.mark.parametrize("form", ["QDQ", "QOperator"])
+def test_real_models_have_one_form(tmp_path: Path, name: str, form: str) -> None:
+    """Others are in ``scripts/compare_with_ort.py``."""
+    if not (default_folder() / "data" / "load.py").is_file():
+        pytest.skip("no shared models; QWRAP_SHARED names their folder")
+    shared = SharedModels(default_folder())
+    made = Made(onnx.load(shared.path(name)), shared.calibration(name, 2))
+    side = Side(made, tmp_path)
+    found = compare(*(side.quantize(module, Setting(form=form)) for module in (INCUMBENT, OWN)))
+    assert found.same, str(found)
+
+
+@pytest.mark.ort(357)
+def test_scales_are_in_the_file_or_measured(tmp_path: Path) -> None:
+    side = make_side(tmp_path, LAYERS["MatMul"])
+    for form, measured in (("QDQ", False), ("QOperator", False), ("dynamic", True)):
+        model = side.quantize(OWN, Setting(form=form))
+        assert ("x_scale" in constants_of(model)) != measured
+        assert ("x_scale" in {name for n in model.graph.node for name in n.output}) == measured
+
+
+@pytest.mark.ort(352)
+def test_what_onnxruntime_fused_is_left_and_said_to_be(tmp_path: Path) -> None:
+    """Of a file that onnxruntime wrote with its fusions."""
+    made = make(CASES["Conv_Relu_Conv"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(
+        made.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    fused = onnx.load(tmp_path / "fused.onnx")
+    names = {n.name for n in fused.graph.node if n.domain not in {"", "ai.onnx"}}
+    assert names
+    report = Report()
+    quantize_static(fused, None, Reader(made.batches), report=report)
+    left = {node.name: node.reason for node in report.nodes if not node.quantized}
+    assert all(left[name] for name in names)

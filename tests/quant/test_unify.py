@@ -17,6 +17,7 @@ def joined(small):
     return lambda ranges: unify_joined(plan, model.graph, ranges)
 
 
+@pytest.mark.ort("G73")
 def test_ranges_within_a_factor_of_two_become_their_union(joined) -> None:
     ranges = joined({"a": (-1.0, 1.0), "b": (0.0, 1.5), "c": (-1.0, 1.5), "y": (0.0, 9.0)})
     assert ranges == dict.fromkeys("abc", (-1.0, 1.5)) | {"y": (0.0, 9.0)}

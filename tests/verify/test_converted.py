@@ -61,6 +61,7 @@ def test_conversions_are_compared_by_the_names_of_the_plan(
     assert expected.keys() == {conversion.key for _, conversion in result.model.plan.conversions()}
 
 
+@pytest.mark.ort(358)
 def test_a_wrong_scale_of_a_conversion_is_seen_at_the_conversion(
     small: Any, quantized: Any
 ) -> None:

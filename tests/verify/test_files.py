@@ -13,6 +13,7 @@ def outputs(path, batches) -> np.ndarray:
     return np.concatenate([session.run(None, {"x": b})[0] for b in batches]).astype(np.float64)
 
 
+@pytest.mark.ort(350)
 def test_figures_are_those_of_brute_force(make_pair) -> None:
     pair = make_pair()
     report = verify_files(pair.float_path, pair.path, pair.batches, progress=False)

@@ -16,9 +16,10 @@ from qwrap.ort.calibration.float_model import CPU, FloatModel
 from qwrap.ort.calibration.selection import observed_tensors, with_outputs
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import HeldModel, read_model
+from qwrap.ort.model_io import HeldModel, read_model, write_model
 
 _LOG = logging.getLogger(__name__)
+_PACKAGE = "qwrap.ort."
 
 ModelSource = str | Path | ModelProto | HeldModel
 
@@ -29,13 +30,21 @@ class CalibraterBase:
     Each tensor is looked at when it has been computed, and then freed. Nothing is kept of a batch
     but statistics of fixed size.
 
+    A subclass may do as those of onnxruntime's classes do: choose other tensors, override
+    ``augment_graph``, ``create_inference_session`` or ``collect_data``, and read the outputs of
+    ``infer_session``. Where it augments the graph or makes the session, batches are run through
+    that session, and what it returns is kept in ``intermediate_outputs``.
+
     Attributes:
-        model: the model, with declared types; never modified.
+        model: the model, with declared types; after ``augment_graph``, with outputs for the watched
+            tensors.
         infer_session: what runs it, None before it is made; see ``FloatModel``.
+        num_model_outputs: how many outputs the model has of its own.
+        model_original_outputs: their names.
         execution_providers: onnxruntime's names of what it is to run on.
         op_types_to_calibrate: types of the nodes whose tensors are watched; None for all.
-        augmented_model_path: not used: there is no augmented file.
-        use_external_data_format: not used.
+        augmented_model_path: where ``augment_graph`` writes; nothing else does.
+        use_external_data_format: whether it keeps tensors in a file beside.
         symmetric: whether ranges are to end equally far from 0.
         per_channel: whether there is a range for each index of axis 1.
         custom_ops: shared libraries with operators for onnxruntime.
@@ -56,9 +65,9 @@ class CalibraterBase:
             model_path: path of a float model, or the model itself; a ``HeldModel`` is not copied.
             op_types_to_calibrate: types of the nodes whose inputs and outputs are watched; all
                 nodes if None or empty.
-            augmented_model_path: accepted and not used.
+            augmented_model_path: where ``augment_graph`` writes, which need not be called.
             symmetric: let ranges end equally far from 0.
-            use_external_data_format: accepted and not used.
+            use_external_data_format: let it keep tensors in a file beside.
             per_channel: a range for each index of axis 1.
 
         Raises:
@@ -69,14 +78,19 @@ class CalibraterBase:
         held = model_path
         if not isinstance(held, HeldModel):
             held = HeldModel(read_model(held))
-        self.model, self._folder = held.message, held.folder
+        self.model = self._source = held.message
+        self._folder = held.folder
+        self.augment_model: ModelProto | None = None
+        self.num_model_outputs = len(self.model.graph.output)
+        self.model_original_outputs = {output.name for output in self.model.graph.output}
+        self.intermediate_outputs: list[Any] = []
         self.op_types_to_calibrate = op_types_to_calibrate
         self.augmented_model_path = augmented_model_path
         self.symmetric = symmetric
         self.use_external_data_format = use_external_data_format
         self.per_channel = per_channel
         self.custom_ops: Sequence[str | os.PathLike[str]] = ()
-        self.infer_session: FloatModel | None = None
+        self.infer_session: Any = None
         self.execution_providers: Sequence[Any] = [CPU]
         self._watched: dict[str, Extremes] = {}
 
@@ -95,9 +109,10 @@ class CalibraterBase:
 
     def create_inference_session(self) -> None:
         """Load the model, in place; it is done at the first ``collect_data`` otherwise."""
-        self.infer_session = FloatModel(
-            self.model, self.execution_providers, self.custom_ops, self._folder
-        )
+        model, folder = self.model, self._folder
+        if self.overrides("augment_graph"):  # what such a method makes is in its file
+            model, folder = read_model(self.augmented_model_path), None
+        self.infer_session = FloatModel(model, self.execution_providers, self.custom_ops, folder)
 
     def select_tensors_to_calibrate(
         self, model: ModelProto
@@ -110,14 +125,22 @@ class CalibraterBase:
         return observed_tensors(model, self.op_types_to_calibrate)
 
     def get_augment_model(self) -> ModelProto:
-        """Return a copy of the model with the watched tensors of its main graph as outputs.
-
-        It is for looking at; calibration runs the model as it is.
-        """
-        return with_outputs(self.model, self.select_tensors_to_calibrate(self.model)[0])
+        """Return the model with outputs for the watched tensors of its main graph."""
+        if self.model is not self._source or self.overrides("augment_graph"):
+            return self.model
+        return self._augmented(self.select_tensors_to_calibrate(self._source)[0])
 
     def augment_graph(self) -> None:
-        """Do nothing: the model need not be changed to watch its tensors."""
+        """Let ``model`` have outputs for the watched tensors, in place, and write it to its file.
+
+        Calibration does not need that; those who look at the file, or run it, do.
+        """
+        self.model = self.get_augment_model()
+        self.infer_session = None
+        write_model(self.model, self.augmented_model_path, self.use_external_data_format)
+
+    def _augmented(self, names: set[str]) -> ModelProto:
+        return with_outputs(self._source, names)
 
     def collect_data(self, data_reader: CalibrationDataReader) -> None:
         """Run all batches of a reader, and keep statistics, in place; may be called again."""
@@ -128,20 +151,34 @@ class CalibraterBase:
         raise NotImplementedError
 
     def clear_collected_data(self) -> None:
-        """Do nothing: no data is kept."""
+        """Forget outputs that were kept, in place."""
+        self.intermediate_outputs = []
+
+    def overrides(self, *names: str) -> bool:
+        """Whether a method is a user's own, by subclass or by assignment to the class."""
+        methods = (getattr(type(self), name) for name in names)
+        return any(
+            not str(getattr(method, "__module__", "")).startswith(_PACKAGE) for method in methods
+        )
 
     # --- for calibrators -------------------------------------------------------------------------
 
-    def _session(self) -> FloatModel:
+    def _session(self) -> Any:
         if self.infer_session is None:
             self.create_inference_session()
-        assert self.infer_session is not None
         return self.infer_session
+
+    def _runs_outputs(self) -> bool:
+        """Whether the graph or the session is a user's own, so that only its outputs are known."""
+        return self.overrides("augment_graph") or not isinstance(self._session(), FloatModel)
+
+    def _output_names(self) -> list[str]:
+        return [output.name for output in self._session().get_outputs()]
 
     def _extremes(self, *, magnitudes: bool = False) -> dict[str, Extremes]:
         """Return what watches the extremes of each tensor, always the same, now without any."""
         if not self._watched:
-            for name in sorted(self.select_tensors_to_calibrate(self.model)[0]):
+            for name in sorted(self.select_tensors_to_calibrate(self._source)[0]):
                 made = Extremes(name, per_channel=self.per_channel, magnitudes=magnitudes)
                 self._watched[name] = made
         for extremes in self._watched.values():
@@ -164,6 +201,9 @@ class CalibraterBase:
 
 
 def batches_of(data_reader: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the batches of a reader, up to the first that is None or empty."""
-    while batch := data_reader.get_next():
-        yield batch
+    """Yield the batches of a reader, up to the first that is None or empty, or StopIteration."""
+    try:
+        while batch := data_reader.get_next():
+            yield batch
+    except StopIteration:  # of ``next`` without a default; here it would be a RuntimeError
+        return

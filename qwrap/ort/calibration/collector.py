@@ -64,6 +64,7 @@ class HistogramCollector(CalibrationDataCollector):
     the extremes of all pieces, and then ``count``, with each; the bins are the same.
 
     Attributes:
+        clamped: whether symmetric ranges end where the values do.
         histogram_dict: tensor -> counts, borders, smallest and largest value, and, unless
             magnitudes are counted, the half of the range.
     """
@@ -98,9 +99,12 @@ class HistogramCollector(CalibrationDataCollector):
         self.num_quantized_bins = num_quantized_bins
         self.percentile = percentile
         self.scenario = scenario
-        self._ends_alike = symmetric and not clamped
+        self.clamped = clamped
         self._counters: dict[str, BinCounter] = {}
         self._all_finite: set[str] = set()
+
+    def _ends_alike(self) -> bool:
+        return self.symmetric and not self.clamped
 
     @property
     def counts_magnitudes(self) -> bool:
@@ -239,7 +243,7 @@ class HistogramCollector(CalibrationDataCollector):
         for name, kept in self.histogram_dict.items():
             histogram = _named(kept)
             left, right = percentile_ends(histogram, self.percentile, symmetric=self.symmetric)
-            ends = within(histogram, left, right, symmetric=self._ends_alike)
+            ends = within(histogram, left, right, symmetric=self._ends_alike())
             chosen[name] = (*ends, histogram.hist, histogram.edges)
         self._plot()
         return chosen
@@ -250,12 +254,12 @@ class HistogramCollector(CalibrationDataCollector):
         if self.num_bins <= self.num_quantized_bins:
             _LOG.warning(
                 "num_bins=%d for num_quantized_bins=%d leave one threshold to choose from: ranges "
-                "are those of MinMax; 2048 and 128 are usual",
+                "are those of MinMax; 2048 and 256 are usual",
                 self.num_bins,
                 self.num_quantized_bins,
             )
         ranges = entropy_ranges(
-            [*histograms.values()], self.num_quantized_bins, symmetric=self._ends_alike
+            [*histograms.values()], self.num_quantized_bins, symmetric=self._ends_alike()
         )
         self._plot()
         return {
@@ -296,7 +300,7 @@ class HistogramCollector(CalibrationDataCollector):
     def get_entropy_threshold(self, histogram: Any, num_quantized_bins: int) -> tuple[Any, Any]:
         """Return lowest and highest of the range that keeps most of one histogram."""
         made = RealHistogram(*histogram)
-        return entropy_ranges([made], num_quantized_bins, symmetric=self._ends_alike)[0]
+        return entropy_ranges([made], num_quantized_bins, symmetric=self._ends_alike())[0]
 
     def _plot(self) -> None:
         if os.environ.get("QUANTIZATION_DEBUG", "0") == "1":

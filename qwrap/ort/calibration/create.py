@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource
-from qwrap.ort.calibration.histograms import (
-    DistributionCalibrater,
-    EntropyCalibrater,
-    PercentileCalibrater,
-)
-from qwrap.ort.calibration.min_max import MinMaxCalibrater
+from qwrap.ort.calibration.histograms import PercentileCalibrater
 from qwrap.ort.enums import CalibrationMethod
 from qwrap.ort.errors import QuantizationError
 
-_CLASSES: dict[CalibrationMethod, type[CalibraterBase]] = {
-    CalibrationMethod.MinMax: MinMaxCalibrater,
-    CalibrationMethod.Entropy: EntropyCalibrater,
-    CalibrationMethod.Percentile: PercentileCalibrater,
-    CalibrationMethod.Distribution: DistributionCalibrater,
-}
 _DEFAULTS: dict[CalibrationMethod, dict[str, Any]] = {
     CalibrationMethod.MinMax: {
         "symmetric": False,
@@ -30,7 +20,8 @@ _DEFAULTS: dict[CalibrationMethod, dict[str, Any]] = {
         "max_intermediate_outputs": None,
         "per_channel": False,
     },
-    CalibrationMethod.Entropy: {"num_bins": 2048, "num_quantized_bins": 128, "symmetric": False},
+    # Levels are on both sides of 0: 256 of them, where 128 would be the codes of 7 bits.
+    CalibrationMethod.Entropy: {"num_bins": 2048, "num_quantized_bins": 256, "symmetric": False},
     CalibrationMethod.Percentile: {"num_bins": 2048, "percentile": 99.999, "symmetric": True},
     CalibrationMethod.Distribution: {"num_bins": 2048, "scenario": "same"},
 }
@@ -50,13 +41,13 @@ def create_calibrator(
     Args:
         model: path of a float model, or the model itself; not modified.
         op_types_to_calibrate: types of the nodes whose tensors are watched; all if None or empty.
-        augmented_model_path: accepted and not used; no file is written.
+        augmented_model_path: not used; it is written for classes with methods of a user's own.
         calibrate_method: how ranges are chosen.
-        use_external_data_format: accepted and not used.
+        use_external_data_format: whether that file keeps tensors beside it.
         providers: onnxruntime's names of what to run on; None for the CPU.
         extra_options: what the method has defaults for: MinMax ``symmetric``, ``moving_average``,
             ``averaging_constant`` (0.01), ``max_intermediate_outputs`` and ``per_channel``; Entropy
-            ``num_bins`` (2048), ``num_quantized_bins`` (128) and ``symmetric``; Percentile
+            ``num_bins`` (2048), ``num_quantized_bins`` (256) and ``symmetric``; Percentile
             ``num_bins`` (2048), ``percentile`` (99.999) and ``symmetric``; Distribution
             ``num_bins`` (2048) and ``scenario`` ("same"). An option that is None counts as not
             given. Percentile looks at magnitudes if ``symmetric`` is not given, and its ranges end
@@ -72,7 +63,7 @@ def create_calibrator(
         raise QuantizationError(f"Unsupported calibration method {calibrate_method}")
     given = {key: value for key, value in (extra_options or {}).items() if value is not None}
     options = {key: given.get(key, default) for key, default in defaults.items()}
-    calibrator = _CLASSES[calibrate_method](
+    calibrator: CalibraterBase = _class_for(calibrate_method)(
         model,
         op_types_to_calibrate,
         augmented_model_path,
@@ -84,5 +75,14 @@ def create_calibrator(
     if providers:
         calibrator.execution_providers = list(providers)
     calibrator.custom_ops = given.get("custom_ops", ())
+    if calibrator.overrides("augment_graph", "create_inference_session", "collect_data"):
+        calibrator.augment_graph()  # such methods expect its file, or its outputs
     calibrator.create_inference_session()
     return calibrator
+
+
+def _class_for(method: CalibrationMethod) -> type[Any]:
+    """Return the class that the public module names now: scripts put their own there."""
+    module = importlib.import_module("qwrap.ort.calibrate")
+    found: type[Any] = getattr(module, f"{method.name}Calibrater")
+    return found

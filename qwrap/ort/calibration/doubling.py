@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qwrap.ort.calibration.bins import BLOCK
 from qwrap.ort.calibration.extremes import Extremes, finite
 from qwrap.ort.calibration.histogram import RealHistogram, edge_type
-
-Array = NDArray[Any]
 
 _LEAST_EXPONENT = -100  # so that bins in a unit are a number in float32
 _TOGETHER = 1 << 15  # values: what is smaller waits, for a count takes as long as so many values
@@ -39,7 +35,8 @@ class DoublingHistogram:
         self._size = 0
         self._half = -(-bins // 2)
         self._exponent = _LEAST_EXPONENT
-        self._counts: Array = np.zeros(2 * self._half, np.int64)
+        # One more than there are bins: the product below may be rounded up to the end.
+        self._counts = torch.zeros(2 * self._half + 1, dtype=torch.int64)
 
     @property
     def extremes(self) -> Extremes:
@@ -68,27 +65,31 @@ class DoublingHistogram:
         extremes = self._extremes
         missing = extremes.nans, extremes.infinities
         extremes.take(values)
-        if extremes.low is None or extremes.high is None or not values.numel():
+        if not extremes.found or not values.numel():
             return
         if missing != (extremes.nans, extremes.infinities):
             values = finite(values)
-        self._cover(max(-float(extremes.low[0]), float(extremes.high[0])))
+        self._cover(extremes.largest)
         per_unit = self._half * 2.0**-self._exponent
         for block in torch.split(values.flatten(), BLOCK):
             place = block.to(torch.float32).mul(per_unit).floor_().to(torch.int32).add_(self._half)
-            found = torch.bincount(place, minlength=len(self._counts) + 1).cpu().numpy()
-            self._counts += found[:-1]
-            self._counts[-1] += found[-1]  # the product was rounded up to the end
+            self._counts += torch.bincount(place, minlength=len(self._counts)).cpu()
 
     def _cover(self, largest: float) -> None:
         exponent = max(math.frexp(largest)[1], _LEAST_EXPONENT)
         doublings = exponent - self._exponent
         if doublings <= 0:
             return
-        bins = np.arange(-self._half, self._half) >> min(doublings, 62)
-        joined = np.zeros_like(self._counts)
-        np.add.at(joined, bins + self._half, self._counts)
+        bins = torch.arange(-self._half, self._half) >> min(doublings, 62)
+        joined = torch.zeros_like(self._counts)
+        joined.index_add_(0, bins + self._half, self._joined())
         self._counts, self._exponent = joined, exponent
+
+    def _joined(self) -> Tensor:
+        """Return the counts of the bins."""
+        counts = self._counts[:-1].clone()
+        counts[-1] += self._counts[-1]
+        return counts
 
     def result(self) -> RealHistogram | None:
         """Return what was counted, None if nothing that has a range."""
@@ -100,7 +101,7 @@ class DoublingHistogram:
         steps = np.arange(-self._half, self._half + 1)
         edges = steps * (np.ldexp(1.0, self._exponent) / self._half)
         edges = np.clip(edges, -most, most).astype(dtype)
-        return RealHistogram(self._counts, edges, *ends, edges[-1])
+        return RealHistogram(self._joined().numpy(), edges, *ends, edges[-1])
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:

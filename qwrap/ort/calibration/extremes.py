@@ -20,9 +20,6 @@ class Extremes:
 
     Attributes:
         name: of the tensor.
-        low: smallest, of the tensor's type, shape ``[1]``, or ``[C]`` per channel; None while no
-            finite value was taken.
-        high: largest.
         least: smallest magnitude, if that is wanted.
         dtype: the tensor's type, None before the first value.
         nans: how many values were NaN, ever.
@@ -39,10 +36,30 @@ class Extremes:
 
     def clear(self) -> None:
         """Forget the extremes, in place."""
-        self.low: Array | None = None
-        self.high: Array | None = None
+        self._numbers: tuple[float, float] | None = None  # numbers cost a tenth of arrays
+        self._channels: tuple[Array, Array] | None = None
         self.least: float = np.inf
         self._taken = False
+
+    @property
+    def low(self) -> Array | None:
+        """Smallest value, of the tensor: ``[1]``, or ``[C]`` per channel, None before one."""
+        return self._end(0)
+
+    @property
+    def high(self) -> Array | None:
+        """Largest value, likewise."""
+        return self._end(1)
+
+    def _end(self, side: int) -> Array | None:
+        if self._channels is not None:
+            return self._channels[side]
+        return None if self._numbers is None else np.array([self._numbers[side]], self.dtype)
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude; 0 before one."""
+        return 0.0 if self._numbers is None else max(-self._numbers[0], self._numbers[1])
 
     @property
     def ends(self) -> tuple[Array, Array] | None:
@@ -50,8 +67,9 @@ class Extremes:
 
         None if nothing was taken, or nothing finite.
         """
-        if self.low is not None and self.high is not None:
-            return self.low.reshape(()), self.high.reshape(())
+        low, high = self.low, self.high
+        if low is not None and high is not None:
+            return low.reshape(()), high.reshape(())
         if self.dtype is None or not self._taken or not self.all_finite:
             return None
         return np.zeros((), self.dtype), np.zeros((), self.dtype)
@@ -95,7 +113,9 @@ class Extremes:
             low, high = (end.item() for end in values.aminmax())
         if self._magnitudes:
             self.least = min(self.least, float(values.abs().amin()))
-        self._join(np.array([low], self.dtype), np.array([high], self.dtype))
+        self.found = True
+        old = self._numbers or (low, high)
+        self._numbers = min(old[0], low), max(old[1], high)
 
     def _take_channels(self, values: Tensor) -> None:
         """Take in the ends for each index of axis 1; those of one without a finite value are 0."""
@@ -114,11 +134,11 @@ class Extremes:
 
     def _join(self, low: Array, high: Array) -> None:
         self.found = True
-        if self.low is None or self.high is None:
-            self.low, self.high = low, high
-            return
-        check_channels(self.name, self.low, low)
-        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        if self._channels is not None:
+            old_low, old_high = self._channels
+            check_channels(self.name, old_low, low)
+            low, high = np.minimum(old_low, low), np.maximum(old_high, high)
+        self._channels = low, high
 
 
 def check_channels(name: str, old: Array, new: Array) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from qwrap.ort.calibration.by_outputs import by_name
 from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
 from qwrap.ort.calibration.collector import HistogramCollector
 from qwrap.ort.calibration.data_reader import CalibrationDataReader
 from qwrap.ort.calibration.doubling import DoublingHistogram
+from qwrap.ort.calibration.float_model import FloatModel
 from qwrap.ort.calibration.spool import Spool
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.enums import CalibrationMethod
@@ -54,8 +56,8 @@ class HistogramCalibrater(CalibraterBase):
         Args:
             model_path: see ``CalibraterBase``.
             op_types_to_calibrate: see ``CalibraterBase``.
-            augmented_model_path: accepted and not used.
-            use_external_data_format: accepted and not used.
+            augmented_model_path: see ``CalibraterBase``.
+            use_external_data_format: see ``CalibraterBase``.
             method: "entropy", "percentile" or "distribution".
             symmetric: let ranges end equally far from 0.
             num_bins: bins of a tensor's first histogram.
@@ -73,7 +75,6 @@ class HistogramCalibrater(CalibraterBase):
             symmetric,
             use_external_data_format,
         )
-        self.intermediate_outputs: list[Any] = []
         self.calibrate_tensors_range: TensorsData | None = None
         self.collector: HistogramCollector | None = None
         self.method = method
@@ -82,12 +83,19 @@ class HistogramCalibrater(CalibraterBase):
         self.percentile = percentile
         self.scenario = scenario
         self.clamped = False
+        self._chosen: set[str] | None = None
         self._growing: dict[str, DoublingHistogram] = {}
 
     @property
     def tensors_to_calibrate(self) -> set[str]:
-        """Names of the tensors that are watched."""
-        return self.select_tensors_to_calibrate(self.model)[0]
+        """Names of the tensors that are watched; may be set."""
+        if self._chosen is None:
+            return self.select_tensors_to_calibrate(self._source)[0]
+        return self._chosen
+
+    @tensors_to_calibrate.setter
+    def tensors_to_calibrate(self, names: set[str] | None) -> None:
+        self._chosen = names
 
     def collect_data(self, data_reader: CalibrationDataReader) -> None:
         """Run all batches of a reader, and count values, in place.
@@ -97,11 +105,28 @@ class HistogramCalibrater(CalibraterBase):
                 graph inputs (a ``ValueError``).
         """
         collector = self.collector or self._new_collector()
+        if type(collector).collect is not HistogramCollector.collect or self._runs_outputs():
+            self._collect_outputs(collector, data_reader)
+            return
         collect = self._collect_once if self.method == "entropy" else self._collect_twice
         if collect(collector, data_reader):
             self.collector = collector
         elif self.collector is None:
             raise QuantizationError("No data is collected.")
+
+    def _collect_outputs(self, collector: Any, data_reader: CalibrationDataReader) -> None:
+        """Give all outputs of all batches to a collector, in place."""
+        if isinstance(self._session(), FloatModel) and not self.overrides("augment_graph"):
+            self.model = self.get_augment_model()
+            self.create_inference_session()
+        session = self._session()
+        self.intermediate_outputs += [session.run(None, b) for b in batches_of(data_reader)]
+        if not self.intermediate_outputs:
+            raise QuantizationError("No data is collected.")
+        wanted = self.tensors_to_calibrate
+        collector.collect(by_name(self._output_names(), self.intermediate_outputs, wanted))
+        self.collector = collector
+        self.clear_collected_data()
 
     def _collect_once(self, collector: HistogramCollector, reader: CalibrationDataReader) -> int:
         """Count values in ranges that grow while they come; return how many batches there were.
@@ -161,11 +186,12 @@ class HistogramCalibrater(CalibraterBase):
                 "calibration_method be set."
             )
         self._report()
+        self.collector.clamped |= self.clamped  # one made elsewhere does not know
         return TensorsData(self.calibration_method, self.collector.compute_collection_result())
 
 
 class EntropyCalibrater(HistogramCalibrater):
-    """Ranges that lose least of each tensor's distribution; 2048 bins and 128 levels are usual."""
+    """Ranges that lose least of each tensor's distribution; 2048 bins and 256 levels are usual."""
 
     calibration_method = CalibrationMethod.Entropy
 

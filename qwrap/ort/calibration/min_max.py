@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
+from qwrap.ort.calibration.by_outputs import ranges_of_rows, with_extremes
 from qwrap.ort.calibration.calibrator import CalibraterBase, ModelSource, batches_of
 from qwrap.ort.calibration.data_reader import CalibrationDataReader
 from qwrap.ort.calibration.extremes import check_channels
@@ -47,9 +49,9 @@ class MinMaxCalibrater(CalibraterBase):
         Args:
             model_path: see ``CalibraterBase``.
             op_types_to_calibrate: see ``CalibraterBase``.
-            augmented_model_path: accepted and not used.
+            augmented_model_path: see ``CalibraterBase``.
             symmetric: let ranges end equally far from 0.
-            use_external_data_format: accepted and not used.
+            use_external_data_format: see ``CalibraterBase``.
             moving_average: ``old + averaging_constant * (new - old)``, batch by batch, instead of
                 the smallest and the largest value of all.
             averaging_constant: 0 to 1.
@@ -73,7 +75,6 @@ class MinMaxCalibrater(CalibraterBase):
                 "Invalid averaging constant, which should not be < 0 or > 1."
                 f" It is {averaging_constant}."
             )
-        self.intermediate_outputs: list[Any] = []
         self.calibrate_tensors_range: TensorsData | None = None
         self.moving_average = moving_average
         self.averaging_constant = averaging_constant
@@ -86,6 +87,9 @@ class MinMaxCalibrater(CalibraterBase):
             QuantizationError: there is no batch, and was none before, or one does not fit the
                 graph inputs (a ``ValueError``).
         """
+        if self._runs_outputs():
+            self._collect_outputs(data_reader)
+            return
         watchers = {name: extremes.take for name, extremes in self._extremes().items()}
         batches = 0
         for _ in self._session().observe(batches_of(data_reader), watchers):
@@ -97,12 +101,42 @@ class MinMaxCalibrater(CalibraterBase):
         elif self.calibrate_tensors_range is None:
             raise QuantizationError("No data is collected.")
 
+    def _collect_outputs(self, data_reader: CalibrationDataReader) -> None:
+        session, names = self._session(), self._output_names()
+        own, most = self.model_original_outputs, self.max_intermediate_outputs
+        for batch in batches_of(data_reader):
+            values = zip(names, session.run(None, batch), strict=True)
+            self.intermediate_outputs.append([None if n in own else value for n, value in values])
+            if most is not None and len(self.intermediate_outputs) >= most:
+                self.compute_data()
+                self.clear_collected_data()
+        if not self.intermediate_outputs and self.calibrate_tensors_range is None:
+            raise QuantizationError("No data is collected.")
+        ranges = self.compute_data()
+        if not isinstance(ranges, TensorsData):
+            raise TypeError(f"compute_data must return a TensorsData not {type(ranges)}.")
+        self.clear_collected_data()
+
+    def _take_outputs(self) -> None:
+        """Merge the ranges that ``intermediate_outputs`` tell into the others, in place."""
+        own = self.num_model_outputs
+        rows = [row[own:] for row in self.intermediate_outputs]
+        found = ranges_of_rows(self._output_names()[own:], rows, self.moving_average)
+        new = {name: self._range(low, high) for name, (low, high) in found.items()}
+        self.calibrate_tensors_range = self.merge_range(
+            self.calibrate_tensors_range, TensorsData(CalibrationMethod.MinMax, new)
+        )
+
+    def _augmented(self, names: set[str]) -> ModelProto:
+        return with_extremes(self._source, names, self.per_channel)
+
     def _take_ranges(self) -> None:
         """Merge what was seen since the last time into the ranges, in place."""
         found: dict[str, Range] = {}
         for name, extremes in self._watched.items():
-            if extremes.low is not None and extremes.high is not None:
-                found[name] = self._range(extremes.low, extremes.high)
+            low, high = extremes.low, extremes.high
+            if low is not None and high is not None:
+                found[name] = self._range(low, high)
             extremes.clear()
         new = TensorsData(CalibrationMethod.MinMax, found)
         self.calibrate_tensors_range = self.merge_range(self.calibrate_tensors_range, new)
@@ -142,6 +176,8 @@ class MinMaxCalibrater(CalibraterBase):
         Raises:
             QuantizationError: no data was collected (a ``ValueError``).
         """
+        if self.intermediate_outputs:
+            self._take_outputs()
         if self.calibrate_tensors_range is None:
             raise QuantizationError("No data is collected.")
         self._report()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qwrap.ort.calibration.divergence import least_divergence
 from qwrap.ort.calibration.histogram import Histogram, RealHistogram
@@ -55,12 +56,29 @@ def entropy_ranges(histograms: list[RealHistogram], levels: int, *, symmetric: b
     sizes = np.array([len(histogram.hist) for histogram in histograms])
     for size in np.unique(sizes):
         alike = np.flatnonzero(sizes == size)
-        counts = torch.from_numpy(np.stack([histograms[i].hist for i in alike]))
+        counts = _without_spike(torch.from_numpy(np.stack([histograms[i].hist for i in alike])))
         kept[alike] = least_divergence(counts, levels).numpy()
     return [
         within(h, h.edges[size // 2 - side], h.edges[size - size // 2 + side], symmetric=symmetric)
         for h, size, side in zip(histograms, sizes, kept, strict=True)
     ]
+
+
+def _without_spike(counts: Tensor) -> Tensor:
+    """Return counts ``[R, N]`` whose bin of zero is no higher than the next ones on both sides.
+
+    Zero is a code of every quantizer and loses nothing, but a ReLU's zeros, spread over the group
+    of the bins beside them, outweigh all other losses: thresholds shrank to a tenth of the range.
+
+    Source: NVIDIA's pytorch-quantization, whose entropy calibrator replaces the bin of zero too.
+    """
+    middle = counts.shape[1] // 2
+    if not 0 < middle < counts.shape[1] - 1:
+        return counts
+    beside = torch.maximum(counts[:, middle - 1], counts[:, middle + 1])
+    result = counts.clone()
+    result[:, middle] = torch.minimum(counts[:, middle], beside)
+    return result
 
 
 def within(histogram: Histogram, left: Any, right: Any, *, symmetric: bool) -> Range:

@@ -19,7 +19,7 @@ from qwrap.nbits.draft import Draft
 from qwrap.nbits.gptq import gptq as compensated
 from qwrap.nbits.inputs import observe_inputs
 from qwrap.nbits.kquant import k_quant
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.packing import pack
 from qwrap.nbits.range_rtn import round_in_range
 from qwrap.nbits.request import COMPRESSOR_NAMES, Request
@@ -284,10 +284,10 @@ def _formats(
         if own == FLOAT or weight is None or own.get("algorithm", algorithm) != algorithm:
             continue
         form = _format(own, general, weight.shape[-2] if len(weight.shape) > 1 else 0)
-        if not is_operator_block(form.block_size):
+        if not is_block(form.block_size):
             raise BlockSizeError(
                 f"node '{node.name}': group_size={form.block_size}: MatMulNBits takes a power of 2 "
-                "from 16 on"
+                "from 16 to 256"
             )
         formats[node] = form
     return formats

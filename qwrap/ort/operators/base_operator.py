@@ -17,6 +17,9 @@ from qwrap.ort.quant_utils import (
 if TYPE_CHECKING:
     from qwrap.ort.onnx_quantizer import ONNXQuantizer
 
+MOVED_BY_ORT = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that onnxruntime's optimizer takes from behind a DequantizeLinear node before it."""
+
 
 class QuantOperatorBase:
     """Leaves its node on float tensors; children emit operators on codes instead.
@@ -39,7 +42,19 @@ class QuantOperatorBase:
         return self.quantizer.is_float_tensor(self.node.input[0])
 
     def quantize(self) -> None:
-        """Emit the node as it is, behind DequantizeLinear nodes for inputs that are codes."""
+        """Emit the node as it is, behind DequantizeLinear nodes for inputs that are codes.
+
+        What only moves int8 codes is moved behind its DequantizeLinear node since opset 21, where
+        onnxruntime's optimizer does that wrongly: the session refuses its result.
+        """
+        value = self.known_codes() if self.node.op_type in MOVED_BY_ORT else None
+        if (
+            value is not None
+            and self.quantizer.opset_version >= 21
+            and self.quantizer.code_type(self.node.input[0]) == TensorProto.INT8
+        ):
+            self.pass_through(value.q_name, value.scale_name, value.zp_name)
+            return
         self.quantizer.read_floats(self.node)
         self.quantizer.new_nodes.append(self.node)
 
@@ -112,6 +127,15 @@ class QuantOperatorBase:
         if value is None or value.axis is not None:
             return None
         return None if value.node_qtype == TensorProto.INT32 else value
+
+    def pass_through(self, codes: str, scale: str, zero_point: str) -> None:
+        """Append the node with codes in the place of its first input and output."""
+        made, output = self.copy(), self.node.output[0]
+        made.input[0] = codes
+        made.output[0] = self.quantizer.free_name(output + TENSOR_NAME_QUANT_SUFFIX)
+        kind = self.quantizer.code_type(self.node.input[0])
+        self.quantizer.note_value(output, made.output[0], scale, zero_point, kind)
+        self.quantizer.new_nodes.append(made)
 
     def output_params(
         self, scale: float | None = None, zero_point: int | None = None

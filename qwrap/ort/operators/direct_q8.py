@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
-from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX
 
 __all__ = ["Direct8BitOp", "QDQDirect8BitOp"]
 
@@ -27,15 +26,6 @@ class Direct8BitOp(QuantOperatorBase):
             codes, nodes = self.activations([0])
             quantizer.new_nodes += nodes
         self.pass_through(*codes)
-
-    def pass_through(self, codes: str, scale: str, zero_point: str) -> None:
-        """Append the node with codes in the place of its first input and output."""
-        made, output = self.copy(), self.node.output[0]
-        made.input[0] = codes
-        made.output[0] = self.quantizer.free_name(output + TENSOR_NAME_QUANT_SUFFIX)
-        kind = self.quantizer.code_type(self.node.input[0])
-        self.quantizer.note_value(output, made.output[0], scale, zero_point, kind)
-        self.quantizer.new_nodes.append(made)
 
 
 class QDQDirect8BitOp(QDQOperatorBase):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from qwrap.ort.code_inputs import widen
+from qwrap.ort.initializers import quantize_channels, tensor_proto_to_array
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.floats import float32_inputs, float32_outputs
 from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX, ms_domain
+from qwrap.ort.weight_params import channel_params
 
 if TYPE_CHECKING:
     from qwrap.ort.onnx_quantizer import ONNXQuantizer
@@ -91,20 +92,20 @@ def recurrent_codes(quantizer: ONNXQuantizer, name: str) -> tuple[str, str, str]
         return known
     weight = owner.model.get_initializer(name)
     assert weight is not None
-    directions, rows, _ = shape = tuple(weight.dims)
-    grouped = TensorProto()
-    grouped.CopyFrom(weight)
-    grouped.name = owner.free_name(f"{name}_rows")
-    if owner.is_per_channel():
-        del grouped.dims[0]
-        grouped.dims[0] = directions * rows
-    owner.model.add_initializer(grouped)
-    made = owner.quantize_weight_per_channel_impl(grouped.name, TensorProto.INT8, 0, True)
-    widen(owner, made[2])
-    tensors = [owner.model.get_initializer(part) for part in made]
-    codes, zeros, scales = (numpy_helper.to_array(t) for t in tensors if t is not None)
-    owner.model.remove_initializers([grouped, *(t for t in tensors if t is not None)])
-    codes = np.ascontiguousarray(codes.reshape(shape).transpose(0, 2, 1))
+    values = tensor_proto_to_array(weight).astype(np.float32)
+    directions, rows, _ = values.shape
+    grouped = values.reshape(directions * rows, -1) if owner.is_per_channel() else values
+    zeros, scales = channel_params(
+        grouped,
+        TensorProto.INT8,
+        0,
+        [{"axis": 0}],
+        symmetric=True,  # the kernel has no zero points
+        reduce_range=owner.reduce_range,
+        min_real_range=owner.min_real_range,
+    )
+    codes = quantize_channels(grouped, TensorProto.INT8, zeros, scales, 0)
+    codes = np.ascontiguousarray(codes.reshape(values.shape).transpose(0, 2, 1))
     if owner.is_per_channel():
         zeros, scales = zeros.reshape(directions, rows), scales.reshape(directions, rows)
     suffixes = TENSOR_NAME_QUANT_SUFFIX, "_zero_point", "_scale"

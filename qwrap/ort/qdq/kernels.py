@@ -4,6 +4,9 @@ MatMul and Conv between QDQ pairs of 8 bits are fused whatever the shape of the 
 some of these kernels then refuse to run. A Sum of one operand before such a node keeps it from
 being fused: it computes in float what the pairs say. So it is with a Concat of float16 tensors.
 
+Past float operators that only move values it moves pairs. From opset 21 on it names the type of the
+new ones, int8, then makes uint8 of the zero point, and refuses what it made; a Sum stops it too.
+
 Source: what onnxruntime 1.31 on CPU ran and refused; MatMulNodeGroupSelector and
 ConvNodeGroupSelector in onnxruntime/core/optimizer/qdq_transformer.
 """
@@ -19,6 +22,17 @@ from qwrap.ort.quantization_params import QuantizationParams
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph
 
+_MOVES = frozenset({
+    "Flatten",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+})
+_TYPED_PAIRS = 21  # opset from which a QuantizeLinear may name its type
 _BYTES = {TensorProto.INT8, TensorProto.UINT8}
 
 
@@ -82,3 +96,19 @@ def keep_unfused(quantizer: QuantizedGraph) -> None:
             name = quantizer.free_name(f"{node.output[0]}_unfused_input")
             barrier = helper.make_node("Sum", [""], [name], f"{node.name}_unfused_input")
             quantizer.edit.insert_before(node, quantizer.unfused[id(node)], barrier)
+
+
+def keep_behind(quantizer: QuantizedGraph) -> None:
+    """Put such a node behind int8 pairs that would be moved past float operators, in place."""
+    if quantizer.opset_version < _TYPED_PAIRS or quantizer.qdq_op_domain:
+        return
+    for node in quantizer.uses.nodes():
+        if node.op_type not in _MOVES or node.domain or quantizer.is_excluded(node):
+            continue
+        found = quantizer.scales.find(node.input[0])
+        if found is None or quantizer.scales.find(node.output[0]) is not None:
+            continue
+        if found.get_for_consumer(node.name).zero_point.data_type == TensorProto.INT8:
+            name = quantizer.free_name(f"{node.output[0]}_unmoved_input")
+            barrier = helper.make_node("Sum", [""], [name], f"{node.name}_unmoved_input")
+            quantizer.edit.insert_before(node, 0, barrier)

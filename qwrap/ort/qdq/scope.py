@@ -49,6 +49,7 @@ class QuantizedGraph(BaseQuantizer):
 
     Attributes:
         uses: makers and readers of the graph's tensors.
+        node_count: nodes that the float graph has.
         edit: changes to the graph.
         scales: initializers of scales and zero points.
         folded: activations that were folded into codes.
@@ -90,6 +91,7 @@ class QuantizedGraph(BaseQuantizer):
         self.current_node: NodeProto | None = None
         self.bodies: dict[int, list[Any]] = {}
         self.uses = GraphUses(self.model.graph())
+        self.node_count = len(self.uses.nodes())
         self.edit = GraphEdit(self.uses, None if self.parent is None else self.parent.edit)
         self.scales = TensorScales(self)
         self.folded = FoldedActivations(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto
@@ -17,6 +18,9 @@ from qwrap.ort.qdq.ranges import has_own_params
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph
+
+
+logger = logging.getLogger(__name__)
 
 
 class TensorScales:
@@ -38,7 +42,7 @@ class TensorScales:
         """Return the initializers of a tensor of this graph or one around it; None if it has none.
 
         Raises:
-            QuantizationError: the tensor was marked and has no range (a ``ValueError``).
+            QuantizationError: a marked tensor of the main graph has no range (a ``ValueError``).
         """
         owner = self._quantizer.owner_of(name)
         if owner is not self._quantizer:
@@ -64,6 +68,9 @@ class TensorScales:
         shared = self._shared(name, info)
         own = quantizer.quantization_params.get(name)
         if own is None and shared is None:
+            if quantizer.parent is not None:  # in a branch that no batch took
+                logger.warning("tensor '%s' stays float: calibration did not see it", name)
+                return None
             raise QuantizationError(
                 f"Quantization parameters are not specified for param {name}. In static mode "
                 "quantization params for inputs and outputs of nodes to be quantized are required."

@@ -38,7 +38,7 @@ from qwrap.ort.weight_only.default import DefaultWeightOnlyQuantizer
 from qwrap.ort.weight_only.hqq import HQQWeightOnlyQuantizer
 from qwrap.ort.weight_only.requests import Requests
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qwrap.ort.matmul_nbits_quantizer")  # scripts set its level
 
 
 class MatMulNBitsQuantizer:
@@ -74,7 +74,7 @@ class MatMulNBitsQuantizer:
         Args:
             model: message or path.
             bits: 2, 4 or 8. This and the next two hold for RTN, k_quant and GPTQ too.
-            block_size: weights that share a scale: a power of 2 from 16 on.
+            block_size: weights that share a scale: a power of 2 from 16 on, for MatMul to 256.
             is_symmetric: keep no zero points.
             accuracy_level: what MatMulNBits may round its input to, 1 float32, 2 float16,
                 3 bfloat16, 4 int8; None or 0 writes nothing, and the runtime computes in the type

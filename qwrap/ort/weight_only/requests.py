@@ -13,7 +13,7 @@ from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.gptq import gptq
 from qwrap.nbits.hqq import hqq
 from qwrap.nbits.kquant import k_quant
-from qwrap.nbits.matmul import is_operator_block
+from qwrap.nbits.matmul import is_block
 from qwrap.nbits.methods import Method
 from qwrap.nbits.range_rtn import round_in_range
 from qwrap.nbits.request import COMPRESSOR_NAMES, Request
@@ -110,7 +110,11 @@ class Requests:
         if isinstance(config, RTNWeightOnlyQuantConfig):
             ratios = (config.ratios[name] for name in weights if name in config.ratios)
             return self._ratio(next(ratios, 1.0))
-        assert self._gptq is not None
+        if self._gptq is None:
+            raise QuantizationError(
+                f"algo_config: {type(config).__name__} says nothing of an algorithm; pass one of "
+                "the classes made for one, such as DefaultWeightOnlyQuantConfig"
+            )
         return self._gptq
 
 
@@ -155,10 +159,10 @@ def _checked(request: Request, name: str, op_type: str) -> Request:
         raise UnsupportedError(
             f"Only support 2, 4 or 8 bits quantization; node '{name}' has bits={form.bits}"
         )
-    if request.form == "operator" and not is_operator_block(form.block_size):
+    if request.form == "operator" and not is_block(form.block_size, op_type):
         raise BlockSizeError(
             f"node '{name}': block_size={form.block_size}: in QOperator format it is a power of 2 "
-            "from 16 on"
+            "from 16 on, for MatMul to 256"
         )
     if request.form == "qdq" and op_type == "Gather":
         raise UnsupportedError("Gather only supports QOperator format currently.")

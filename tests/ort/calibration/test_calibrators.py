@@ -56,7 +56,10 @@ def test_the_calibrators_have_onnxruntimes_bases() -> None:
 @pytest.mark.ort(43, 82, 83)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_protocol_of_a_calibrator(method: str, conv_path: Path) -> None:
-    calibrator = create_calibrator(conv_path, calibrate_method=CalibrationMethod[method])
+    kind = CalibrationMethod[method]
+    augmented = conv_path.with_name("augmented.onnx")
+    calibrator = create_calibrator(conv_path, None, augmented, kind)
+    assert [path.name for path in conv_path.parent.iterdir()] == ["conv.onnx"]
     assert [i.name for i in calibrator.infer_session.get_inputs()] == ["x"]
     calibrator.set_execution_providers(["CPUExecutionProvider"])
     calibrator.create_inference_session()
@@ -64,8 +67,10 @@ def test_the_protocol_of_a_calibrator(method: str, conv_path: Path) -> None:
     assert names == {"x", "c", "r", "g", "f", "y"} <= set(values)
     calibrator.augment_graph()
     outputs = [o.name for o in calibrator.get_augment_model().graph.output]
+    ends = ("_ReduceMin", "_ReduceMax") if method == "MinMax" else ("",)
     assert outputs[0] == "y"
-    assert set(outputs) == names
+    assert set(outputs) == {"y"} | {name + end for name in names for end in ends}
+    assert [o.name for o in onnx.load(augmented).graph.output] == outputs
     calibrator.collect_data(Reader(images(2)))
     calibrator.clear_collected_data()
     calibrator.collect_data(Reader(images(2, seed=1)))
@@ -73,7 +78,6 @@ def test_the_protocol_of_a_calibrator(method: str, conv_path: Path) -> None:
     assert isinstance(ranges, TensorsData)
     assert ranges.calibration_method is CalibrationMethod[method]
     assert set(ranges) == names
-    assert [path.name for path in conv_path.parent.iterdir()] == ["conv.onnx"]
 
 
 @pytest.mark.ort(82)

@@ -94,6 +94,16 @@ def test_weights_are_int8_by_direction_or_by_row(
     assert quality(model, own, data()) > 30
 
 
+@pytest.mark.ort(54)
+@pytest.mark.parametrize("channels", [False, True])
+def test_weights_are_symmetric_whatever_is_asked_for(channels: bool) -> None:
+    """The incumbent's zero points are refused by the kernel, at run time."""
+    options = {"WeightSymmetric": False}
+    own = quantize_own(lstm(), None, per_channel=channels, options=options).model.model
+    assert not constants_of(own)["w_zero_point"].any()
+    assert quality(lstm(), own, data()) > 30
+
+
 @pytest.mark.ort("G10")
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])

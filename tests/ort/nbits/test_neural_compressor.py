@@ -178,7 +178,7 @@ def test_a_weight_by_compensation() -> None:
         ({"algorithm": "rtn"}, "choose k_quant or RTN"),
         ({"weight_config": {"/h9": "fp32"}}, "'/h9' does not exist"),
         ({"num_bits": 3}, "bits=3"),
-        ({"group_size": 24}, "power of 2 from 16 on"),
+        ({"group_size": 24}, "power of 2 from 16 to 256"),
     ],
 )
 def test_nonsense_is_refused(given: dict[str, Any], message: str) -> None:

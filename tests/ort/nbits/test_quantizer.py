@@ -204,7 +204,7 @@ def test_other_bits_are_refused(module: Any) -> None:
 
 
 @pytest.mark.ort(283)
-@pytest.mark.parametrize("block", [8, 20])
+@pytest.mark.parametrize("block", [8, 20, 512])
 @pytest.mark.parametrize("module", [ours, incumbent])
 def test_blocks_that_no_kernel_reads_are_refused(module: Any, block: int) -> None:
     with pytest.raises(RuntimeError):

@@ -174,6 +174,25 @@ def test_bodies_in_bodies() -> None:
     near(made, model)
 
 
+def test_a_branch_that_no_batch_took_keeps_its_activations(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = "else_branch = two () => (T[N,C,H,W] r) { u = Sigmoid(h) r = Mul(u, h) }> y"
+    nodes = BRANCHES[: BRANCHES.index("else_branch")] + other + " = Add(z, h)"
+    made = make(Case(nodes, IMAGE, {"y": 4}, WEIGHTS), 17)
+    batches = [{"x": np.abs(batch["x"])} for batch in made.batches]
+    model = by_qwrap(
+        made.model,
+        ranges_of(Made(made.model, batches)),
+        op_types_to_quantize=TYPES,
+        options={"EnableSubgraph": True},
+    )
+    assert "QuantizeLinear" in {n.op_type for n in body(model, "one").node}
+    assert [n.op_type for n in body(model, "two").node] == ["Sigmoid", "Mul"]
+    assert "tensor 'u' stays float: calibration did not see it" in caplog.text
+    near(Made(made.model, batches), model)
+
+
 @pytest.mark.ort(273)
 def test_float_constants_that_bodies_read_stay_where_bodies_do() -> None:
     made = make(CASES["If"], 17)

@@ -156,7 +156,7 @@ def test_one_dictionary_of_limits_is_for_all_channels() -> None:
     near(made, model, 10)
 
 
-@pytest.mark.ort(142, "G38")
+@pytest.mark.ort(68, 142, "G38")
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_overrides_of_a_weight_go_before_per_channel(per_channel: bool) -> None:
     given = {"scale": np.array(0.01, np.float32), "zero_point": np.array(0, np.int8)}

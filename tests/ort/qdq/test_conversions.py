@@ -57,9 +57,10 @@ def near(made: Made, model: ModelProto) -> None:
         assert sqnr(run(made.model, made.batches[0]), got) > 30
 
 
+@pytest.mark.ort("G37")
 @pytest.mark.parametrize("receivers", [{"/o4"}, ["/o4"], ("/o4",)])
 def test_some_readers_get_the_other_type(receivers: Any) -> None:
-    """G37: onnxruntime's tool takes a set only."""
+    """onnxruntime's tool takes a set only."""
     made = model_of()
     model, differs, _ = both(made, o2={"convert": {**WIDE, "recv_nodes": {"/o4"}}})
     assert differs == []

@@ -208,3 +208,33 @@ def test_overrides_may_name_tensors_of_bodies() -> None:
     own = quantize_own(model, RANGES, options=options).model.model
     weight = next(t for t in own.graph.initializer if t.name == "v_quantized")
     assert np.abs(numpy_helper.to_array(weight)).max() <= 64
+
+
+@pytest.mark.ort(256, "G3")
+@pytest.mark.parametrize("static", [True, False])
+def test_gemms_in_bodies_share_a_transposed_weight(static: bool) -> None:
+    text = """
+        s = ReduceSum<keepdims=0>(x)
+        c = Less(zero, s)
+        y = If(c) <
+            then_branch = one () => (float[N,M] p) { p = Gemm<transB=1>(x, w, b) },
+            else_branch = two () => (float[N,M] q) {
+                k = Constant<value = bool {1}>()
+                q = If(k) <
+                    then_branch = three () => (float[N,M] d) { d = Gemm<transB=1>(x, w) },
+                    else_branch = four () => (float[N,M] e) { e = MatMul(x, w) }
+                >
+            }
+        >
+    """
+    zero = np.array(0, np.float32)
+    model = parse(text, {"w": (16, 16), "b": (16,), "zero": zero})
+    span = (np.array(-6, np.float32), np.array(6, np.float32))
+    ranges = dict.fromkeys(("x", "p", "q", "d", "e"), span) if static else None
+    own = quantize_own(model, ranges, per_channel=True, options={"EnableSubgraph": True})
+    data = data_of("Loop")
+    data += [{"x": -batch["x"]} for batch in data]
+    assert quality(model, own.model.model, data) > 25
+    kinds = body_types(own.model.model)
+    assert kinds >= ({"QGemm", "QLinearMatMul"} if static else {"MatMulInteger"})
+    assert "Gemm" not in kinds

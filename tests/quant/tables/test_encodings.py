@@ -49,6 +49,7 @@ def channels(entry: TensorRange) -> list[tuple[float, int]]:
 # --- up to 0.6.1, and QNN
 
 
+@pytest.mark.ort(359)
 def test_the_example_of_aimets_specification(tmp_path) -> None:
     entry = v0(
         tmp_path,
