@@ -23,6 +23,7 @@ from qwrap.ort.calibrate import (
 )
 from qwrap.ort.calibration_table import write_calibration_table
 from qwrap.ort.cuda_quantizer import CudaQuantizer
+from qwrap.ort.entry.options import OPTIONS
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
 from qwrap.ort.qdq_quantizer import QDQQuantizer
 from qwrap.ort.quant_utils import QuantFormat, QuantType
@@ -42,6 +43,7 @@ from qwrap.ort.shape_inference import quant_pre_process
 from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper
 
 __all__ = [
+    "OPTIONS",
     "CalibraterBase",
     "CalibrationDataReader",
     "CalibrationMethod",

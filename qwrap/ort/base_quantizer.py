@@ -8,22 +8,22 @@ from typing import Any
 from onnx import ModelProto, NodeProto, TensorProto
 
 from qwrap.graph import graphs
-from qwrap.ort.added_constants import bias_tensors, constant_tensors, float_bias_tensors
 from qwrap.ort.borrowed import lender
 from qwrap.ort.calibrate import TensorData
-from qwrap.ort.code_types import normalize_axis
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.initializers import tensor_proto_to_array
-from qwrap.ort.metadata import get_opset_version, model_has_infer_metadata
-from qwrap.ort.model_io import read_model
+from qwrap.ort.files.metadata import get_opset_version, model_has_infer_metadata
+from qwrap.ort.files.model_io import read_model
+from qwrap.ort.graphs.scopes import node_reads
+from qwrap.ort.graphs.tensor_names import DEQUANT_OP_NAME, QUANT_OP_NAME
+from qwrap.ort.numbers.added_constants import bias_tensors, constant_tensors, float_bias_tensors
+from qwrap.ort.numbers.code_types import normalize_axis
+from qwrap.ort.numbers.initializers import tensor_proto_to_array
+from qwrap.ort.numbers.quantization_params import QuantizationParams
+from qwrap.ort.numbers.ranges import adjusted_ranges
+from qwrap.ort.numbers.weight_params import channel_params, tensor_params
 from qwrap.ort.onnx_model import ONNXModel
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.ranges import adjusted_ranges
 from qwrap.ort.report import Report
-from qwrap.ort.scopes import node_reads
-from qwrap.ort.tensor_names import DEQUANT_OP_NAME, QUANT_OP_NAME
 from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper, normalized_overrides
-from qwrap.ort.weight_params import channel_params, tensor_params
 
 __all__ = ["BaseQuantizer", "QuantizationParams"]
 
@@ -82,7 +82,7 @@ class BaseQuantizer:
             nodes_to_quantize: names; None or empty for all.
             nodes_to_exclude: names.
             op_types_to_quantize: operator types.
-            extra_options: see ``qwrap.ort.options.OPTIONS``.
+            extra_options: see ``qwrap.ort.OPTIONS``.
             in_place: edit ``model`` itself, which ``read_model`` returned and nobody else needs.
             mode: of older versions, without effect.
             static: of older versions, without effect.

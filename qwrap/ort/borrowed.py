@@ -17,7 +17,7 @@ _HOMES = {
     "operators.base_operator": ("QuantOperatorBase",),
     "operators.qdq_base_operator": ("QDQOperatorBase",),
     "qdq_quantizer": ("QDQQuantizer",),
-    "quantization_params": ("QuantizationParams",),
+    "numbers.quantization_params": ("QuantizationParams",),
     "registry": ("IntegerOpsRegistry", "QDQRegistry", "QLinearOpsRegistry"),
     "tensor_quant_overrides": ("TensorQuantOverridesHelper",),
     "quant_utils": (

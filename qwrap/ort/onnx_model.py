@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qwrap.ort.errors import InvalidModelError, QuantizationError
-from qwrap.ort.gemm_split import split_gemms
-from qwrap.ort.name_index import NameIndex
-from qwrap.ort.proto_file import write_proto
-from qwrap.ort.scopes import node_reads, rename_reads
-from qwrap.ort.topology import sort_nodes
-from qwrap.ort.unused import drop_unused
+from qwrap.ort.files.proto_file import write_proto
+from qwrap.ort.graphs.gemm_split import split_gemms
+from qwrap.ort.graphs.name_index import NameIndex
+from qwrap.ort.graphs.scopes import node_reads, rename_reads
+from qwrap.ort.graphs.topology import sort_nodes
+from qwrap.ort.graphs.unused import drop_unused
 
 __all__ = ["ONNXModel"]
 

@@ -8,13 +8,13 @@ from typing import Any
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from qwrap.graph import subgraphs
-from qwrap.ort import bodies, code_inputs
 from qwrap.ort.borrowed import lender
-from qwrap.ort.code_values import CodeValues
 from qwrap.ort.errors import InvalidModelError
+from qwrap.ort.graphs.scopes import node_reads
+from qwrap.ort.qoperator import bodies, code_inputs
+from qwrap.ort.qoperator.code_values import CodeValues
 from qwrap.ort.quant_utils import __producer__, __version__, ms_domain
 from qwrap.ort.registry import BUILT_IN_TYPES, CONTRIB_TYPES, CreateOpQuantizer
-from qwrap.ort.scopes import node_reads
 
 __all__ = ["ONNXQuantizer"]
 

@@ -23,11 +23,11 @@ from onnx import helper, numpy_helper
 
 from qwrap.graph import graphs
 from qwrap.ort.borrowed import lender
-from qwrap.ort.dequantized import constants_of, dequantized_weights
 from qwrap.ort.errors import ComparisonError, UnknownNameError
-from qwrap.ort.model_io import ModelSource, read_model
-from qwrap.ort.proto_file import write_proto
-from qwrap.ort.tensor_names import (
+from qwrap.ort.files.dequantized import constants_of, dequantized_weights
+from qwrap.ort.files.model_io import ModelSource, read_model
+from qwrap.ort.files.proto_file import write_proto
+from qwrap.ort.graphs.tensor_names import (
     DEQUANT_OUTPUT_SUFFIX,
     QUANT_INPUT_SUFFIX,
     TENSOR_NAME_QUANT_SUFFIX,

@@ -10,7 +10,9 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from qwrap.ort.borrowed import lender
 from qwrap.ort.calibrate import TensorData
-from qwrap.ort.code_types import normalize_axis
+from qwrap.ort.graphs.tensor_names import DEQUANT_OP_NAME, __producer__, __version__, ms_domain
+from qwrap.ort.numbers.code_types import normalize_axis
+from qwrap.ort.numbers.quantization_params import QuantizationParams
 from qwrap.ort.qdq import biases, ranges
 from qwrap.ort.qdq.bodies import body_quantizers, write_bodies
 from qwrap.ort.qdq.domains import choose_for_tensors, choose_for_types
@@ -30,9 +32,7 @@ from qwrap.ort.qdq.reasons import report_nodes
 from qwrap.ort.qdq.rois import fill_unused_regions
 from qwrap.ort.qdq.scope import QuantizedGraph
 from qwrap.ort.qdq.weights import initializer_params
-from qwrap.ort.quantization_params import QuantizationParams
 from qwrap.ort.registry import CreateQDQQuantizer
-from qwrap.ort.tensor_names import DEQUANT_OP_NAME, __producer__, __version__, ms_domain
 
 __all__ = [
     "QDQBiasQuantInfo",

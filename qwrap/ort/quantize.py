@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from onnx import ModelProto
 
-from qwrap.ort.arguments import check_static_quant_arguments
 from qwrap.ort.borrowed import lender
-from qwrap.ort.configs import DynamicQuantConfig, QuantConfig, StaticQuantConfig
-from qwrap.ort.dynamic import quantize_dynamic
+from qwrap.ort.entry.arguments import check_static_quant_arguments
+from qwrap.ort.entry.configs import DynamicQuantConfig, QuantConfig, StaticQuantConfig
+from qwrap.ort.entry.dynamic import quantize_dynamic
+from qwrap.ort.entry.qat import quantize_qat
+from qwrap.ort.entry.qdq_config import get_qdq_config
+from qwrap.ort.entry.static import quantize_static
 from qwrap.ort.enums import CalibrationMethod, QuantFormat, QuantizationMode, QuantType
-from qwrap.ort.qat import quantize_qat
-from qwrap.ort.qdq_config import get_qdq_config
 from qwrap.ort.report import Report
-from qwrap.ort.static import quantize_static
 
 if TYPE_CHECKING:
     from qwrap.ort.matmul_nbits_quantizer import WeightOnlyQuantConfig

@@ -10,12 +10,12 @@ import onnx
 
 from qwrap.ort.borrowed import lender
 from qwrap.ort.errors import InvalidModelError, QuantizationError
-from qwrap.ort.metadata import add_pre_process_metadata, get_opset_version
-from qwrap.ort.model_io import ModelSource, declare_types, load_message
-from qwrap.ort.opset import raise_opset
-from qwrap.ort.optimization import optimized_if_possible
-from qwrap.ort.proto_file import THRESHOLD, write_proto
-from qwrap.ort.symbolic import declare_symbolic
+from qwrap.ort.files.metadata import add_pre_process_metadata, get_opset_version
+from qwrap.ort.files.model_io import ModelSource, declare_types, load_message
+from qwrap.ort.files.opset import raise_opset
+from qwrap.ort.files.optimization import optimized_if_possible
+from qwrap.ort.files.proto_file import THRESHOLD, write_proto
+from qwrap.ort.files.symbolic import declare_symbolic
 
 __all__ = ["quant_pre_process"]
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qwrap.ort.calibrate import CalibrationDataReader, CalibrationMethod
-from qwrap.ort.configs import StaticQuantConfig
+from qwrap.ort.entry.configs import StaticQuantConfig
 from qwrap.ort.enums import QuantFormat, QuantType
 from qwrap.ort.errors import MissingFileError, QuantizationError
 from qwrap.ort.quantize import quantize

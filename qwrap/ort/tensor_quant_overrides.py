@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.override_rules import NOT_WITH_SCALE, faults
+from qwrap.ort.numbers.override_rules import NOT_WITH_SCALE, faults
 
 Entry = dict[str, Any]
 

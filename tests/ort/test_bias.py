@@ -13,7 +13,7 @@ from base_quantizer_pairs import (
 )
 from onnx import TensorProto
 
-from qwrap.ort.bias import bias_codes, bias_scale, weight_scale_for_bias
+from qwrap.ort.numbers.bias import bias_codes, bias_scale, weight_scale_for_bias
 
 
 @pytest.mark.ort(217)

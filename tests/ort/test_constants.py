@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QuantType as IncumbentType
 
 from qwrap.ort.enums import QuantType
-from qwrap.ort.weight_params import channel_params
+from qwrap.ort.numbers.weight_params import channel_params
 
 
 @pytest.mark.ort(44, 45, 46, 121)

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from qwrap.ort import CalibrationMethod, QuantType, quantize_static
-from qwrap.ort.model_io import STEERS_SHAPES, hold_model, read_model
+from qwrap.ort.files.model_io import STEERS_SHAPES, hold_model, read_model
 
 WIDTH = 1024
 LAYERS = 25  # of 4 MiB each

@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quant_utils as incumbent
 
-from qwrap.ort import metadata, model_io, opset, proto_file
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import InvalidModelError
+from qwrap.ort.files import metadata, model_io, opset, proto_file
 
 SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 BEYOND = 2_150_000_000  # bytes: more than a message can be
@@ -305,7 +305,7 @@ def test_the_opset_rises_as_far_as_the_types_need(
     ours, theirs = results
     assert metadata.get_opset_version(ours) == incumbent.get_opset_version(theirs) == after
     assert {e.domain: e.version for e in ours.opset_import}["own"] == 3
-    assert bool([r for r in caplog.records if r.name == "qwrap.ort.opset"]) == (
+    assert bool([r for r in caplog.records if r.name == "qwrap.ort.files.opset"]) == (
         before == 10 or after != before
     )
     assert {n: s for n, s in shapes(ours.graph).items() if n in ("s", "y")} == (

@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qwrap.ort as ort
+from qwrap.ort.entry.options import OPTIONS
 from qwrap.ort.errors import QuantizationError, UnknownNameError
-from qwrap.ort.options import OPTIONS
 
 RNG = np.random.default_rng(0)
 

@@ -17,9 +17,10 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import quant_utils as incumbent_utils
 from onnxruntime.quantization import shape_inference as incumbent
 
-from qwrap.ort import optimization, preprocess, shape_inference, symbolic
+from qwrap.ort import preprocess, shape_inference
 from qwrap.ort.errors import InvalidModelError, QuantizationError
-from qwrap.ort.metadata import model_has_pre_process_metadata
+from qwrap.ort.files import optimization, symbolic
+from qwrap.ort.files.metadata import model_has_pre_process_metadata
 
 SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 COMMAND = "qwrap.ort.preprocess"

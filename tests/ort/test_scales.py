@@ -10,7 +10,7 @@ from numbers_of_codes import FLOAT8, INTEGERS, booleans, finite32, onnx_types, s
 from onnx import TensorProto
 
 from qwrap.ort import quant_utils
-from qwrap.ort.weight_params import channel_params
+from qwrap.ort.numbers.weight_params import channel_params
 
 
 @pytest.mark.ort(113)

@@ -16,10 +16,10 @@ from onnxruntime.quantization import static_quantize_runner as incumbent
 
 from qwrap.ort import static_quantize_runner as runner
 from qwrap.ort.calibrate import CalibrationMethod
-from qwrap.ort.configs import StaticQuantConfig
+from qwrap.ort.entry.configs import StaticQuantConfig
+from qwrap.ort.entry.options import check_options
 from qwrap.ort.enums import QuantFormat, QuantType
 from qwrap.ort.errors import MissingFileError, QuantizationError
-from qwrap.ort.options import check_options
 
 COMMAND = "qwrap.ort.static_quantize_runner"
 

@@ -16,7 +16,7 @@ from qwrap.ort.calibration.float_model import CPU, FloatModel
 from qwrap.ort.calibration.selection import observed_tensors, with_outputs
 from qwrap.ort.calibration.tensor_data import TensorsData
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import HeldModel, read_model, write_model
+from qwrap.ort.files.model_io import HeldModel, read_model, write_model
 
 _LOG = logging.getLogger(__name__)
 _PACKAGE = "qwrap.ort."

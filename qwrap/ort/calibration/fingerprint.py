@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from qwrap.ort.model_io import load_message
+from qwrap.ort.files.model_io import load_message
 
 Model = str | os.PathLike[str] | ModelProto
 

@@ -13,8 +13,8 @@ from onnx import helper
 
 from qwrap.graph import subgraphs
 from qwrap.ort.errors import QuantizationError
+from qwrap.ort.graphs.scopes import captured_names
 from qwrap.ort.onnx_model import ONNXModel
-from qwrap.ort.scopes import captured_names
 
 Readers = Mapping[str, Sequence[onnx.NodeProto]]
 Makers = Mapping[str, onnx.NodeProto]

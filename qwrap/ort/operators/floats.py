@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto
 
-from qwrap.ort.code_inputs import cast_node
+from qwrap.ort.qoperator.code_inputs import cast_node
 
 if TYPE_CHECKING:
     from qwrap.ort.onnx_quantizer import ONNXQuantizer

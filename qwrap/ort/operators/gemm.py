@@ -7,9 +7,9 @@ from typing import Any
 
 from onnx import NodeProto, helper
 
-from qwrap.ort import integer_bias
 from qwrap.ort.operators.matmul import QOpMatMul
 from qwrap.ort.operators.qdq_base_operator import QDQOperatorBase
+from qwrap.ort.qoperator import integer_bias
 
 __all__ = ["QDQGemm", "QLinearGemm", "get_beta", "is_B_transposed", "set_default_beta"]
 

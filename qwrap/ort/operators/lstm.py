@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from qwrap.ort.initializers import quantize_channels, tensor_proto_to_array
+from qwrap.ort.numbers.initializers import quantize_channels, tensor_proto_to_array
+from qwrap.ort.numbers.weight_params import channel_params
 from qwrap.ort.operators.base_operator import QuantOperatorBase
 from qwrap.ort.operators.floats import float32_inputs, float32_outputs
 from qwrap.ort.quant_utils import TENSOR_NAME_QUANT_SUFFIX, ms_domain
-from qwrap.ort.weight_params import channel_params
 
 if TYPE_CHECKING:
     from qwrap.ort.onnx_quantizer import ONNXQuantizer

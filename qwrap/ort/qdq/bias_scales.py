@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from qwrap.ort.code_types import Array
-from qwrap.ort.quantization_params import QuantizationParams
+from qwrap.ort.numbers.code_types import Array
+from qwrap.ort.numbers.quantization_params import QuantizationParams
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from qwrap.ort.bias import bias_codes, weight_scale_for_bias
-from qwrap.ort.code_types import FLOAT8_TYPES, Array
 from qwrap.ort.enums import QuantizedValueType
-from qwrap.ort.initializers import tensor_proto_to_array
+from qwrap.ort.graphs.tensor_names import (
+    DEQUANT_OP_NAME,
+    TENSOR_NAME_QUANT_SUFFIX,
+    add_dequant_suffix,
+)
+from qwrap.ort.numbers.bias import bias_codes, weight_scale_for_bias
+from qwrap.ort.numbers.code_types import FLOAT8_TYPES, Array
+from qwrap.ort.numbers.initializers import tensor_proto_to_array
+from qwrap.ort.numbers.quantized_values import QuantizedValue
 from qwrap.ort.qdq.bias_scales import BiasLayout, layout, product_factor, product_scale
 from qwrap.ort.qdq.marks import QDQBiasQuantInfo, QDQTensorQuantizedValue
-from qwrap.ort.quantized_values import QuantizedValue
-from qwrap.ort.tensor_names import DEQUANT_OP_NAME, TENSOR_NAME_QUANT_SUFFIX, add_dequant_suffix
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph

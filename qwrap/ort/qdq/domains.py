@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
-from qwrap.ort.tensor_names import ms_domain
+from qwrap.ort.graphs.tensor_names import ms_domain
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto, helper
 
-from qwrap.ort.quantization_params import QuantizationParams
+from qwrap.ort.numbers.quantization_params import QuantizationParams
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 from onnx import NodeProto, TensorProto
 
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.quantized_values import QuantizedValue
+from qwrap.ort.numbers.quantization_params import QuantizationParams
+from qwrap.ort.numbers.quantized_values import QuantizedValue
 
 Held = TypeVar("Held")
 

@@ -8,15 +8,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from qwrap.ort.enums import QuantizedValueType
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.initializers import code_tensor, quantize_onnx_initializer, scale_tensor
-from qwrap.ort.qdq.marks import (
-    QDQScaleZpInitializers,
-    QDQTensorQuantizedValue,
-    QDQTensorScaleZpInitializers,
-)
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.quantized_values import QuantizedValue
-from qwrap.ort.tensor_names import (
+from qwrap.ort.graphs.tensor_names import (
     DEQUANT_OP_NAME,
     QUANT_OP_NAME,
     add_dequant_output_suffix,
@@ -24,6 +16,14 @@ from qwrap.ort.tensor_names import (
     add_quant_input_suffix,
     add_quant_output_suffix,
     add_quant_suffix,
+)
+from qwrap.ort.numbers.initializers import code_tensor, quantize_onnx_initializer, scale_tensor
+from qwrap.ort.numbers.quantization_params import QuantizationParams
+from qwrap.ort.numbers.quantized_values import QuantizedValue
+from qwrap.ort.qdq.marks import (
+    QDQScaleZpInitializers,
+    QDQTensorQuantizedValue,
+    QDQTensorScaleZpInitializers,
 )
 
 if TYPE_CHECKING:

@@ -9,17 +9,21 @@ import numpy as np
 from onnx import TensorProto
 
 from qwrap.ort.calibrate import TensorData
-from qwrap.ort.code_types import (
+from qwrap.ort.errors import QuantizationError
+from qwrap.ort.numbers.code_types import (
     FLOAT8_TYPES,
     ONNX_INT_TYPE_RANGE,
     ONNX_TYPE_TO_NP_TYPE,
     Array,
     get_qmin_qmax_for_qType,
 )
-from qwrap.ort.errors import QuantizationError
+from qwrap.ort.numbers.quantization_params import QuantizationParams
+from qwrap.ort.numbers.scales import (
+    compute_scale_zp,
+    compute_scale_zp_float8,
+    snap_zero_point_to_uint8,
+)
 from qwrap.ort.qdq.marks import QDQTensorQuantParams
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.scales import compute_scale_zp, compute_scale_zp_float8, snap_zero_point_to_uint8
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph

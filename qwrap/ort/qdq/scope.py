@@ -12,8 +12,15 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 from qwrap.graph import graphs as all_graphs
 from qwrap.ort.base_quantizer import BaseQuantizer
-from qwrap.ort.code_types import Array
 from qwrap.ort.errors import InvalidModelError
+from qwrap.ort.graphs.scopes import made_names
+from qwrap.ort.graphs.tensor_names import (
+    add_dequant_output_suffix,
+    add_quant_input_suffix,
+    add_quant_output_suffix,
+)
+from qwrap.ort.numbers.code_types import Array
+from qwrap.ort.numbers.quantization_params import QuantizationParams
 from qwrap.ort.onnx_model import ONNXModel
 from qwrap.ort.qdq.edit import GraphEdit
 from qwrap.ort.qdq.folding import FoldedActivations
@@ -25,13 +32,6 @@ from qwrap.ort.qdq.marks import (
 )
 from qwrap.ort.qdq.sharing import TensorScales
 from qwrap.ort.qdq.uses import GraphUses
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.scopes import made_names
-from qwrap.ort.tensor_names import (
-    add_dequant_output_suffix,
-    add_quant_input_suffix,
-    add_quant_output_suffix,
-)
 
 _SUFFIXES = (add_quant_input_suffix, add_quant_output_suffix, add_dequant_output_suffix)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import GraphProto, NodeProto
 
 from qwrap.graph import subgraphs
-from qwrap.ort.scopes import captured_names
+from qwrap.ort.graphs.scopes import captured_names
 
 
 class GraphUses:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto
 
-from qwrap.ort.blocked import compute_scale_zp_blocked
-from qwrap.ort.code_types import Array, normalize_axis
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.initializers import tensor_proto_to_array
+from qwrap.ort.numbers.blocked import compute_scale_zp_blocked
+from qwrap.ort.numbers.code_types import Array, normalize_axis
+from qwrap.ort.numbers.initializers import tensor_proto_to_array
+from qwrap.ort.numbers.quantization_params import QuantizationParams
+from qwrap.ort.numbers.weight_params import channel_params, tensor_params
 from qwrap.ort.qdq.marks import QDQQuantTensorType, QDQTensorQuantInfo
-from qwrap.ort.quantization_params import QuantizationParams
-from qwrap.ort.weight_params import channel_params, tensor_params
 
 if TYPE_CHECKING:
     from qwrap.ort.qdq.scope import QuantizedGraph

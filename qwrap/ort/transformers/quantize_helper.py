@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import torch
 
-from qwrap.ort.dynamic import quantize_dynamic
+from qwrap.ort.entry.dynamic import quantize_dynamic
 
 __all__ = ["QuantizeHelper", "conv1d_to_linear"]
 

@@ -11,9 +11,9 @@ from one_operator import constants_of, node_of, open_session
 from onnx import ModelProto, TensorProto
 from quantizer_pairs import op_types, quality, quantize_incumbent, quantize_own
 
-from qwrap.ort.code_graph import CodeGraph
 from qwrap.ort.enums import QuantizationMode, QuantType
 from qwrap.ort.onnx_quantizer import ONNXQuantizer
+from qwrap.ort.qoperator.code_graph import CodeGraph
 
 SUMS = ["DynamicQuantizeLinear", "MatMulInteger", "Cast", "Mul", "Mul"]
 

@@ -16,7 +16,7 @@ from one_operator import run, sqnr
 from onnx import ModelProto
 from side_by_side import Ranges, by_incumbent, by_qwrap, differences, observed
 
-from qwrap.ort.model_io import read_model
+from qwrap.ort.files.model_io import read_model
 
 pytestmark = pytest.mark.ort(*range(168, 178), 182, 185, 186, 199, "G61")
 SHARED = Path(os.environ.get("QWRAP_SHARED", Path(__file__).resolve().parents[4] / "shared"))

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper
 
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.scopes import made_names, rename_reads
+from qwrap.ort.graphs.scopes import made_names, rename_reads
 
 _SMALLEST_RANK = 3
 

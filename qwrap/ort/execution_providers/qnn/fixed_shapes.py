@@ -6,7 +6,7 @@ import onnx
 
 from qwrap.graph import graphs
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import declare_types
+from qwrap.ort.files.model_io import declare_types
 
 
 def fix_input_shapes(model: onnx.ModelProto, shapes: list[tuple[str, str]]) -> None:

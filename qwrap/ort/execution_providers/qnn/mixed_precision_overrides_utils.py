@@ -9,7 +9,7 @@ import onnx
 
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import QuantizationError
-from qwrap.ort.model_io import declare_types
+from qwrap.ort.files.model_io import declare_types
 from qwrap.ort.tensor_quant_overrides import QuantTypeInfo, TensorQuantOverridesHelper
 
 __all__ = ["MixedPrecisionTensorQuantOverridesFixer", "TensorTypeRequest"]

@@ -11,12 +11,12 @@ from qwrap.ort.execution_providers.qnn.channel_last import update_io_to_channel_
 from qwrap.ort.execution_providers.qnn.fixed_shapes import fix_input_shapes
 from qwrap.ort.execution_providers.qnn.fusion_lpnorm import FusionLpNormalization
 from qwrap.ort.execution_providers.qnn.fusion_spacetodepth import FusionSpaceToDepth
+from qwrap.ort.files.metadata import get_opset_version
+from qwrap.ort.files.model_io import ModelSource, declare_types, load_message
+from qwrap.ort.files.optimization import optimized_if_possible
+from qwrap.ort.files.proto_file import write_proto
 from qwrap.ort.fusions import FusionGelu, FusionLayerNormalization
-from qwrap.ort.metadata import get_opset_version
-from qwrap.ort.model_io import ModelSource, declare_types, load_message
 from qwrap.ort.onnx_model import ONNXModel
-from qwrap.ort.optimization import optimized_if_possible
-from qwrap.ort.proto_file import write_proto
 
 _LOGGER = logging.getLogger(__name__)
 _LAYER_NORM_OPSET = 17
@@ -153,7 +153,7 @@ def _fuse(model: ONNXModel, layer_norm: bool) -> bool:
         _LOGGER.warning(
             "Unable to fuse ReduceMean sequence into a LayerNormalization node. ONNX model must "
             "use an opset >= %d in order to use LayerNormalization, but found version %d. Raise "
-            "it first, for example with qwrap.ort.opset.raise_opset().",
+            "it first, for example with qwrap.ort.files.opset.raise_opset().",
             _LAYER_NORM_OPSET,
             version,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from qwrap.ort.calibrate import CalibrationDataReader, CalibrationMethod
-from qwrap.ort.configs import StaticQuantConfig
+from qwrap.ort.entry.configs import StaticQuantConfig
 from qwrap.ort.enums import QuantType
 from qwrap.ort.errors import MissingFileError
 from qwrap.ort.execution_providers.qnn.compatibility import (
@@ -20,11 +20,11 @@ from qwrap.ort.execution_providers.qnn.compatibility import (
 from qwrap.ort.execution_providers.qnn.mixed_precision_overrides_utils import (
     MixedPrecisionTensorQuantOverridesFixer,
 )
-from qwrap.ort.lift import lift_constants
-from qwrap.ort.metadata import get_opset_version
-from qwrap.ort.model_io import STEERS_SHAPES, ModelSource
-from qwrap.ort.proto_file import is_external, weightless, weights_size
-from qwrap.ort.tensor_names import MODEL_SIZE_THRESHOLD
+from qwrap.ort.files.lift import lift_constants
+from qwrap.ort.files.metadata import get_opset_version
+from qwrap.ort.files.model_io import STEERS_SHAPES, ModelSource
+from qwrap.ort.files.proto_file import is_external, weightless, weights_size
+from qwrap.ort.graphs.tensor_names import MODEL_SIZE_THRESHOLD
 from qwrap.ort.tensor_quant_overrides import TensorQuantOverridesHelper
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""The entry points, and the checks of what they are asked."""

@@ -1,0 +1,1 @@
+"""Models in files and messages: read, raised to another opset, optimized and written."""

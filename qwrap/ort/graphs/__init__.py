@@ -1,0 +1,1 @@
+"""Look-ups and edits in graphs, and the names that quantizing gives."""

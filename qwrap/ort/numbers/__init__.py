@@ -1,0 +1,1 @@
+"""Numbers: types of codes, scales, rounding, and the initializers made of them."""

@@ -1,0 +1,1 @@
+"""QOperator form and dynamic quantization: what classes of operators build on."""
