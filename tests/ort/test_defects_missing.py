@@ -212,7 +212,7 @@ def test_configurations_reach_everything(tmp_path: Path) -> None:
 @pytest.mark.ort("G78", 43, 93)
 def test_the_documentation_names_every_method_and_option() -> None:
     """The incumbent's docstring knows two methods of four, and not BlockSize."""
-    options = importlib.import_module(f"{OWN}.options").OPTIONS
+    options = importlib.import_module(f"{OWN}.entry.options").OPTIONS
     assert {"BlockSize", "DefaultTensorType", "CalibPercentile"} <= set(options)
     text = inspect.getdoc(quantize_module(INCUMBENT).quantize_static) or ""
     assert "BlockSize" not in text
