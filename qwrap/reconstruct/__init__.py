@@ -1,0 +1,7 @@
+"""What learns the rounding of a model part by part; the algorithms above choose what and how."""
+
+from qwrap.reconstruct.drop import Drop, kernels_beside
+from qwrap.reconstruct.learned_scale import LearnedScale
+from qwrap.reconstruct.soft_round import Rounding, SoftRound, unlearnable
+
+__all__ = ["Drop", "LearnedScale", "Rounding", "SoftRound", "kernels_beside", "unlearnable"]
