@@ -109,16 +109,13 @@ def quantize(
 
 def _improve(model: WrappedModel, kept: list[Any]) -> bool:
     """Make rounding errors good, in place; return whether weights were rounded for it."""
-    changes = plan_of(model).changes
     if not kept:
-        changes.append("weights and biases as they were: no data to improve them by")
+        plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
         return False
-    rounded = round_weights(model, kept)
-    if rounded:
-        changes.append("weights rounded so that their errors cancel (GPTQ)")
-    elif correct_biases(model, kept):  # what GPTQ leaves of the mean error is too little to tell
-        changes.append("biases corrected for the mean error of their channels")
-    return rounded
+    if round_weights(model, kept):
+        return True
+    correct_biases(model, kept)  # what GPTQ leaves of the mean error is too little to tell
+    return False
 
 
 def _finetune(

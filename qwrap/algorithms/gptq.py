@@ -15,24 +15,23 @@ from torch import Tensor
 from qwrap.compensation import compensate
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
-from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
-from qwrap.quant.auto.held_out import HeldOut
 from qwrap.quant.constants import deployed
+from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import plan_of
 from qwrap.quant.row_moments import RowMoments
 from qwrap.quant.stubs import Stub
+from qwrap.quant.trial import attempt, split
 from qwrap.quant.unfold import MATRIX_OPERATORS, Unfold
 
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
 LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
 
 
-@torch.no_grad()
-def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> bool:
+def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> Outcome:
     """Choose the codes of all weights so that each layer's output stays near its float one.
 
     Weights are replaced in place, by values on the grid that calibration chose: quantizing them
@@ -50,7 +49,7 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
         damping: what is added to each input's variance, relative to their mean.
 
     Returns:
-        Whether the new weights were kept.
+        Whether the new weights were kept, and what came of it.
 
     Raises:
         ConfigError: ``damping`` is not above 0, or the model is not prepared.
@@ -61,25 +60,17 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
     """
     if not damping > 0:
         raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
-    data = list(iterate(batches, model))
-    layers, moments = _layers(model)
-    if not layers:
-        return False
-    training, kept = model.training, False
-    model.eval()
-    try:
-        held_out = HeldOut(model, data[1::2] or data)
-        before = held_out.error()
-        _learn(model, moments, data[::2])
+    teaching, deciding = split(model, batches)
+
+    @torch.no_grad()
+    def round_all() -> list[str]:
+        layers, moments = _layers(model)
+        _learn(model, moments, teaching)
         for layer in layers:
             layer.round(damping)
-        kept = held_out.error() < (1 - LEAST_GAIN) * before
-    finally:
-        if not kept:
-            for layer in layers:
-                layer.restore()
-        model.train(training)
-    return kept
+        return [f"{len(layers)} of {len(plan_of(model).constants)} weights"]
+
+    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN)
 
 
 Moments = dict[str, dict[Unfold, RowMoments]]  # of every input value, one for each way to cut it
@@ -100,14 +91,7 @@ class _Layer:
         self.moments, self.bias, self.stub = moments, bias, stub
         self.outputs_first = _output_axis(node) == 0
         self._model, self._weight = model, weight
-        self._original = _stored(model, weight).clone()
-        self._original_bias = None if bias is None else bias.clone()
-
-    def restore(self) -> None:
-        """Put back what was there, in place."""
-        _stored(self._model, self._weight).copy_(self._original)
-        if self.bias is not None and self._original_bias is not None:
-            self.bias.copy_(self._original_bias)
+        self._shape = _stored(model, weight).shape
 
     def round(self, damping: float) -> None:
         """Round the weight and let the bias take the mean error, in place."""
@@ -133,7 +117,7 @@ class _Layer:
         return matrix.mT.contiguous()
 
     def _grid(self) -> Callable[[Tensor, Tensor], Tensor]:
-        qparams, shape = self.stub.qparams, self._original.shape
+        qparams, shape = self.stub.qparams, self._shape
         spec = replace(self.stub.grid, axis=0, block_size=None)
         scale, zero_point = (
             self._matrix(spread(values, shape, qparams).expand(shape))

@@ -115,10 +115,18 @@ class WrappedModel(Block):
         """
         layout = Layout(graph, self.layout.settings)  # first of all, for it may refuse the graph
         slots = {key: slot for key, slot in self.layout.slots.items() if key in keep}
-        kept = {key: self._get(slot) for key, slot in slots.items()}
+        self.become(layout, {key: self._get(slot) for key, slot in slots.items()})
+
+    def become(self, layout: Layout, kept: Mapping[str, Tensor]) -> None:
+        """Become the module of another layout, in place; what sat on points is gone.
+
+        Args:
+            layout: of the new graph.
+            kept: initialiser -> the parameter or buffer that holds it; the others are read anew.
+        """
         for name in [*self._modules, *self._parameters, *self._buffers]:
             delattr(self, name)
-        self.graph, self.layout = graph, layout
+        self.graph, self.layout = layout.graph, layout
         self.attached, self._program, self.programs, self._written = {}, None, {}, {}
         self.kernels, self.replaced, self.remade = {}, {}, {}
         self.plan = self.config = self.samples = self.origin = self.before_loading = None
