@@ -1,4 +1,4 @@
-"""The scale of an activation, learned together with the weights behind it."""
+"""A scale that is learned together with weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwrap.quant.stubs import Stub
 
 
 class LearnedScale(nn.Module):
-    """Stands in for the stub of an activation while its scale is learned.
+    """Stands in for a stub, mostly that of an activation, while its scale is learned.
 
     The scale is ``initial * exp(gain)`` (a power of two where the type asks for one), and gets the
     gradient of learned step size quantization; the zero point stays. It respects the largest scale
@@ -24,7 +24,8 @@ class LearnedScale(nn.Module):
 
     Args:
         stub: calibrated; it is left as it is until ``finish``.
-        least: smallest scale to come to, for biases that have to fit in 32 bits.
+        least: smallest scale to come to, for biases that have to fit in 32 bits: a number, or of
+            the shape of the scale. Where the scale is smaller to begin with, it is that.
 
     Attributes:
         gain: the parameter, of the shape of the scale; None where the scale is fixed.
@@ -37,15 +38,17 @@ class LearnedScale(nn.Module):
 
     initial: Tensor
     zero_point: Tensor
+    least: Tensor
     gain: nn.Parameter | None
 
-    def __init__(self, stub: Stub, least: float = 0.0) -> None:
+    def __init__(self, stub: Stub, least: Tensor | float = 0.0) -> None:
         super().__init__()
         qparams = stub.qparams
         self._stub = (stub,)  # in a tuple, so that it is no submodule of this one
         self.register_buffer("initial", qparams.scale.clone(), persistent=False)
         self.register_buffer("zero_point", qparams.zero_point.clone(), persistent=False)
-        self.least = min(least, float(qparams.scale.min()))
+        least = torch.as_tensor(least, device=self.initial.device, dtype=torch.float32)
+        self.register_buffer("least", torch.minimum(self.initial, least), persistent=False)
         self.register_parameter("gain", None)
         if stub.training_by != "fixed" and stub.grid.dtype.function is None:
             start = self._learner.start(self.initial, self.zero_point, stub.grid)
@@ -69,15 +72,16 @@ class LearnedScale(nn.Module):
             return self.initial
         own = {"gain": self.gain}
         scale = self._learner.scale(self.initial, self.zero_point, self.stub.grid, own)
-        return torch.minimum(scale.clamp(min=self.least), self.stub.scale_limit)
+        return torch.minimum(torch.maximum(scale, self.least), self.stub.scale_limit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded, with gradients for itself and the scale."""
         stub = self.stub
-        if self.gain is None or stub.mode != "quantize":
+        if stub.mode != "quantize" or stub.grid.dtype.function is not None:
             return stub(x)  # type: ignore[no-any-return]  # modules return Any
         grid = Grid(self.scale, self.zero_point, stub.grid, is_alive=stub.stored)
-        return learned_fake_quantize(x, grid, [self.gain], lambda sums: self._gradients(sums, grid))
+        learned = [] if self.gain is None else [self.gain]
+        return learned_fake_quantize(x, grid, learned, lambda sums: self._gradients(sums, grid))
 
     def _gradients(self, sums: Sums, grid: Grid) -> Sequence[Tensor]:
         (found,) = rule(self._learner, grid, self.stub.scale_limit, [True])(sums)

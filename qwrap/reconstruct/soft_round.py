@@ -69,6 +69,13 @@ class Rounding(nn.Module, ABC):
     def hard(self) -> Tensor:
         """Return the weight that is deployed: float32, exactly on the grid that was learned."""
 
+    def finish(self) -> Tensor:
+        """Give the stub what was learned of its scale, in place, and return ``hard()``.
+
+        Quantizing the result by the stub gives it again, bit for bit.
+        """
+        return self.hard()
+
     def regularizer(self, beta: float) -> Tensor:
         """Return what is added to the loss so that choices become clear; 0 where they are."""
         del beta
