@@ -47,12 +47,48 @@ class Drop(nn.Module):
         rounded: Tensor = self.tap(x)
         if not self.active or not self.probability:
             return rounded
-        return torch.where(self._keeps(x), x, rounded)
+        kept = _draw(x, self.probability, self.generator)
+        mixed: Tensor = _Mixed.apply(x, rounded, kept)  # type: ignore[no-untyped-call]  # torch has no stub
+        return mixed
 
-    def _keeps(self, x: Tensor) -> Tensor:
-        device = self.generator.device
-        keeps = torch.empty(x.shape, dtype=torch.bool, device=device)
-        return keeps.bernoulli_(self.probability, generator=self.generator).to(x.device)
+
+def _draw(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Return int8 of the shape of ``x``: all bits set with the probability given, else none.
+
+    It is exact to 2^-16. Full random words are what a generator gives fastest, by far.
+    """
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    draws = words.to(x.device).view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32)
+    return draws.add_(2**15 - round(probability * 2**16)).bitwise_right_shift_(31).to(torch.int8)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Mixed(torch.autograd.Function):
+    """Takes elements of ``x`` where the bits of ``kept`` are set, and of ``rounded`` elsewhere.
+
+    Bit operations are exact for infinity and NaN too, and ten times as fast as choosing by booleans
+    on a CPU, where torch does not vectorise that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        bits = _BITS[x.itemsize]
+        a, b = x.detach().view(bits), rounded.detach().view(bits)
+        return (a ^ b).bitwise_and_(kept.to(bits)).bitwise_xor_(b).view(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        bits = _BITS[gradients[0].itemsize]
+        gradient = gradients[0].view(bits)
+        through = gradient & kept.to(bits)
+        by_tap = gradient ^ through if ctx.needs_input_grad[1] else None
+        dtype = gradients[0].dtype
+        return through.view(dtype), None if by_tap is None else by_tap.view(dtype), None
 
 
 def kernels_beside(

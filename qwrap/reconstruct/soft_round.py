@@ -150,10 +150,11 @@ def unrectified(share: Tensor) -> Tensor:
 
 
 def _slope(share: Tensor) -> Tensor:
-    """Return the derivative of ``rectified`` where it is ``share``."""
-    return (
-        (share - GAMMA).mul_(ZETA - share).mul_(1 / (ZETA - GAMMA)).mul_((share > 0) & (share < 1))
-    )
+    """Return the derivative of ``rectified`` where it is ``share``: 0 at both ends."""
+    # (share - GAMMA) * (ZETA - share) without brackets, for GAMMA + ZETA = 1; the fewer passes.
+    bulge = torch.addcmul(share, share, share, value=-1)
+    torch.threshold_(bulge, 0, GAMMA * ZETA)
+    return bulge.sub_(GAMMA * ZETA).div_(ZETA - GAMMA)
 
 
 class _Soft(torch.autograd.Function):

@@ -46,6 +46,27 @@ def test_over_many_passes_the_mean_is_the_mixture() -> None:
     torch.testing.assert_close(mean, (x + stub(x)) / 2, atol=4 * 0.0625 / 4000**0.5, rtol=0)
 
 
+def test_all_or_nothing_stays_at_the_ends() -> None:
+    x, stub = values(), make_stub()
+    assert torch.equal(Drop(stub, 0.0, generator())(x), stub(x))
+    assert torch.equal(Drop(stub, 1.0, generator())(x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_infinity_stays_itself_where_it_is_kept_in_every_float_type(dtype) -> None:
+    x = torch.full((999,), float("inf"), dtype=dtype)
+    y = Drop(make_stub(), 0.5, generator())(x)
+    assert y.dtype == dtype
+    assert set(y.tolist()) == {float("inf"), 15 * 0.25}
+
+
+def test_it_takes_any_layout_in_memory() -> None:
+    x, stub = values(2 * 3 * 5 * 7).reshape(2, 3, 5, 7), make_stub()
+    plain = Drop(stub, 0.5, generator())(x)
+    moved = Drop(stub, 0.5, generator())(x.to(memory_format=torch.channels_last))
+    assert torch.equal(moved, plain)
+
+
 def test_inactive_it_is_its_tap() -> None:
     x, stub = values(), make_stub()
     drop, random = Drop(stub, 0.5, generator()), generator()
