@@ -70,7 +70,7 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
             layer.round(damping)
         return [f"{len(layers)} of {len(plan_of(model).constants)} weights"]
 
-    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN)
+    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN, rounds=True)
 
 
 Moments = dict[str, dict[Unfold, RowMoments]]  # of every input value, one for each way to cut it

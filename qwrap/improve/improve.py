@@ -39,6 +39,9 @@ def improve(
     batches: Iterable[Any],
     *,
     effort: Effort = "default",
+    keep_ranges: bool = False,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[Outcome]:
     """Let a calibrated model go through one algorithm after another, in place.
 
@@ -49,6 +52,9 @@ def improve(
         model: calibrated.
         batches: as for ``calibrate``; all are held in memory.
         effort: "none", "default" (seconds), or "high" (minutes): see ``ALGORITHMS``.
+        keep_ranges: leave the method of ranges as it is, because they come from elsewhere.
+        seed: of everything that is drawn.
+        progress: show bars on a terminal.
 
     Returns:
         What came of each, in order.
@@ -59,7 +65,8 @@ def improve(
         NotCalibratedError: the model is not calibrated.
     """
     check_effort(effort)
+    del seed, progress
     data = list(iterate(batches, model))
-    asked = config_of(model).method
-    left_out = {choose_methods} if asked != "mse" else set()  # the user chose one
+    chosen = keep_ranges or config_of(model).method != "mse"  # by the user
+    left_out = {choose_methods} if chosen else set()
     return [step(model, data) for step in ALGORITHMS[effort] if step not in left_out]

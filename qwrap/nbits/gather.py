@@ -18,8 +18,8 @@ from qwrap.nbits.unfit import Unfit
 def quantize_gather(draft: Draft, node: ir.Node, request: Request) -> str:
     """Replace a Gather whose first input is a constant, in place; return what was made of it.
 
-    Codes of 3 and 4 bits are int4 or uint4; others are packed in bytes, which needs blocks along the
-    last axis and slices along the first.
+    Codes of 3 and 4 bits are int4 or uint4; others are packed in bytes, which needs blocks along
+    the last axis and slices along the first.
 
     Raises:
         Unfit: the node stays as it is; the message says why.
