@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "nbits": {*BASE, "graph", "ops", "model"},
     "ort": {"", *BASE, "graph", "data", "nbits"},
     "backend": {"", "errors", "graph", "model"},
-    "cli": {"", *BASE, "graph", "ops", "quant", "data", "demo"},
+    "cli": {"", *BASE, "graph", "ops", "quant", "improve", "data", "demo"},
     "demo": {"", *BASE},
     "__main__": {"cli"},
 }

@@ -37,8 +37,8 @@ def guard(
 
     Layers come in the order of what leaving each of them alone in float wins; of these as few are
     raised as hold the bound. On CPUs they become float, for 16 bits have no integer kernels there;
-    on other targets their activations become uint16 where the target runs that, else float. Scales
-    and weights of all else stay as they are.
+    on other targets activations become uint16 where the target runs that, and float only where
+    this is not enough. Scales and weights of all else stay as they are.
 
     Args:
         model: calibrated.
@@ -67,9 +67,13 @@ def guard(
 
     def raise_layers() -> list[str]:
         count = _raise_fewest(model, ranked, held_out, min_sqnr, deciding)
-        raised = [f"{layer.group.name} to {layer.wide}" for layer in ranked[:count]]
-        levels = f"{before:.1f} dB to {held_out.sqnr():.1f}, where {min_sqnr:g} were asked for"
-        return [levels, f"{count} of {len(ranked)} layers raised: {', '.join(raised)}"]
+        raised = {layer.group.name: str(layer.wide) for layer in ranked[:count]}
+        total = len({layer.group.name for layer in ranked})
+        listed = ", ".join(f"{name} to {types}" for name, types in raised.items())
+        return [
+            f"{before:.1f} dB to {held_out.sqnr():.1f}, where {min_sqnr:g} were asked for",
+            f"{len(raised)} of {total} layers raised: {listed}",
+        ]
 
     return attempt(model, "guard", deciding, raise_layers)
 
@@ -83,7 +87,10 @@ class _Layer:
 
 
 def _ranked(model: WrappedModel, batches: Sequence[Inputs], *, progress: bool) -> list[_Layer]:
-    """Return the layers, that first which wins most by being float."""
+    """Return the layers, that first which wins most by being float.
+
+    Those that can have 16 bits are there once more, before all that become float.
+    """
     own = own_choice(model)
     wide = Choice("uint16", own.weight)
     found = sensitivity(
@@ -94,7 +101,9 @@ def _ranked(model: WrappedModel, batches: Sequence[Inputs], *, progress: bool) -
     if not find_target(config_of(model).target).is_cpu and wide != own:
         offered = groups_of(model, config_of(model), (own, wide, FLOAT))
         able = {group.name for group in offered if wide in group.choices}
-    return [_Layer(groups[n], wide if n in able else FLOAT) for n in found.ranking()]
+    order = [groups[name] for name in found.ranking()]
+    in_16_bits = [_Layer(group, wide) for group in order if group.name in able]
+    return [*in_16_bits, *(_Layer(group, FLOAT) for group in order)]
 
 
 def _raise_fewest(
