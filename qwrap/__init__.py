@@ -7,6 +7,7 @@ from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
+from qwrap.kv_cache import quantize_kv_cache
 from qwrap.load import load
 from qwrap.mixed.choices import Choice, Group
 from qwrap.mixed.loss.ranking import Sensitivity
@@ -65,6 +66,7 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_kv_cache",
     "quantize_weights",
     "register_op",
     "rescale",

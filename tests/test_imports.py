@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train"},
     "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
     "nbits": {*BASE, "graph", "ops", "model"},
+    "kv_cache": {*BASE, "graph", "ops", "model", "quant"},
     "ort": {"", *BASE, "graph", "data", "nbits"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "graph", "ops", "quant", "data", "demo"},
