@@ -20,7 +20,8 @@ import incumbent
 import numpy as np
 import onnxruntime
 import results
-from measurements import latency, operators_left, session
+from judge import judge
+from measurements import latency
 from readme_section import update_section
 from results import FileResult, ModelResult
 from results_table import markdown
@@ -63,20 +64,6 @@ def measure(
     _measure_latency(model, shared.validation(name, 1)[0], settings.rounds)
     _show_errors(model)
     return model
-
-
-def judge(shared: SharedModels, name: str, file: FileResult) -> None:
-    """Fill in size, task metric and what optimisation leaves, or the error that prevents it."""
-    try:
-        run = session(file.file)
-        metric = shared.evaluate(name, lambda inputs: run.run(None, dict(inputs)))
-        left = operators_left(file.file)
-    except Exception as error:  # a file that onnxruntime refuses is a finding, not the end
-        file.error = "; ".join(filter(None, (file.error, incumbent.one_line(error))))
-        return
-    file.size = Path(file.file).stat().st_size
-    file.metric = metric
-    file.quantize_left, file.dequantize_left = left["QuantizeLinear"], left["DequantizeLinear"]
 
 
 def _attempts(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+from file_order import one_line
 from onnx import version_converter
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -23,6 +24,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from process_memory import peak_bytes
 from results import FileResult
 from shared_models import Inputs
 
@@ -41,9 +43,14 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships
 
 
 def attempt(
-    source: Path, folder: Path, samples: Sequence[Inputs], method: str, preparation: str
+    source: Path,
+    folder: Path,
+    samples: Sequence[Inputs],
+    method: str,
+    preparation: str,
+    types: tuple[str, str] = ("QUInt8", "QInt8"),
 ) -> FileResult:
-    """Quantize ``source`` into ``folder``: U8 activations, S8 weights, QDQ.
+    """Quantize ``source`` into ``folder``: QDQ, by default U8 activations and S8 weights.
 
     Per channel at opset 13 or later; where that gives no file that runs, per tensor at the file's
     own opset. In a process of its own, since histogram calibration keeps every activation of every
@@ -55,51 +62,37 @@ def attempt(
         samples: calibration samples; the first also proves that the result runs.
         method: one of METHODS.
         preparation: one of PREPARATIONS.
+        types: names of ``QuantType`` for activations and weights.
     """
     result = FileResult(method=method, preparation=preparation)
-    start = time.perf_counter()
     errors = []
     for per_channel in (True, False):
         name = f"{source.stem}.{preparation}.{method}.{'channel' if per_channel else 'tensor'}.onnx"
         target = folder / name.replace(" ", "_")
-        error = _in_process(source, target, list(samples), method, preparation, per_channel)
-        if not error:
+        try:
+            result.seconds, result.peak = _in_process(
+                source, target, list(samples), method, preparation, per_channel, types
+            )
+        except Exception as error:  # whatever it raises is a finding about the incumbent
+            errors.append(f"{'per channel' if per_channel else 'per tensor'}: {one_line(error)}")
+        else:
             result.file, result.per_channel = str(target), per_channel
             break
-        errors.append(f"{'per channel' if per_channel else 'per tensor'}: {error}")
-    result.seconds = time.perf_counter() - start
     result.error = "; ".join(errors)
     return result
 
 
-def _in_process(
-    source: Path,
-    target: Path,
-    samples: list[Inputs],
-    method: str,
-    preparation: str,
-    per_channel: bool,
-) -> str:
-    arguments = (source.resolve(), target.resolve(), samples, method, preparation, per_channel)
-    try:
-        with (
-            tempfile.TemporaryDirectory() as scratch,  # the tools leave files where they run
-            ProcessPoolExecutor(
-                1,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=os.chdir,
-                initargs=(scratch,),
-            ) as pool,
-        ):
-            pool.submit(_quantize, *arguments).result()
-    except Exception as error:  # whatever it raises is a finding about the incumbent
-        return one_line(error)
-    return ""
-
-
-def one_line(error: BaseException) -> str:
-    """An error as one line of at most 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def _in_process(source: Path, target: Path, *arguments: object) -> tuple[float, int]:
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # the tools leave files where they run
+        ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=os.chdir,
+            initargs=(scratch,),
+        ) as pool,
+    ):
+        return pool.submit(_quantize, source.resolve(), target.resolve(), *arguments).result()
 
 
 def _quantize(
@@ -109,7 +102,10 @@ def _quantize(
     method: str,
     preparation: str,
     per_channel: bool,
-) -> None:
+    types: tuple[str, str],
+) -> tuple[float, int]:
+    """Seconds that it took, and the most bytes that this process held."""
+    start = time.perf_counter()
     logging.disable(logging.WARNING)
     onnxruntime.set_default_logger_severity(4)  # errors come back as exceptions
     prepared = _prepared(source, target.with_suffix(".source.onnx"), preparation, per_channel)
@@ -120,11 +116,13 @@ def _quantize(
             _Reader(samples),
             quant_format=QuantFormat.QDQ,
             per_channel=per_channel,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+            activation_type=QuantType[types[0]],
+            weight_type=QuantType[types[1]],
             calibrate_method=CalibrationMethod[method],
         )
+    measured = time.perf_counter() - start, peak_bytes()
     onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"]).run(None, samples[0])
+    return measured
 
 
 def _prepared(source: Path, target: Path, preparation: str, per_channel: bool) -> Path:

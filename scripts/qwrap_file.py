@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from incumbent import one_line
+from file_order import one_line
 from results import FileResult
 from shared_models import Inputs
 

@@ -26,6 +26,7 @@ class FileResult:
         fastest_latency: the same between the fastest bursts of all rounds.
         milliseconds: threads -> median time of one run.
         seconds: time that quantizing took.
+        peak: the most bytes that the process held for it, where it had one of its own.
         error: one line: what failed, or what had to be done otherwise; empty when all went well.
     """
 
@@ -41,6 +42,7 @@ class FileResult:
     fastest_latency: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    peak: int = 0
     error: str = ""
 
     @property

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwrap.errors import InputError
-from qwrap.model.batches import iterate
 from qwrap.model.operators import function_of_node
 from qwrap.model.points import Program
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.auto.held_out import HeldOut, float_model
+from qwrap.quant.auto.held_out import float_model
+from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import plan_of
+from qwrap.quant.trial import attempt, split
 
 
-@torch.no_grad()
-def correct_biases(model: WrappedModel, batches: Iterable[Any]) -> bool:
+def correct_biases(model: WrappedModel, batches: Iterable[Any]) -> Outcome:
     """Shift the biases of quantized layers so that each channel keeps its float mean, in place.
 
     Every layer is corrected behind already corrected ones, all of them in one pass: while a batch
@@ -31,44 +30,25 @@ def correct_biases(model: WrappedModel, batches: Iterable[Any]) -> bool:
         batches: as for ``calibrate``; some 30 samples do. They are held in memory.
 
     Returns:
-        Whether the correction was kept.
+        Whether the correction was kept, and what came of it.
 
     Raises:
-        InputError: there are no batches.
+        InputError: there are no batches, or one does not fit.
+        NotCalibratedError: the model is not calibrated.
 
     Source: Nagel et al., arXiv:1906.04721, section 4.2 (empirical bias correction).
     """
-    data = list(iterate(batches, model))
-    if not data:
-        raise InputError("bias correction needs at least one batch; got none")
-    layers = _layers(model)
-    if not layers:
-        return False
-    training = model.training
-    model.eval()
-    try:
-        return _correct(model, layers, data[::2], data[1::2] or data)
-    finally:
-        model.train(training)
+    teaching, deciding = split(model, batches)
 
+    @torch.no_grad()
+    def correct() -> list[str]:
+        layers = _layers(model)
+        _learn(model, layers, teaching)
+        for layer in layers.values():
+            layer.bias.add_(layer.shift)
+        return [f"{len(layers)} biases"]
 
-def _correct(
-    model: WrappedModel,
-    layers: dict[str, _Layer],
-    teaching: Sequence[Mapping[str, Tensor]],
-    deciding: Sequence[Mapping[str, Tensor]],
-) -> bool:
-    held_out = HeldOut(model, deciding)
-    before = held_out.error()
-    _learn(model, layers, teaching)
-    saved = [layer.bias.clone() for layer in layers.values()]
-    for layer in layers.values():
-        layer.bias.add_(layer.shift)
-    if held_out.error() < before:
-        return True
-    for layer, bias in zip(layers.values(), saved, strict=True):
-        layer.bias.copy_(bias)  # bit for bit, as subtracting the shift again would not be
-    return False
+    return attempt(model, "bias correction", deciding, correct)
 
 
 class _Layer:

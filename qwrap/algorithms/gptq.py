@@ -12,27 +12,26 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
 from qwrap.compensation import compensate
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
-from qwrap.model.batches import iterate
 from qwrap.model.points import UsePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import fake_quantize, spread
 from qwrap.ops.traits import WEIGHTED
-from qwrap.quant.auto.held_out import HeldOut
 from qwrap.quant.constants import deployed
+from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import plan_of
+from qwrap.quant.row_moments import RowMoments
 from qwrap.quant.stubs import Stub
+from qwrap.quant.trial import attempt, split
+from qwrap.quant.unfold import MATRIX_OPERATORS, Unfold
 
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
 LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
-CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
 
 
-@torch.no_grad()
-def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> bool:
+def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> Outcome:
     """Choose the codes of all weights so that each layer's output stays near its float one.
 
     Weights are replaced in place, by values on the grid that calibration chose: quantizing them
@@ -50,7 +49,7 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
         damping: what is added to each input's variance, relative to their mean.
 
     Returns:
-        Whether the new weights were kept.
+        Whether the new weights were kept, and what came of it.
 
     Raises:
         ConfigError: ``damping`` is not above 0, or the model is not prepared.
@@ -61,62 +60,20 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
     """
     if not damping > 0:
         raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
-    data = list(iterate(batches, model))
-    layers, moments = _layers(model)
-    if not layers:
-        return False
-    training, kept = model.training, False
-    model.eval()
-    try:
-        held_out = HeldOut(model, data[1::2] or data)
-        before = held_out.error()
-        _learn(model, moments, data[::2])
+    teaching, deciding = split(model, batches)
+
+    @torch.no_grad()
+    def round_all() -> list[str]:
+        layers, moments = _layers(model)
+        _learn(model, moments, teaching)
         for layer in layers:
             layer.round(damping)
-        kept = held_out.error() < (1 - LEAST_GAIN) * before
-    finally:
-        if not kept:
-            for layer in layers:
-                layer.restore()
-        model.train(training)
-    return kept
+        return [f"{len(layers)} of {len(plan_of(model).constants)} weights"]
+
+    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN, rounds=True)
 
 
-class _Moments:
-    """Mean and covariance of a layer's input rows, in memory that does not grow with them."""
-
-    def __init__(self, unfold: Unfold) -> None:
-        self.unfold, self.count = unfold, 0
-
-    def add(self, x: Tensor) -> None:
-        rows = self.unfold.rows(x.float(), start=self.count)
-        if not self.count:
-            # Sums of squares around a mean lose no digits to it, even if it is the first batch's.
-            groups, _, inputs = rows.shape
-            self._centre = rows.mean(1, keepdim=True)
-            self._sum = rows.new_zeros(groups, inputs, dtype=torch.float64)
-            self._squares = rows.new_zeros(groups, inputs, inputs)
-        rows = rows - self._centre
-        self.count += rows.shape[1]
-        self._sum += rows.sum(1)
-        self._squares.baddbmm_(rows.mT, rows)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean row, float64 ``[G, K]``."""
-        return self._centre[:, 0] + self._sum / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """Covariance, float64 ``[G, K, K]``; exactly 0 for inputs that never change."""
-        shift = self._sum / self.count
-        covariance = self._squares.double() / self.count - shift[:, :, None] * shift[:, None]
-        variance = covariance.diagonal(dim1=1, dim2=2)
-        varies = variance > CONSTANT * (self.mean.square() + variance)
-        return covariance * (varies[:, :, None] & varies[:, None])
-
-
-Moments = dict[str, dict[Unfold, _Moments]]  # of every input value, one for each way to cut it
+Moments = dict[str, dict[Unfold, RowMoments]]  # of every input value, one for each way to cut it
 
 
 class _Layer:
@@ -124,7 +81,7 @@ class _Layer:
 
     def __init__(
         self,
-        moments: _Moments,
+        moments: RowMoments,
         model: WrappedModel,
         weight: str,
         bias: Tensor | None,
@@ -134,14 +91,7 @@ class _Layer:
         self.moments, self.bias, self.stub = moments, bias, stub
         self.outputs_first = _output_axis(node) == 0
         self._model, self._weight = model, weight
-        self._original = _stored(model, weight).clone()
-        self._original_bias = None if bias is None else bias.clone()
-
-    def restore(self) -> None:
-        """Put back what was there, in place."""
-        _stored(self._model, self._weight).copy_(self._original)
-        if self.bias is not None and self._original_bias is not None:
-            self.bias.copy_(self._original_bias)
+        self._shape = _stored(model, weight).shape
 
     def round(self, damping: float) -> None:
         """Round the weight and let the bias take the mean error, in place."""
@@ -167,7 +117,7 @@ class _Layer:
         return matrix.mT.contiguous()
 
     def _grid(self) -> Callable[[Tensor, Tensor], Tensor]:
-        qparams, shape = self.stub.qparams, self._original.shape
+        qparams, shape = self.stub.qparams, self._shape
         spec = replace(self.stub.grid, axis=0, block_size=None)
         scale, zero_point = (
             self._matrix(spread(values, shape, qparams).expand(shape))
@@ -201,7 +151,7 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
         assert isinstance(stub, Stub)
         assert node.inputs[0] is not None
         unfold = Unfold.of(node, weight)
-        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, _Moments(unfold))
+        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, RowMoments(unfold))
         bias = plan.biases.get((key, 2))
         own_bias = None if bias is None else _own(model, bias.value)
         layers.append(_Layer(shared, model, constant.value, own_bias, stub, node))
@@ -232,7 +182,7 @@ def _output_axis(node: ir.Node) -> int:
 
 
 def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    def watch(found: Iterable[_Moments], x: Tensor) -> None:
+    def watch(found: Iterable[RowMoments], x: Tensor) -> None:
         for each in found:
             each.add(x)
 

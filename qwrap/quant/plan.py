@@ -12,6 +12,7 @@ from qwrap.dtypes import INT8, UINT8
 from qwrap.model.points import OutputPoint, Point, UsePoint, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.dictionary import Overrides, to_overrides
+from qwrap.quant.outcome import Outcome
 
 Role = Literal["integer", "pairs", "weights", "moves", "absorbed", "float"]
 Use = tuple[str, int]
@@ -191,6 +192,7 @@ class QuantPlan:
         notes: what to know about the plan as a whole, one line each.
         fused: whether the runtime has integer kernels for what is quantized, regions apart.
         methods: source tensor -> method that "auto" chose for it.
+        outcomes: what algorithms tried on the model since, in order.
     """
 
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
@@ -203,6 +205,7 @@ class QuantPlan:
     notes: list[str] = field(default_factory=list)
     fused: bool = True
     methods: dict[str, str] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def sources(self) -> dict[str, TensorPlan]:
         """Return the tensors that have a scale of their own."""
@@ -308,7 +311,9 @@ class QuantPlan:
             shown = ", ".join(keys[:3]) + (f", … ({len(keys)} nodes)" if len(keys) > 3 else "")
             lines.append(f"float:     {reason} [{shown}]")
         lines += [f"note:      {line}" for line in self.notes]
-        return "\n".join([*lines, *(f"changed:   {line}" for line in self.changes)])
+        lines += [f"changed:   {line}" for line in self.changes]
+        kept = {True: "kept:", False: "undone:"}
+        return "\n".join([*lines, *(f"{kept[o.kept]:10s} {o.line()}" for o in self.outcomes)])
 
     def _types(self) -> list[str]:
         """Return what to know of a plan with several types."""
@@ -359,6 +364,7 @@ class QuantPlan:
             "notes": list(self.notes),
             "fused": self.fused,
             "methods": dict(self.methods),
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
 
 

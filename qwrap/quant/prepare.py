@@ -221,9 +221,9 @@ def place_without(model: WrappedModel, without: Mapping[str, str]) -> None:
                 "qwrap.prepare(model) to place quantization anew"
             )
         return
-    changes = plan_of(model).changes
+    earlier = plan_of(model)
     plan = place(model.layout, config_of(model), without=without)
-    plan.changes = changes
+    plan.changes, plan.outcomes = earlier.changes, earlier.outcomes
     install(model, plan, config_of(model))
 
 

@@ -271,6 +271,10 @@ class Stub(Switch):
                 self._held = Held.of(x, grid, parts)
         return self._held.known
 
+    def drop_held(self) -> None:
+        """Round the constant anew at the next forward pass, in place."""
+        self._held = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
 
