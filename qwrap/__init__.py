@@ -9,6 +9,7 @@ from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
 from qwrap.improve.guard import guard
 from qwrap.improve.improve import improve
+from qwrap.kv_cache import quantize_kv_cache
 from qwrap.load import load
 from qwrap.mixed.choices import Choice, Group
 from qwrap.mixed.loss.ranking import Sensitivity
@@ -71,6 +72,7 @@ __all__ = [
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_kv_cache",
     "quantize_weights",
     "register_op",
     "rescale",

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "improve": {*BASE, "graph", "model", "quant", "algorithms", "mixed"},
     "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
     "nbits": {*BASE, "graph", "ops", "model"},
+    "kv_cache": {*BASE, "graph", "ops", "model", "quant"},
     "ort": {"", *BASE, "graph", "data", "nbits"},
     "backend": {"", "errors", "graph", "model"},
     "cli": {"", *BASE, "graph", "ops", "quant", "improve", "data", "demo"},
