@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qwrap.algorithms.bias_correction import correct_biases
-from qwrap.algorithms.gptq import round_weights
+from torch import Tensor
+
 from qwrap.config import QConfig
 from qwrap.errors import ConfigError, ExportError
 from qwrap.export.exporter import export, same_file
 from qwrap.graph.load import Source
 from qwrap.graph.save import check_target
+from qwrap.improve.guard import MIN_SQNR, guard
+from qwrap.improve.improve import Effort, check_effort, improve
 from qwrap.model.batches import count_batches, iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
-from qwrap.quant.auto.samples import keep
+from qwrap.quant.auto.samples import is_divisible, keep
 from qwrap.quant.calibrate import calibrate, calibrating, run_batches
 from qwrap.quant.prepare import observers, plan_of, prepare, stubs
 from qwrap.quant.rescale import rescale
 from qwrap.quant.statistics.statistics import Statistics
 from qwrap.quant.tables import RangeTable
 from qwrap.train.finetune import finetune as train
-
-KEPT = 32  # batches that stay in memory for what follows calibration
 
 
 def quantize(
@@ -37,14 +37,19 @@ def quantize(
     statistics: Statistics | str | os.PathLike[str] | None = None,
     table: RangeTable | str | os.PathLike[str] | None = None,
     config: QConfig | None = None,
+    effort: Effort = "default",
+    min_sqnr: float | None = MIN_SQNR,
     finetune: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> WrappedModel:
     """Quantize an ONNX file with calibration data and write a QDQ file for onnxruntime.
 
-    Loads, prepares and calibrates; then rounds weights so that their errors cancel, or else
-    corrects biases, each only if held-back batches come out closer to the float model; exports.
-    The data is read once, but for ``finetune``; up to 32 batches of it stay in memory.
+    Loads, prepares and calibrates; then goes through the algorithms of ``effort``, each of which is
+    kept only if held-back batches come out closer to the float model; returns layers to float, as
+    few as can be, where the outputs are still not as good as ``min_sqnr``; exports. What was kept,
+    undone and returned is in ``model.plan.summary()``. The data is read once, but where layers were
+    equalized and for ``finetune``; the first batches stay in memory.
 
     With ``statistics`` in a file, the same call again need not observe again: the first one writes
     the file, another one, of another method or with more nodes excluded, takes ranges from it, and
@@ -63,9 +68,15 @@ def quantize(
             TensorRT, AIMET or QNN. They are taken for what the table has; the other tensors need
             one of the above.
         config: types, ranges and exclusions.
+        effort: "none" for calibration alone, "default" (up to 128 samples, at most some twenty
+            times as long as calibration), or "high", which learns how to round weights (up to 1024
+            samples, minutes): see ``improve``.
+        min_sqnr: least ratio of signal to quantization noise of the outputs, in dB, on batches that
+            were held back: see ``guard``. None, and ``effort="none"``: whatever comes out.
         finetune: steps of training towards the float model's outputs after all of that, without
             labels, on the same data (see ``finetune``); some hundreds. Data that can be read once
             gives the batches that stayed in memory. None: no training.
+        seed: of everything that is drawn.
         progress: show a bar on a terminal.
 
     Returns:
@@ -75,8 +86,8 @@ def quantize(
     Raises:
         ModelError: the source cannot be loaded.
         InputError: there is no batch, or one does not fit.
-        ConfigError: there are neither ``calibration`` nor ``statistics`` nor a ``table`` for the
-            ranges, or no ``calibration`` for ``finetune``.
+        ConfigError: there is no such effort, there are neither ``calibration`` nor ``statistics``
+            nor a ``table`` for the ranges, or no ``calibration`` for ``finetune``.
         NotCalibratedError: the table is all there is, and lacks tensors.
         TableError: the table's file cannot be read, or an entry does not fit its tensor.
         StatisticsError: the file is damaged, or of another model; it is not replaced.
@@ -85,6 +96,7 @@ def quantize(
     if isinstance(source, (str, os.PathLike)) and same_file(source, target):
         raise ExportError(f"{target}: is the float model itself; write to another file")
     check_target(target)
+    check_effort(effort)
     if finetune is not None and (finetune < 1 or calibration is None):
         raise ConfigError(f"finetune={finetune}: takes 1 step or more, and calibration data")
     if isinstance(statistics, (str, os.PathLike)):
@@ -95,45 +107,41 @@ def quantize(
     prepare(model, config)
     kept = []
     if table is None or calibration is not None or statistics is not None:
-        kept = _calibrate(model, calibration, statistics, progress=progress)
+        kept = _calibrate(model, calibration, statistics, _ROOM[effort], progress=progress)
     if table is not None:
         rescale(model, table)
-    rounded = _improve(model, kept)
+    if kept:
+        given = table is not None
+        improve(model, kept, effort=effort, keep_ranges=given, seed=seed, progress=progress)
+        if min_sqnr is not None and effort != "none":
+            guard(model, kept, min_sqnr=min_sqnr, progress=progress)
+    elif effort != "none":
+        plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
     if finetune is not None and calibration is not None:
         is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
-        data = kept if is_once else calibration
-        _finetune(model, data, finetune, rounded=rounded, progress=progress)
+        _finetune(model, kept if is_once else calibration, finetune, seed, progress=progress)
     export(model, target)
     return model
 
 
-def _improve(model: WrappedModel, kept: list[Any]) -> bool:
-    """Make rounding errors good, in place; return whether weights were rounded for it."""
-    if not kept:
-        plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
-        return False
-    if round_weights(model, kept):
-        return True
-    correct_biases(model, kept)  # what GPTQ leaves of the mean error is too little to tell
-    return False
-
-
 def _finetune(
-    model: WrappedModel, data: Iterable[Any], steps: int, *, rounded: bool, progress: bool
+    model: WrappedModel, data: Iterable[Any], steps: int, seed: int, *, progress: bool
 ) -> None:
     """Train ``model``, in place; scales of weights stay where the weights are rounded to them."""
     changes = plan_of(model).changes
     if not any(True for _ in stubs(model)):
         changes.append("not fine-tuned: nothing is quantized")
         return
+    rounded = any(outcome.rounds for outcome in plan_of(model).outcomes)
     tune = partial(train, weight_scale_lr=0.0) if rounded else train
-    changes.extend(tune(model, data, steps=steps, progress=progress).lines())
+    changes.extend(tune(model, data, steps=steps, seed=seed, progress=progress).lines())
 
 
 def _calibrate(
     model: WrappedModel,
     calibration: Iterable[Any] | None,
     statistics: Statistics | str | os.PathLike[str] | None,
+    room: _Room,
     *,
     progress: bool,
 ) -> list[Any]:
@@ -147,16 +155,57 @@ def _calibrate(
             )
         calibrate(model, (), statistics=given, progress=progress)
         return []
-    batches = iterate(calibration, model)
-    kept = list(itertools.islice(batches, KEPT))
+    kept = _Kept(is_divisible(model), room)
     done, count = _batches_of(given), count_batches(calibration)
     left = None if count is None else max(0, count - done)
-    rest = () if left == 0 else itertools.islice(itertools.chain(kept, batches), done, None)
+
+    def rest() -> Iterator[Any]:
+        for number, inputs in enumerate(iterate(calibration, model)):
+            has_room = kept.take(inputs)
+            if number >= done:
+                yield inputs
+            elif has_room:  # not observed again, but method "auto" wants to see some
+                keep(model, inputs)
+
     with calibrating(model, statistics=given, save=file):
-        for inputs in kept[:done]:  # not observed again, but method "auto" wants to see some
-            keep(model, inputs)
-        run_batches(model, rest, progress=progress, total=left)
-    return kept
+        run_batches(model, rest(), progress=progress, total=left)
+    return kept.batches
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How much data stays in memory for what follows calibration.
+
+    Attributes:
+        samples: most of them; where batches cannot be told apart into samples, most batches.
+        bytes: from where on no more is kept.
+    """
+
+    samples: int
+    bytes: int
+
+
+_FEW = _Room(128, 2**28)
+_ROOM: dict[Effort, _Room] = {"none": _FEW, "default": _FEW, "high": _Room(1024, 2**29)}
+
+
+class _Kept:
+    """The first batches, as many as there is room for; the very first in any case."""
+
+    def __init__(self, divisible: bool, room: _Room) -> None:
+        self.batches: list[Any] = []
+        self._divisible, self._room = divisible, room
+        self._samples, self._bytes = 0, 0
+
+    def take(self, inputs: Mapping[str, Any]) -> bool:
+        """Keep a batch if there is room; return whether there was."""
+        if self._samples >= self._room.samples or self._bytes >= self._room.bytes:
+            return False
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        self._samples += len(tensors[0]) if self._divisible else 1
+        self._bytes += sum(tensor.nbytes for tensor in tensors)
+        self.batches.append(inputs)
+        return True
 
 
 def _batches_of(given: Statistics | str | os.PathLike[str] | None) -> int:

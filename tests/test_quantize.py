@@ -184,7 +184,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(small, tmp_path: Path, sto
     with pytest.raises(OSError, match="disk"):
         quantized(small, target, calibration=failing(), statistics=file)
     assert not target.exists()
-    assert file.exists() == (stop > 32)  # those that stay in memory are read before any is run
+    assert qwrap.Statistics.load(file).batches == stop
     quantized(small, target, calibration=batches, statistics=file)
     assert qwrap.Statistics.load(file).batches == 40
     quantized(small, tmp_path / "whole", calibration=batches)
@@ -274,6 +274,7 @@ def test_fine_tuning_brings_the_file_closer_to_the_float_one(small, tmp_path: Pa
             tmp_path / "q.onnx",
             calibration=batches if kind == "list" else iter(batches),
             config=qwrap.QConfig(scope="kernels", weight="int2"),
+            min_sqnr=None,
             finetune=steps,
             progress=False,
         )

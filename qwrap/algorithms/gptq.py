@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.unfold import MATRIX_OPERATORS, Unfold
 from qwrap.compensation import compensate
 from qwrap.errors import ConfigError
 from qwrap.model.attributes import attributes_of
@@ -23,12 +22,13 @@ from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.constants import deployed
 from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import plan_of
+from qwrap.quant.row_moments import RowMoments
 from qwrap.quant.stubs import Stub
 from qwrap.quant.trial import attempt, split
+from qwrap.quant.unfold import MATRIX_OPERATORS, Unfold
 
 LARGEST_LAYER = 8192  # inputs per output; the matrices grow with the square
 LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
-CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
 
 
 def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float = 0.01) -> Outcome:
@@ -70,44 +70,10 @@ def round_weights(model: WrappedModel, batches: Iterable[Any], *, damping: float
             layer.round(damping)
         return [f"{len(layers)} of {len(plan_of(model).constants)} weights"]
 
-    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN)
+    return attempt(model, "GPTQ rounding", deciding, round_all, least_gain=LEAST_GAIN, rounds=True)
 
 
-class _Moments:
-    """Mean and covariance of a layer's input rows, in memory that does not grow with them."""
-
-    def __init__(self, unfold: Unfold) -> None:
-        self.unfold, self.count = unfold, 0
-
-    def add(self, x: Tensor) -> None:
-        rows = self.unfold.rows(x.float(), start=self.count)
-        if not self.count:
-            # Sums of squares around a mean lose no digits to it, even if it is the first batch's.
-            groups, _, inputs = rows.shape
-            self._centre = rows.mean(1, keepdim=True)
-            self._sum = rows.new_zeros(groups, inputs, dtype=torch.float64)
-            self._squares = rows.new_zeros(groups, inputs, inputs)
-        rows = rows - self._centre
-        self.count += rows.shape[1]
-        self._sum += rows.sum(1)
-        self._squares.baddbmm_(rows.mT, rows)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean row, float64 ``[G, K]``."""
-        return self._centre[:, 0] + self._sum / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """Covariance, float64 ``[G, K, K]``; exactly 0 for inputs that never change."""
-        shift = self._sum / self.count
-        covariance = self._squares.double() / self.count - shift[:, :, None] * shift[:, None]
-        variance = covariance.diagonal(dim1=1, dim2=2)
-        varies = variance > CONSTANT * (self.mean.square() + variance)
-        return covariance * (varies[:, :, None] & varies[:, None])
-
-
-Moments = dict[str, dict[Unfold, _Moments]]  # of every input value, one for each way to cut it
+Moments = dict[str, dict[Unfold, RowMoments]]  # of every input value, one for each way to cut it
 
 
 class _Layer:
@@ -115,7 +81,7 @@ class _Layer:
 
     def __init__(
         self,
-        moments: _Moments,
+        moments: RowMoments,
         model: WrappedModel,
         weight: str,
         bias: Tensor | None,
@@ -185,7 +151,7 @@ def _layers(model: WrappedModel) -> tuple[list[_Layer], Moments]:
         assert isinstance(stub, Stub)
         assert node.inputs[0] is not None
         unfold = Unfold.of(node, weight)
-        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, _Moments(unfold))
+        shared = moments[graph.key(node.inputs[0])].setdefault(unfold, RowMoments(unfold))
         bias = plan.biases.get((key, 2))
         own_bias = None if bias is None else _own(model, bias.value)
         layers.append(_Layer(shared, model, constant.value, own_bias, stub, node))
@@ -216,7 +182,7 @@ def _output_axis(node: ir.Node) -> int:
 
 
 def _learn(model: WrappedModel, moments: Moments, batches: Sequence[Mapping[str, Tensor]]) -> None:
-    def watch(found: Iterable[_Moments], x: Tensor) -> None:
+    def watch(found: Iterable[RowMoments], x: Tensor) -> None:
         for each in found:
             each.add(x)
 

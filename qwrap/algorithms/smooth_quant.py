@@ -14,7 +14,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.algorithms.unfold import Unfold
 from qwrap.config import QuantSpec
 from qwrap.dtypes import INT8, UINT8
 from qwrap.errors import ConfigError, InputError
@@ -27,6 +26,7 @@ from qwrap.model.batches import iterate
 from qwrap.model.build import load
 from qwrap.model.wrapped import WrappedModel
 from qwrap.numerics import choose_qparams, fake_quantize
+from qwrap.quant.unfold import Unfold
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # what "auto" chooses from

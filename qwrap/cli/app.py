@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from qwrap.config import METHODS
 from qwrap.data import Batches, graph_inputs, open_data, read_preprocessing
 from qwrap.errors import ConfigError, ExportError, QwrapError
 from qwrap.graph.save import check_target
+from qwrap.improve.guard import MIN_SQNR
 from qwrap.quant.tables import FORMS
 from qwrap.targets import TARGETS
 from qwrap.verify import verify_files
@@ -176,6 +177,23 @@ Finetune = Annotated[
         "some hundreds of steps. Kept only where held-out batches come closer.",
     ),
 ]
+Effort = Annotated[
+    Literal["none", "default", "high"],
+    typer.Option(
+        "--effort",
+        help="What to do for accuracy behind calibration: nothing, seconds, or minutes of learning "
+        "how to round weights.",
+    ),
+]
+Guard = Annotated[
+    float,
+    typer.Option(
+        "--guard",
+        metavar="DB",
+        help="Return layers to float, as few as can be, until the outputs are that close to the "
+        "float ones; -inf for no bound.",
+    ),
+]
 
 
 @app.command()
@@ -204,6 +222,8 @@ def quantize(
     scope: Scope = None,
     exclude: Exclude = None,
     regions: Regions = None,
+    effort: Effort = "default",
+    guard: Guard = MIN_SQNR,
     finetune: Finetune = None,
     verify: Annotated[
         int,
@@ -245,6 +265,8 @@ def quantize(
         statistics=statistics,
         table=table,
         config=config,
+        effort=effort,
+        min_sqnr=guard,
         finetune=finetune,
         progress=not quiet,
     )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qwrap.errors import InputError
 from qwrap.graph.index import OnnxGraph, ValueType
-from qwrap.model.wrapped import WrappedModel, check_input
+from qwrap.model.signature import check_input
+from qwrap.model.wrapped import WrappedModel
 from qwrap.ops.element_types import TORCH_DTYPES
 
 

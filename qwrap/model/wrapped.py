@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from qwrap.model.layout import Layout, Slot
 from qwrap.model.points import Point, Program
 from qwrap.model.scopes import Path, Region
 from qwrap.model.settings import LoadSettings
+from qwrap.model.signature import check_input
 from qwrap.model.substitute import Substitute
 from qwrap.model.tensors import WeightReader, converted
-from qwrap.ops.element_types import TORCH_DTYPES
+
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class WrappedModel(Block):
@@ -49,7 +51,19 @@ class WrappedModel(Block):
         before_loading: called with a ``state_dict`` before it is loaded; may attach other taps.
     """
 
-    def __init__(self, graph: OnnxGraph, settings: LoadSettings | None = None) -> None:
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        settings: LoadSettings | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Build the module tree.
+
+        Args:
+            graph: what it computes.
+            settings: how it is built; by default as ``load`` does.
+            shared: value key -> parameter or buffer of another module, to be this one's too.
+        """
         super().__init__()
         self.register_state_dict_post_hook(extra_state.pack)  # type: ignore[no-untyped-call]  # torch has no stub
         self.graph = graph
@@ -67,7 +81,7 @@ class WrappedModel(Block):
         self._program: Program | None = None
         self._written: dict[Path, Code] = {}  # what the Blocks run now
         self.layout = Layout(graph, settings or LoadSettings())
-        self._build({})
+        self._build({}, shared or {})
 
     # --- structure -----------------------------------------------------------------------------
 
@@ -137,11 +151,14 @@ class WrappedModel(Block):
         assert isinstance(tensor, Tensor)
         return tensor
 
-    def _build(self, kept: Mapping[str, Tensor]) -> None:
+    def _build(self, kept: Mapping[str, Tensor], shared: Mapping[str, Tensor] = EMPTY) -> None:
         self._signature = [(v.name or "", self.graph.type_of(v)) for v in self.graph.inputs]
         self._add_blocks(self.layout.region)
         reader = WeightReader()
         for key, slot in self.layout.slots.items():
+            if key in shared:
+                _register(self._module_at(slot.path), slot.name, shared[key])
+                continue
             tensor = kept.get(key)
             if tensor is None:
                 tensor = self._computed(reader.read(self.layout.values.stored[key]))
@@ -365,36 +382,9 @@ class WrappedModel(Block):
         return value.to(self.layout.settings.dtype) if isinstance(value, Tensor) else value
 
 
-def check_input(name: str, tensor: object, expected: ValueType) -> None:
-    """Refuse a tensor that cannot be graph input ``name``.
-
-    Raises:
-        InputError: its rank, or the kind of its type, is not the graph's.
-    """
-    if expected.kind != "tensor" or expected.dtype == ir.DataType.STRING:
-        _check_other(name, tensor, expected)
-        return
-    dtype = None if expected.dtype is None else TORCH_DTYPES.get(expected.dtype)
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"input {name!r}: expected a tensor, got {type(tensor).__name__}")
-    both_float = dtype is not None and dtype.is_floating_point and tensor.dtype.is_floating_point
-    if dtype not in (None, tensor.dtype) and not both_float:
-        raise InputError(f"input {name!r}: expected {dtype}, got {tensor.dtype}; convert it")
-    if expected.rank is not None and tensor.dim() != expected.rank:
-        raise InputError(
-            f"input {name!r}: expected {expected.rank} dimensions {list(expected.shape or ())}, "
-            f"got shape {list(tensor.shape)}"
-        )
-
-
-def _check_other(name: str, value: object, expected: ValueType) -> None:
-    """Refuse what cannot be a graph input that is no tensor of numbers."""
-    if expected.kind == "sequence":
-        fits, what = isinstance(value, list), "a list of tensors"
-    elif expected.kind == "optional":
-        fits = value is None or isinstance(value, (Tensor, list, np.ndarray))
-        what = "a tensor, a list of tensors or None"
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let ``module`` have ``tensor`` itself as its parameter or buffer ``name``, in place."""
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
     else:
-        fits, what = isinstance(value, np.ndarray), "a numpy array of text"
-    if not fits:
-        raise InputError(f"input {name!r}: expected {what}, got {type(value).__name__}")
+        module.register_buffer(name, tensor)

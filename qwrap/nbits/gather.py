@@ -18,8 +18,8 @@ from qwrap.nbits.unfit import Unfit
 def quantize_gather(draft: Draft, node: ir.Node, request: Request) -> str:
     """Replace a Gather whose first input is a constant, in place; return what was made of it.
 
-    Codes of 4 bits are int4 or uint4; others are packed in bytes, which needs blocks along the last
-    axis and slices along the first.
+    Codes of 3 and 4 bits are int4 or uint4; others are packed in bytes, which needs blocks along
+    the last axis and slices along the first.
 
     Raises:
         Unfit: the node stays as it is; the message says why.
@@ -42,7 +42,7 @@ def quantize_gather(draft: Draft, node: ir.Node, request: Request) -> str:
         "quantize_axis": axis,
         "block_size": form.block_size,
     }
-    if form.bits != 4:
+    if form.stored_bits != 4:
         attributes["bits"] = form.bits
     made = draft.node(
         "GatherBlockQuantized",
@@ -53,7 +53,7 @@ def quantize_gather(draft: Draft, node: ir.Node, request: Request) -> str:
         attributes=attributes,
     )
     draft.replace(node, [made])
-    return f"GatherBlockQuantized, {form.bits} bits, blocks of {form.block_size} along axis {axis}"
+    return f"GatherBlockQuantized, {form.text}, blocks of {form.block_size} along axis {axis}"
 
 
 def _check(weight: Weight, request: Request, gather_axis: int) -> int:
@@ -70,7 +70,7 @@ def _check(weight: Weight, request: Request, gather_axis: int) -> int:
     if not is_block(request.format.block_size, "Gather"):
         raise Unfit(f"blocks of {request.format.block_size} are no power of 2 from 16 on")
     axis = request.axis % rank
-    in_bytes = request.format.bits != 4
+    in_bytes = request.format.stored_bits != 4
     if in_bytes and (axis != rank - 1 or gather_axis % rank != 0):
         raise Unfit(
             f"{request.format.bits} bits are packed, which needs slices along axis 0 and blocks "
@@ -101,7 +101,7 @@ def table_arrays(table: Array, axis: int, form: BlockFormat) -> tuple[Array, ...
     """
     codes, scale, zero_point = rounded_table(table, axis, form)
     middle = 2 ** (form.bits - 1)
-    if form.bits == 4:
+    if form.stored_bits == 4:
         kind = INTEGERS[4, form.symmetric]
         parts = [codes.astype(kind), scale]
         return (*parts, *(() if form.symmetric else (zero_point.astype(kind),)))

@@ -39,7 +39,7 @@ def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
     nodes += _restore_rank(draft, node, weight, nodes[-1])
     draft.replace(node, nodes)
     form = request.format
-    return f"{result}, {form.bits} bits, blocks of {form.block_size or weight.shape[-2]}"
+    return f"{result}, {form.text}, blocks of {form.block_size or weight.shape[-2]}"
 
 
 def _check(weight: Weight) -> None:
@@ -95,7 +95,12 @@ def _operator(draft: Draft, node: ir.Node, weight: Weight, request: Request) -> 
     inputs, outputs = weight.shape[-2:]
     names, form = request.names(weight.name, inputs), request.format
     parts = _once(draft, weight, request, names, weight.graph)
-    attributes = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size}
+    attributes = {
+        "K": inputs,
+        "N": outputs,
+        "bits": form.stored_bits,
+        "block_size": form.block_size,
+    }
     if request.accuracy_level:
         attributes["accuracy_level"] = request.accuracy_level
     made = draft.node(

@@ -61,6 +61,7 @@ def operator_arrays(blocks: Blocks) -> dict[Literal["codes", "scale", "zero_poin
         uint8 ``[N, ceil(ceil(K / block) * bits / 8)]``, the last byte completed with the middle
         code, or floats like ``scale`` but flat.
     """
+    blocks = blocks.stored()
     bits, (outputs, inputs) = blocks.format.bits, blocks.codes.shape
     count = blocks.scale.shape[1]
     size = blocks.format.block_size or inputs
@@ -119,6 +120,7 @@ def pair_arrays(
     Raises:
         ConfigError: zero points are floats.
     """
+    blocks = blocks.stored()
     bits, signed = blocks.format.bits, blocks.zero_point is None
 
     def turned(matrix: Tensor) -> Tensor:

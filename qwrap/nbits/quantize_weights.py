@@ -30,7 +30,7 @@ from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
 from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.streaming import stream_model, take_in
 
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 8)
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 
 Edit = Callable[..., None]
@@ -55,7 +55,7 @@ def quantize_weights(
     external_data: bool | None = None,
     report: Report | None = None,
 ) -> onnx.ModelProto | None:
-    """Quantize constant weights to 2, 4 or 8 bits in blocks; activations stay float.
+    """Quantize constant weights to 2, 3, 4 or 8 bits in blocks; activations stay float.
 
     A model of any size does: weights are read one at a time, and where the result has external
     data each goes to its file at once, so that some copies of the largest weight is all that is in
@@ -64,7 +64,8 @@ def quantize_weights(
     Args:
         model: path, message or onnx_ir model of float32, float16 or bfloat16; never modified.
         output: file to make or replace. None: return the model.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8. No operator of onnxruntime reads packed codes of 3 bits: they are stored
+            in 4, and the file is as large as with 4 bits.
         block_size: weights in a row along the reduced axis that share a scale: for
             ``form="operator"`` a power of 2 from 16 on, of a MatMul to 256; 0, with
             ``form="qdq"``, for one scale an output.
@@ -264,7 +265,7 @@ def check_format(form: BlockFormat, written: Form) -> None:
         ConfigError: it is one.
     """
     if form.bits not in BITS:
-        raise ConfigError(f"bits={form.bits}: only 2, 4 or 8 bits")
+        raise ConfigError(f"bits={form.bits}: only 2, 3, 4 or 8 bits")
     if written in KINDS and form.bits != 4:
         raise ConfigError(f'form="{written}" has 4 bits, not {form.bits}')
     if written != "qdq" and not is_block(form.block_size, "Gather"):

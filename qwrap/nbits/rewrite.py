@@ -94,7 +94,9 @@ def raise_for(draft: Draft, chosen: Mapping[ir.Node, Request]) -> None:
         25 if request.format.bits == 2 else 21
         for node, request in chosen.items()
         if draft.weight(node.inputs[WEIGHT_INPUT[node.op_type]]) is not None
-        and (request.form == "qdq" or (node.op_type == "Gather" and request.format.bits == 4))
+        and (
+            request.form == "qdq" or (node.op_type == "Gather" and request.format.stored_bits == 4)
+        )
     ]
     if not needed:
         return

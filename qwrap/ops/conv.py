@@ -90,21 +90,39 @@ def conv_transpose(
     step = tuple(strides) if strides else (1,) * rank
     dilation = tuple(dilations) if dilations else (1,) * rank
     extra = tuple(output_padding) if output_padding else (0,) * rank
-    begin, end = (0,) * rank, (0,) * rank
-    if pads:
-        begin, end = tuple(pads[:rank]), tuple(pads[rank:])
-    if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-        full = [
-            (n - 1) * s + p + (k - 1) * d + 1
-            for n, s, p, k, d in zip(X.shape[2:], step, extra, W.shape[2:], dilation, strict=True)
-        ]
-        wanted = output_shape or [n * s for n, s in zip(X.shape[2:], step, strict=True)]
-        begin, end = _cut(full, wanted[-rank:], auto_pad, bool(output_shape))
+    full = [
+        (n - 1) * s + p + (k - 1) * d + 1
+        for n, s, p, k, d in zip(X.shape[2:], step, extra, W.shape[2:], dilation, strict=True)
+    ]
+    whole = [n * s for n, s in zip(X.shape[2:], step, strict=True)]
+    begin, end = transposed_cut(full, whole, pads, auto_pad, output_shape)
     if begin == end and min(begin) >= 0:
         return function(X, W, B, step, begin, extra, group, dilation)
     y = function(X, W, None, step, 0, extra, group, dilation)
     y = F.pad(y, torch_pads([-p for p in begin], [-p for p in end]))
     return y if B is None else y + B.reshape(-1, *[1] * rank)
+
+
+def transposed_cut(
+    full: Sequence[int],
+    whole: Sequence[int],
+    pads: Sequence[int] | None,
+    auto_pad: str,
+    output_shape: Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how much a ConvTranspose cuts from both ends of all that it computes.
+
+    Args:
+        full: size of each spatial axis before.
+        whole: size of the input times the stride, which SAME_UPPER and SAME_LOWER want.
+        pads: as the attribute.
+        auto_pad: as the attribute.
+        output_shape: as the attribute.
+    """
+    rank = len(full)
+    if output_shape or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        return _cut(full, (output_shape or whole)[-rank:], auto_pad, bool(output_shape))
+    return (tuple(pads[:rank]), tuple(pads[rank:])) if pads else ((0,) * rank, (0,) * rank)
 
 
 def _cut(

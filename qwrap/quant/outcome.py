@@ -16,6 +16,7 @@ class Outcome:
             summed over the outputs.
         after: the same with the change, whether it was kept or not.
         details: what was done and what was left out, one line each.
+        rounds: whether, since then, weights lie on the grid of their codes.
     """
 
     algorithm: str
@@ -23,6 +24,7 @@ class Outcome:
     before: float
     after: float
     details: tuple[str, ...] = ()
+    rounds: bool = False
 
     def __bool__(self) -> bool:
         return self.kept

@@ -43,6 +43,7 @@ def attempt(
     change: Callable[[], Iterable[str] | None],
     *,
     least_gain: float = 0.0,
+    rounds: bool = False,
 ) -> Outcome:
     """Change a calibrated model in place; undo it, bit for bit, unless the outputs come closer.
 
@@ -56,6 +57,7 @@ def attempt(
         change: changes the model in place, weights, scales, stubs, plan or graph; returns what
             there is to say of it, one line each.
         least_gain: share of the error by which it has to fall at least.
+        rounds: whether ``change`` puts weights on the grid of their codes.
 
     Raises:
         NotCalibratedError: a scale is not known.
@@ -78,7 +80,7 @@ def attempt(
         kept = after < (1 - least_gain) * before
         if not kept:
             snapshot.restore()
-    return _noted(model, Outcome(algorithm, kept, before, after, details))
+    return _noted(model, Outcome(algorithm, kept, before, after, details, kept and rounds))
 
 
 def _noted(model: WrappedModel, outcome: Outcome) -> Outcome:

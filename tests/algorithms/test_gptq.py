@@ -8,8 +8,7 @@ import torch
 from onnx import helper
 
 import qwrap
-from qwrap.algorithms.gptq import _Moments, round_weights
-from qwrap.algorithms.unfold import Unfold
+from qwrap.algorithms.gptq import round_weights
 from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
 from qwrap.model.points import UsePoint
@@ -158,30 +157,6 @@ def test_rounded_weights_quantize_to_themselves(
     weight, stub = wrapped.stored("w").detach(), wrapped.tap(UsePoint("node", 1))
     assert torch.equal(stub(weight), weight)
     assert not torch.equal(stub(before), weight)
-
-
-def test_moments_are_those_of_all_rows_in_constant_memory() -> None:
-    batches = [b + 1000 for b in correlated((40, 6), 12)]
-    moments, sizes = _Moments(Unfold()), set()
-    for batch in batches:
-        moments.add(batch)
-        tensors = [v for v in vars(moments).values() if isinstance(v, torch.Tensor)]
-        sizes.add(sum(t.numel() for t in tensors))
-    rows = torch.cat(batches).double()
-    assert sizes == {6 + 6 + 36}
-    # The batches are float32 numbers of 1000: their sums are good to some 1e-4.
-    torch.testing.assert_close(moments.mean[0], rows.mean(0), rtol=0, atol=1e-3)
-    torch.testing.assert_close(moments.covariance[0], rows.T.cov(correction=0), rtol=0, atol=1e-3)
-
-
-def test_a_constant_input_has_exactly_no_variance() -> None:
-    moments = _Moments(Unfold())
-    for batch in correlated((40, 3), 5):
-        batch[:, 1] = 0.1
-        moments.add(batch)
-    assert (moments.covariance[0, 1] == 0).all()
-    assert (moments.covariance[0, :, 1] == 0).all()
-    assert moments.covariance[0, 0, 0] > 0
 
 
 def test_when_other_batches_get_worse_every_bit_is_put_back() -> None:

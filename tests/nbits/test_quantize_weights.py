@@ -56,7 +56,7 @@ def assert_computes_its_codes(model: onnx.ModelProto, feeds: dict[str, Array]) -
 @pytest.mark.ort(281, 282, 285)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_each_form_computes_what_its_codes_mean(bits: int, symmetric: bool, form: Any) -> None:
     weight = drawn(72, 24)  # the last block of 32 is short
     model = quantized(product(weight), bits=bits, block_size=32, symmetric=symmetric, form=form)
@@ -275,7 +275,7 @@ def test_names_choose_nodes_and_formats() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 3}, "only 2, 4 or 8 bits"),
+        ({"bits": 5}, "only 2, 3, 4 or 8 bits"),
         ({"block_size": 20}, "power of 2 from 16 on"),
         ({"block_size": 8}, "power of 2 from 16 on"),
         ({"block_size": 0}, 'form="qdq"'),
@@ -351,7 +351,7 @@ def test_a_function_of_ones_own_makes_the_codes() -> None:
 
 @pytest.mark.ort(293, 295, 296)
 @pytest.mark.parametrize("method", ["hqq", "k_quant", "gptq"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_files_of_each_method_compute_their_codes(bits: int, method: str) -> None:
     batches = [drawn(8, 72, seed=i) for i in range(4)] if method == "gptq" else None
     source = product(drawn(72, 24))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -69,6 +70,12 @@ class HeldOut:
         """Return the squared error of all float outputs, each relative to its own power."""
         errors, powers = (each.sum(0) for each in self.errors())
         return float((errors / powers)[powers > 0].sum())
+
+    def sqnr(self) -> float:
+        """Return the least ratio of signal to error of any float output, in dB."""
+        errors, powers = (each.sum(0) for each in self.errors())
+        worst = float((errors / powers)[powers > 0].amax()) if (powers > 0).any() else 0.0
+        return -10 * math.log10(worst) if worst > 0 else math.inf
 
 
 def _is_float(value: object) -> bool:

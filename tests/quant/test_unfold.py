@@ -7,8 +7,8 @@ import pytest
 import torch
 from onnx import helper
 
-from qwrap.algorithms.unfold import Unfold
 from qwrap.model import load
+from qwrap.quant.unfold import Unfold
 
 FLOAT = onnx.TensorProto.FLOAT
 CONVS = {

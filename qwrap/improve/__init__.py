@@ -1,0 +1,1 @@
+"""Which algorithms a calibrated model goes through, and what happens if they are not enough."""
