@@ -1,7 +1,8 @@
 """What makes a calibrated model better before it is exported; one file each."""
 
+from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
-__all__ = ["Smoothed", "correct_biases", "round_weights", "smooth_quant"]
+__all__ = ["Smoothed", "correct_biases", "restore_channels", "round_weights", "smooth_quant"]
