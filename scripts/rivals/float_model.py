@@ -1,0 +1,25 @@
+"""The float model as rivals get it: at an opset that can carry scales per channel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import version_converter
+
+_LEAST_OPSET = 13  # the attribute ``axis`` of QuantizeLinear came with it
+
+
+def load(path: Path, least: int = _LEAST_OPSET) -> onnx.ModelProto:
+    """The model, raised to opset ``least`` where it is lower, as onnxruntime's tool gets it."""
+    model = onnx.load(path)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    return version_converter.convert_version(model, least) if opset < least else model
+
+
+def has_attention(model: onnx.ModelProto) -> bool:
+    """Whether a MatMul multiplies two tensors that are computed."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored |= {n.output[0] for n in model.graph.node if n.op_type == "Constant"}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return any(not stored & set(node.input) for node in products)

@@ -1,0 +1,59 @@
+"""Makes a file with Intel Neural Compressor for ONNX, which has 8 bits only.
+
+Install: ``pip install onnx-neural-compressor onnxruntime``; the package neural-compressor itself
+has had no ONNX part since its third version.
+
+"default" calibrates by minimum and maximum, with a scale per output channel; "high" smooths
+activations first (SmoothQuant), with default options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import onnx
+from file_order import Order, serve
+from onnx_neural_compressor.data_reader import CalibrationDataReader
+from onnx_neural_compressor.quantization import config, quantize
+from onnxruntime.quantization import QuantFormat
+from rivals.float_model import load
+from sample_folder import SampleFolder
+
+
+class _Reader(CalibrationDataReader):
+    """Gives the samples again after ``rewind``."""
+
+    def __init__(self, data: SampleFolder) -> None:
+        self._data = data
+        self.rewind()
+
+    def get_next(self) -> dict | None:
+        return next(self._left, None)
+
+    def rewind(self) -> None:
+        self._left: Iterator[dict] = iter(self._data)
+
+
+def make(order: Order) -> list[str]:
+    """Quantize, by calibration alone or with SmoothQuant."""
+    if (order.weight, order.activation) != (8, 8):
+        raise NotImplementedError("Neural Compressor quantizes activations to 8 bits only")
+    smooth = order.effort == "high"
+    settings = config.StaticQuantConfig(
+        calibration_data_reader=_Reader(order.data),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        calibration_sampling_size=len(order.data),
+        extra_options={"SmoothQuant": True, "SmoothQuantCalibIter": len(order.data)}
+        if smooth
+        else {},
+    )
+    source = order.target.with_suffix(".source.onnx")
+    onnx.save(load(order.source), source)
+    quantize(str(source), str(order.target), settings)
+    return ["SmoothQuant"] * smooth
+
+
+if __name__ == "__main__":
+    serve(make, version("onnx-neural-compressor"))
