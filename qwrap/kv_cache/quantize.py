@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,8 +25,9 @@ from qwrap.kv_cache.detect import Asked, Pair, find_caches
 from qwrap.kv_cache.grids import Grids
 from qwrap.kv_cache.layout import Granularity, check_granularity
 from qwrap.kv_cache.observe import Scales, observe
+from qwrap.kv_cache.operators import reads_codes
 from qwrap.kv_cache.rewrite import Rewriter
-from qwrap.kv_cache.way import Way, way_of
+from qwrap.kv_cache.way import Way, native_way, way_of
 
 TYPES = ("int8", "uint8", "int4", "uint4")
 AXIS_OPSET, BITWISE_OPSET = 13, 18
@@ -109,7 +111,7 @@ def quantize_kv_cache(
     graph, constants = OnnxGraph(draft), Constants(draft)
     grids = Grids(constants, graph.type_of)
     pairs = find_caches(graph, grids, caches)
-    ways = [settings.way(pair, grids) for pair in pairs]
+    ways = [settings.way(pair, grids, pairs) for pair in pairs]
     specs = [settings.spec(pair) for pair in pairs]
     if like is None:
         scales = observe(graph, ways, specs, batches or (), method, chunk=chunk, progress=progress)
@@ -151,9 +153,11 @@ class _Settings:
         scale_type = _SCALE_TYPES[pair.type.dtype or ir.DataType.FLOAT]
         return QuantSpec(dtype=self.dtype, symmetric=self._symmetric, scale_type=scale_type)
 
-    def way(self, pair: Pair, grids: Grids) -> Way:
-        """Return how the codes of a cache travel."""
+    def way(self, pair: Pair, grids: Grids, pairs: Sequence[Pair]) -> Way:
+        """Return how the codes of a cache travel, one of all ``pairs``."""
         scaled = pair.layout.axes(self.granularity(pair), pair.name)
+        if self._symmetric and self.dtype.signed and reads_codes(pair, pairs):
+            return native_way(pair, scaled)
         packed = pair.layout.channels[-1] if self.is_packed else None
         return way_of(pair, grids, scaled, packed)
 
@@ -176,6 +180,7 @@ class _Settings:
             scales.zero_point.numpy(),
             scales.sizes[: way.scaled],
             packed,
+            math.prod(scales.sizes[way.scaled :]) if way.form == "operator" else 1,
         )
 
     def report(self, way: Way, spec: QuantSpec, scales: Scales) -> KVCache:

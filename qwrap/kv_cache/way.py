@@ -46,6 +46,14 @@ class Way:
         return self.pair.route
 
 
+def native_way(pair: Pair, scaled: Sequence[int]) -> Way:
+    """Return the way of a cache whose codes an operator reads and writes."""
+    assert pair.present is not None
+    axes = (*scaled, *(a for a in pair.layout.channels if a not in scaled))
+    lies = {value: Lie(pair.layout.rank, axes) for value in pair.values}
+    return Way(pair, "operator", axes, len(scaled), lies, (pair.present,))
+
+
 def way_of(pair: Pair, grids: Grids, scaled: Sequence[int], packed: int | None) -> Way:
     """Return how the codes of a cache travel: as codes if they can.
 
