@@ -21,10 +21,10 @@ from qwrap.graph.opset import raise_opset
 from qwrap.graph.save import check_target, write_model
 from qwrap.kv_cache.cache import KVCache, KVCaches
 from qwrap.kv_cache.codes import FEW_BITS, Code
-from qwrap.kv_cache.detect import Asked, Pair, find_caches
+from qwrap.kv_cache.detect import Asked, Pair, find_caches, other_caches
 from qwrap.kv_cache.grids import Grids
 from qwrap.kv_cache.layout import Granularity, check_granularity
-from qwrap.kv_cache.observe import Scales, observe
+from qwrap.kv_cache.observe import Run, Scales, observe
 from qwrap.kv_cache.operators import reads_codes
 from qwrap.kv_cache.rewrite import Rewriter
 from qwrap.kv_cache.way import Way, native_way, way_of
@@ -114,14 +114,17 @@ def quantize_kv_cache(
     ways = [settings.way(pair, grids, pairs) for pair in pairs]
     specs = [settings.spec(pair) for pair in pairs]
     if like is None:
-        scales = observe(graph, ways, specs, batches or (), method, chunk=chunk, progress=progress)
+        others = other_caches(graph, grids, pairs)
+        run = Run(batches or (), method, chunk, progress)
+        scales = observe(graph, ways, specs, others, run)
     else:
         scales = [_known(like, pair, settings) for pair in pairs]
+    reports = [settings.report(*each) for each in zip(ways, specs, scales, strict=True)]
     rewriter = Rewriter(draft, constants)
     for way, each in zip(ways, scales, strict=True):
         rewriter.rewrite(way, settings.code(way, each))
     write_model(draft, target, external_data=external_data)
-    return KVCaches(tuple(settings.report(*each) for each in zip(ways, specs, scales, strict=True)))
+    return KVCaches(tuple(reports))
 
 
 class _Settings:
