@@ -66,6 +66,7 @@ class Code:
         zero_point: Array,
         sizes: Sequence[int],
         packed: tuple[int, int] | None = None,
+        channels: int = 1,
     ) -> None:
         """Describe a code.
 
@@ -76,10 +77,11 @@ class Code:
             zero_point: int32 ``[C]``.
             sizes: of the axes along which scales differ, whose product is C.
             packed: which axis of a ``Lie`` has two codes a byte, and how many codes.
+            channels: how many channels in a row share a scale.
         """
         self.dtype, self.real = dtype, real
         self._scale, self._zero_point, self._sizes = scale, zero_point, sizes
-        self._packed = packed
+        self._packed, self._channels = packed, channels
 
     @property
     def stored(self) -> ir.DataType:
@@ -107,6 +109,10 @@ class Code:
         zero = self._zero_point + self.offset
         same = zero.size and bool((zero == zero.flat[0]).all())
         return zero.flat[0].reshape(()) if same else lie.grid(zero, self._sizes)
+
+    def of_channels(self) -> Array:
+        """Return the scale of each channel of each head, ``[heads * channels]``."""
+        return np.repeat(self._scale, self._channels)
 
     # --- writing -----------------------------------------------------------------------------
 
