@@ -192,7 +192,7 @@ class _Problem:
         before = range_ratio(self._layers, torch.ones_like(factors))
         found = [
             f"{len(runs)} of {len(self.divisible.runs)} tensors scaled by channel",
-            f"largest over median range of a weight's outputs {before:.3g} to "
+            f"largest over median range of a weight's outputs, on average, {before:.3g} to "
             f"{range_ratio(self._layers, factors):.3g}",
         ]
         if self.opened:

@@ -130,16 +130,16 @@ def _raise(largest: Tensor, classes: Tensor, values: Tensor) -> None:
 
 
 def range_ratio(layers: Sequence[Sizes], factors: Tensor) -> float:
-    """Return largest over median range of the weights of an output, of the layer where it is most.
+    """Return largest over median range of a layer's outputs, in the geometric mean over layers.
 
     Args:
         layers: as ``sizes_of`` returns them.
         factors: one for each class, float32.
     """
-    by, ratios = torch.cat([factors, torch.ones(1)]), [1.0]
+    by, ratios = torch.cat([factors, torch.ones(1)]), [torch.zeros(())]
     for layer in layers:
         ranges = layer.made(by).reshape(-1)
-        median = float(ranges.median())
+        median = ranges.median()
         if median > 0:
-            ratios.append(float(ranges.max()) / median)
-    return max(ratios)
+            ratios.append((ranges.max() / median).log())
+    return float(torch.stack(ratios[1:] or ratios).mean().exp())

@@ -17,6 +17,7 @@ import onnx
 from aimet_onnx.batch_norm_fold import fold_all_batch_norms_to_weight
 from aimet_onnx.cross_layer_equalization import equalize_model
 from file_order import Order, serve
+
 from rivals.float_model import load
 
 _CONFIG = "common/quantsim_config/default_config_per_channel.json"

@@ -17,8 +17,9 @@ from file_order import Order, serve
 from onnx_neural_compressor.data_reader import CalibrationDataReader
 from onnx_neural_compressor.quantization import config, quantize
 from onnxruntime.quantization import QuantFormat
-from rivals.float_model import load
 from sample_folder import SampleFolder
+
+from rivals.float_model import load
 
 
 class _Reader(CalibrationDataReader):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import nncf
 import onnx
 from file_order import Order, serve
+
 from rivals.float_model import has_attention, load
 
 

@@ -22,8 +22,9 @@ from quark.onnx.quantization.config.spec import (
     QuantGranularity,
     UInt8Spec,
 )
-from rivals.float_model import load
 from sample_folder import SampleFolder
+
+from rivals.float_model import load
 
 
 class _Reader(CalibrationDataReader):

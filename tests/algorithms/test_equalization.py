@@ -119,7 +119,7 @@ def test_on_real_networks_ranges_come_closer_and_float_outputs_stay(name: str) -
         pytest.skip("no shared models here")
     shared = SharedModels(default_folder())
     batches = shared.calibration(name, 2)
-    model = prepared(os.fspath(shared.path(name)))
+    model = prepared(os.fspath(shared.path(name)), qwrap.QConfig(per_channel=False))
     inputs = list(iterate(batches, model))
     before, wanted = range_ratio(model), [float_model(model)(**x) for x in inputs]
     outcome = equalize(model, batches, progress=False)
