@@ -15,7 +15,7 @@ from qwrap.config.spec import ScaleType
 from qwrap.dtypes import INT8, QuantType, quant_type
 from qwrap.errors import ConfigError
 from qwrap.graph.constants import Constants
-from qwrap.graph.index import OnnxGraph, opset_of
+from qwrap.graph.index import OnnxGraph, ValueType, opset_of
 from qwrap.graph.load import Source, read_model
 from qwrap.graph.opset import raise_opset
 from qwrap.graph.save import check_target, write_model
@@ -109,7 +109,8 @@ def quantize_kv_cache(
     if opset_of(draft, "") < needed:
         raise_opset(draft, needed)
     graph, constants = OnnxGraph(draft), Constants(draft)
-    grids = Grids(constants, graph.type_of)
+    types = {value: graph.type_of(value) for value in graph.values.values()}
+    grids = Grids(constants, lambda value: types.get(value, ValueType()))
     pairs = find_caches(graph, grids, caches)
     ways = [settings.way(pair, grids, pairs) for pair in pairs]
     specs = [settings.spec(pair) for pair in pairs]
@@ -120,9 +121,9 @@ def quantize_kv_cache(
     else:
         scales = [_known(like, pair, settings) for pair in pairs]
     reports = [settings.report(*each) for each in zip(ways, specs, scales, strict=True)]
-    rewriter = Rewriter(draft, constants)
+    rewriter = Rewriter(draft, constants, grids)
     for way, each in zip(ways, scales, strict=True):
-        rewriter.rewrite(way, settings.code(way, each))
+        rewriter.rewrite(way, settings.code(way, each, graph.opset))
     write_model(draft, target, external_data=external_data)
     return KVCaches(tuple(reports))
 
@@ -164,7 +165,7 @@ class _Settings:
         packed = pair.layout.channels[-1] if self.is_packed else None
         return way_of(pair, grids, scaled, packed)
 
-    def code(self, way: Way, scales: Scales) -> Code:
+    def code(self, way: Way, scales: Scales, opset: int) -> Code:
         """Return what its values and codes have to do with each other."""
         packed = None
         if self.is_packed:
@@ -184,6 +185,7 @@ class _Settings:
             scales.sizes[: way.scaled],
             packed,
             math.prod(scales.sizes[way.scaled :]) if way.form == "operator" else 1,
+            opset,
         )
 
     def report(self, way: Way, spec: QuantSpec, scales: Scales) -> KVCache:

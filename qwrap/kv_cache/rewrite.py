@@ -10,7 +10,8 @@ import onnx_ir as ir
 from qwrap.graph.constants import Constants
 from qwrap.graph.index import walk_nodes
 from qwrap.kv_cache.codes import Chain, Code
-from qwrap.kv_cache.grids import Lie
+from qwrap.kv_cache.fold import Folds
+from qwrap.kv_cache.grids import Grids, Lie
 from qwrap.kv_cache.operators import give_codes
 from qwrap.kv_cache.route import asks_shape, data_inputs
 from qwrap.kv_cache.way import Way
@@ -23,8 +24,9 @@ Use = tuple[ir.Node, int]
 class Rewriter:
     """Edits one draft, in place."""
 
-    def __init__(self, model: ir.Model, constants: Constants) -> None:
+    def __init__(self, model: ir.Model, constants: Constants, grids: Grids) -> None:
         self._model, self._constants = model, constants
+        self._folds = Folds(grids, constants)
 
     def rewrite(self, way: Way, code: Code) -> None:
         """Let the ends of a cache be codes, in place; their names stay."""
@@ -117,11 +119,15 @@ class Rewriter:
         if owner in groups:  # bodies read it from there
             groups = {owner: [use for group in groups.values() for use in group]}
         for graph, group in groups.items():
-            chain = self._chain(value)
-            made = code.read(chain, value, lie)
+            chain, grid = self._chain(value), code.grid(lie)
+            factors = None if grid is None else self._folds.factors(group, grid)
+            read = code.read if factors is None else code.steps
+            made = read(chain, value, lie)
             self._place(graph, value, chain)
             for node, index in group:
                 node.replace_input_with(index, made)
+            for factor in factors or ():
+                self._folds.apply(factor, self._chain(value), code.real)
         for body, index in self._given_out(value):
             chain = self._chain(value)
             made = code.read(chain, value, lie)
