@@ -16,6 +16,7 @@ from qwrap.kv_cache.grids import Lie
 Array = npt.NDArray[Any]
 HALF_BYTE = 16
 FEW_BITS = 4
+RENAMING_OPSET = 21
 
 
 class Chain:
@@ -66,6 +67,8 @@ class Code:
         zero_point: Array,
         sizes: Sequence[int],
         packed: tuple[int, int] | None = None,
+        channels: int = 1,
+        opset: int = 0,
     ) -> None:
         """Describe a code.
 
@@ -76,10 +79,12 @@ class Code:
             zero_point: int32 ``[C]``.
             sizes: of the axes along which scales differ, whose product is C.
             packed: which axis of a ``Lie`` has two codes a byte, and how many codes.
+            channels: how many channels in a row share a scale.
+            opset: of ai.onnx, that the nodes are for.
         """
         self.dtype, self.real = dtype, real
         self._scale, self._zero_point, self._sizes = scale, zero_point, sizes
-        self._packed = packed
+        self._packed, self._channels, self._opset = packed, channels, opset
 
     @property
     def stored(self) -> ir.DataType:
@@ -107,6 +112,10 @@ class Code:
         zero = self._zero_point + self.offset
         same = zero.size and bool((zero == zero.flat[0]).all())
         return zero.flat[0].reshape(()) if same else lie.grid(zero, self._sizes)
+
+    def of_channels(self) -> Array:
+        """Return the scale of each channel of each head, ``[heads * channels]``."""
+        return np.repeat(self._scale, self._channels)
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -167,17 +176,59 @@ class Code:
     # --- reading -----------------------------------------------------------------------------
 
     def read(self, chain: Chain, codes: ir.Value, lie: Lie) -> ir.Value:
-        """Add the nodes that make values of ``codes``."""
-        steps = self.steps(chain, codes, lie)
-        scale = lie.grid(self._scale, self._sizes).astype(self.real.numpy())
-        return chain.op("Mul", [steps, chain.constant("scale", scale)])
+        """Add the nodes that make values of ``codes``.
+
+        One pass over the cache where there is one scale, or one for each head: onnxruntime moves
+        one factor on into the matrix product, but only that of a Mul. For scales along the last
+        axis DequantizeLinear takes many times as long as a Cast and a Mul.
+        """
+        if self.is_packed:
+            codes = self._unpacked(chain, codes, lie)
+        scale, zero = lie.grid(self._scale, self._sizes), self._zero(lie)
+        axes = [axis for axis, n in enumerate(scale.shape) if n > 1]
+        is_single = len(axes) < 2 and axes != [scale.ndim - 1]
+        if is_single and (axes or zero.any()) and self._is_plain:
+            return self._dequantize(chain, codes, scale.reshape(-1), zero, axes)
+        given = chain.constant("scale", scale.astype(self.real.numpy()))
+        return chain.op("Mul", [self._steps(chain, codes, zero), given])
+
+    def grid(self, lie: Lie) -> Array | None:
+        """Return the scales as they broadcast, None if there is one, or one for each head."""
+        scale = lie.grid(self._scale, self._sizes)
+        axes = [axis for axis, n in enumerate(scale.shape) if n > 1]
+        return scale if len(axes) > 1 or axes == [scale.ndim - 1] else None
 
     def steps(self, chain: Chain, codes: ir.Value, lie: Lie) -> ir.Value:
         """Add the nodes that make values in units of the scale."""
-        if self._packed is not None:
+        if self.is_packed:
             codes = self._unpacked(chain, codes, lie)
+        return self._steps(chain, codes, self._zero(lie))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether onnxruntime takes DequantizeLinear behind what is moved.
+
+        From opset 21 on it moves pairs of int8 past other nodes, gives them zero points of uint8,
+        and refuses what it made.
+        """
+        known = self.stored != ir.DataType.INT8 or self._opset < RENAMING_OPSET
+        return self.real == ir.DataType.FLOAT and known
+
+    def _dequantize(
+        self, chain: Chain, codes: ir.Value, scale: Array, zero: Array, axes: Sequence[int]
+    ) -> ir.Value:
+        zero = zero.reshape(-1).astype(self.stored.numpy())
+        if axes:
+            zero, attributes = np.broadcast_to(zero, scale.shape), {"axis": axes[0]}
+        else:
+            scale, zero, attributes = scale.reshape(()), zero.reshape(()), {}
+        given = [chain.constant("scale", scale), chain.constant("zero_point", zero)]
+        return chain.op("DequantizeLinear", [codes, *given], attributes)
+
+    def _steps(self, chain: Chain, codes: ir.Value, zero: Array) -> ir.Value:
+        if zero.any() and not zero.ndim and self._is_plain:
+            return self._dequantize(chain, codes, np.ones(1, np.float32), zero, ())
         values = chain.op("Cast", [codes], {"to": self.real})
-        zero = self._zero(lie)
         if not zero.any():
             return values
         moved = chain.constant("zero_point", zero.astype(self.real.numpy()))

@@ -54,12 +54,21 @@ class Decoder:
 
     def _by_name(self, batch: Any) -> dict[str, Any]:
         if isinstance(batch, Mapping):
-            return {name: batch[name] for name in self._model.input_names if name in batch}
+            given = {name: batch[name] for name in self._model.input_names if name in batch}
+            missing = [n for n in self._model.input_names if n not in given and self._is_asked(n)]
+            if missing:
+                raise InputError(
+                    f"graph inputs {missing} are missing; the mapping has {sorted(map(str, batch))}"
+                )
+            return given
         items = list(batch) if isinstance(batch, (tuple, list)) else [batch]
         names = self._model.input_names
         if len(items) < len(names):
-            names = [n for n in names if n not in self._pasts and n != BRANCH]
+            names = [name for name in names if self._is_asked(name)]
         return dict(zip(names, items, strict=False))
+
+    def _is_asked(self, name: str) -> bool:
+        return name not in self._pasts and name != BRANCH
 
     def _run(self, given: dict[str, Any]) -> None:
         if self._chunk is None:

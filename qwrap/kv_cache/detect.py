@@ -110,6 +110,12 @@ def find_caches(graph: OnnxGraph, grids: Grids, asked: Sequence[Asked] | None) -
     return pairs
 
 
+def other_caches(graph: OnnxGraph, grids: Grids, pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the caches that are not among ``pairs``."""
+    known = {value for pair in pairs for value in pair.values}
+    return [pair for pair in _all(graph, grids, _Ends(graph)) if not known & set(pair.values)]
+
+
 def _fitting(pairs: Iterable[Pair], patterns: Sequence[str]) -> list[Pair]:
     pairs = list(pairs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,10 @@ class Grids:
         array = self._constants.array(node.inputs[index]) if len(node.inputs) > index else None
         return None if array is None else [int(i) for i in array.reshape(-1)]
 
+    def shape(self, value: ir.Value | None) -> tuple[int | str | None, ...] | None:
+        """Return the shape of a value as far as it is known, None if not even its rank is."""
+        return None if value is None else self._type_of(value).shape
+
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the rank of a value, None if unknown."""
         return None if value is None else self._type_of(value).rank
@@ -187,11 +192,84 @@ def _squeeze(grids: Grids, node: ir.Node, grid: Array) -> Array | None:
     return grid.squeeze(tuple(axes))
 
 
+def _expand(grids: Grids, node: ir.Node, grid: Array) -> Array | None:
+    rank = grids.rank(node.outputs[0])
+    if rank is None or rank < grid.ndim:
+        return None
+    return grid.reshape((1,) * (rank - grid.ndim) + grid.shape)
+
+
+def _reshape(grids: Grids, node: ir.Node, grid: Array) -> Array | None:
+    """Of what splits or joins axes of known sizes, such as heads that are repeated."""
+    before, after = grids.shape(node.inputs[0]), grids.shape(node.outputs[0])
+    if before is None or after is None or len(before) != grid.ndim:
+        return None
+    groups = _groups(before, after)
+    if groups is None:
+        return None
+    parts: list[int] = []
+    whole = grid
+    for axes, sizes in groups:
+        if all(grid.shape[a] == 1 for a in axes):
+            parts += [1] * len(sizes)
+            continue
+        counts = [before[a] for a in axes]
+        if not all(isinstance(n, int) for n in (*counts, *sizes)):
+            return None
+        shape = [counts[axes.index(a)] if a in axes else n for a, n in enumerate(whole.shape)]
+        whole = np.broadcast_to(whole, [int(n or 1) for n in shape])
+        parts += [int(n or 1) for n in sizes]
+    return whole.reshape(parts)
+
+
+Size = int | str | None
+Groups = list[tuple[list[int], list[Size]]]
+
+
+def _groups(before: Sequence[Size], after: Sequence[Size]) -> Groups | None:
+    """Return which axes become which sizes, None if sizes that are not known hide it."""
+    found: Groups = []
+    i = k = 0
+    while i < len(before) or k < len(after):
+        axes, sizes = [i], [after[k]] if k < len(after) else []
+        if i >= len(before) or not sizes:
+            return None
+        i, k = i + 1, k + 1
+        while not _equal([before[a] for a in axes], sizes):
+            left, right = _product([before[a] for a in axes]), _product(sizes)
+            if left is None or right is None:
+                return None
+            if left < right and i < len(before):
+                axes.append(i)
+                i += 1
+            elif right < left and k < len(after):
+                sizes.append(after[k])
+                k += 1
+            else:
+                return None
+        found.append((axes, sizes))
+    return found
+
+
+def _equal(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    if len(left) == len(right) == 1 and isinstance(left[0], str):
+        return left[0] == right[0]
+    product = _product(left)
+    return product is not None and product == _product(right)
+
+
+def _product(sizes: Sequence[Size]) -> int | None:
+    whole = [n for n in sizes if isinstance(n, int)]
+    return math.prod(whole) if len(whole) == len(sizes) else None
+
+
 _RULES: dict[str, Callable[[Grids, ir.Node, Array], Array | None]] = {
     "Concat": _along_axis,
+    "Expand": _expand,
     "Gather": _gather,
     "Identity": _same,
     "If": _same,
+    "Reshape": _reshape,
     "ScatterElements": _same,
     "Slice": _slice,
     "Split": _along_axis,

@@ -14,6 +14,7 @@ from qwrap.config import QuantSpec
 from qwrap.errors import InputError, NotCalibratedError
 from qwrap.graph.index import OnnxGraph
 from qwrap.kv_cache.decode import Decoder
+from qwrap.kv_cache.detect import Pair
 from qwrap.kv_cache.way import Way
 from qwrap.model.batches import count_batches
 from qwrap.model.build import load
@@ -39,15 +40,29 @@ class Scales:
     sizes: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How data runs through the float decoder.
+
+    Attributes:
+        batches: mappings from graph input to array; caches may be left out.
+        method: how ranges are chosen, as for ``qwrap.QConfig``.
+        chunk: tokens to run at a time.
+        progress: whether to show a bar.
+    """
+
+    batches: Iterable[Any]
+    method: str
+    chunk: int | None = None
+    progress: bool = True
+
+
 def observe(
     graph: OnnxGraph,
     ways: Sequence[Way],
     specs: Sequence[QuantSpec],
-    batches: Iterable[Any],
-    method: str,
-    *,
-    chunk: int | None = None,
-    progress: bool = True,
+    others: Sequence[Pair],
+    run: Run,
 ) -> list[Scales]:
     """Return the scales of each cache, from one pass of the data through the float decoder.
 
@@ -55,31 +70,29 @@ def observe(
         graph: the decoder.
         ways: its caches.
         specs: the types of their codes.
-        batches: mappings from graph input to array; caches may be left out.
-        method: how ranges are chosen, as for ``qwrap.QConfig``.
-        chunk: tokens to run at a time.
-        progress: whether to show a bar.
+        others: caches that only have to be fed.
+        run: the data.
 
     Raises:
         InputError: there are no batches, or one does not fit.
         NotCalibratedError: nothing was written to a cache.
     """
-    watches = [_Watch(way, method) for way in ways]
+    watches = [_Watch(way, run.method) for way in ways]
     model = load(graph.model).eval()
     watchers: dict[str, list[Callable[[Tensor], None]]] = {}
     for watch in watches:
         for value in watch.way.written:
             watchers.setdefault(graph.key(value), []).append(watch.adding(value))
     bar = tqdm(
-        batches,
+        run.batches,
         "calibrate caches",
-        count_batches(batches),
+        count_batches(run.batches),
         unit="batch",
-        disable=None if progress else True,
+        disable=None if run.progress else True,
     )
     with bar, model.watching({key: _all(each) for key, each in watchers.items()}):
-        Decoder(model, [way.pair for way in ways], chunk).run(bar)
-    return _chosen(watches, specs, method)
+        Decoder(model, [*(way.pair for way in ways), *others], run.chunk).run(bar)
+    return _chosen(watches, specs, run.method)
 
 
 def _all(watchers: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,18 +15,19 @@ from qwrap.config.spec import ScaleType
 from qwrap.dtypes import INT8, QuantType, quant_type
 from qwrap.errors import ConfigError
 from qwrap.graph.constants import Constants
-from qwrap.graph.index import OnnxGraph, opset_of
+from qwrap.graph.index import OnnxGraph, ValueType, opset_of
 from qwrap.graph.load import Source, read_model
 from qwrap.graph.opset import raise_opset
 from qwrap.graph.save import check_target, write_model
 from qwrap.kv_cache.cache import KVCache, KVCaches
 from qwrap.kv_cache.codes import FEW_BITS, Code
-from qwrap.kv_cache.detect import Asked, Pair, find_caches
+from qwrap.kv_cache.detect import Asked, Pair, find_caches, other_caches
 from qwrap.kv_cache.grids import Grids
 from qwrap.kv_cache.layout import Granularity, check_granularity
-from qwrap.kv_cache.observe import Scales, observe
+from qwrap.kv_cache.observe import Run, Scales, observe
+from qwrap.kv_cache.operators import reads_codes
 from qwrap.kv_cache.rewrite import Rewriter
-from qwrap.kv_cache.way import Way, way_of
+from qwrap.kv_cache.way import Way, native_way, way_of
 
 TYPES = ("int8", "uint8", "int4", "uint4")
 AXIS_OPSET, BITWISE_OPSET = 13, 18
@@ -107,19 +109,23 @@ def quantize_kv_cache(
     if opset_of(draft, "") < needed:
         raise_opset(draft, needed)
     graph, constants = OnnxGraph(draft), Constants(draft)
-    grids = Grids(constants, graph.type_of)
+    types = {value: graph.type_of(value) for value in graph.values.values()}
+    grids = Grids(constants, lambda value: types.get(value, ValueType()))
     pairs = find_caches(graph, grids, caches)
-    ways = [settings.way(pair, grids) for pair in pairs]
+    ways = [settings.way(pair, grids, pairs) for pair in pairs]
     specs = [settings.spec(pair) for pair in pairs]
     if like is None:
-        scales = observe(graph, ways, specs, batches or (), method, chunk=chunk, progress=progress)
+        others = other_caches(graph, grids, pairs)
+        run = Run(batches or (), method, chunk, progress)
+        scales = observe(graph, ways, specs, others, run)
     else:
         scales = [_known(like, pair, settings) for pair in pairs]
-    rewriter = Rewriter(draft, constants)
+    reports = [settings.report(*each) for each in zip(ways, specs, scales, strict=True)]
+    rewriter = Rewriter(draft, constants, grids)
     for way, each in zip(ways, scales, strict=True):
-        rewriter.rewrite(way, settings.code(way, each))
+        rewriter.rewrite(way, settings.code(way, each, graph.opset))
     write_model(draft, target, external_data=external_data)
-    return KVCaches(tuple(settings.report(*each) for each in zip(ways, specs, scales, strict=True)))
+    return KVCaches(tuple(reports))
 
 
 class _Settings:
@@ -151,13 +157,15 @@ class _Settings:
         scale_type = _SCALE_TYPES[pair.type.dtype or ir.DataType.FLOAT]
         return QuantSpec(dtype=self.dtype, symmetric=self._symmetric, scale_type=scale_type)
 
-    def way(self, pair: Pair, grids: Grids) -> Way:
-        """Return how the codes of a cache travel."""
+    def way(self, pair: Pair, grids: Grids, pairs: Sequence[Pair]) -> Way:
+        """Return how the codes of a cache travel, one of all ``pairs``."""
         scaled = pair.layout.axes(self.granularity(pair), pair.name)
+        if self._symmetric and self.dtype.signed and reads_codes(pair, pairs):
+            return native_way(pair, scaled)
         packed = pair.layout.channels[-1] if self.is_packed else None
         return way_of(pair, grids, scaled, packed)
 
-    def code(self, way: Way, scales: Scales) -> Code:
+    def code(self, way: Way, scales: Scales, opset: int) -> Code:
         """Return what its values and codes have to do with each other."""
         packed = None
         if self.is_packed:
@@ -176,6 +184,8 @@ class _Settings:
             scales.zero_point.numpy(),
             scales.sizes[: way.scaled],
             packed,
+            math.prod(scales.sizes[way.scaled :]) if way.form == "operator" else 1,
+            opset,
         )
 
     def report(self, way: Way, spec: QuantSpec, scales: Scales) -> KVCache:

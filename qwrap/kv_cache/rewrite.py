@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 from qwrap.graph.constants import Constants
 from qwrap.graph.index import walk_nodes
-from qwrap.graph.nodes import STANDARD
 from qwrap.kv_cache.codes import Chain, Code
-from qwrap.kv_cache.grids import Lie
-from qwrap.kv_cache.route import data_inputs
+from qwrap.kv_cache.fold import Folds
+from qwrap.kv_cache.grids import Grids, Lie
+from qwrap.kv_cache.operators import give_codes
+from qwrap.kv_cache.route import asks_shape, data_inputs
 from qwrap.kv_cache.way import Way
 
-_OF_SHAPE = frozenset({"Shape", "Size"})
+_SHAPE_ENDS = ("start", "end")
 
-Read = Callable[[Chain, ir.Value, Lie, list["Use"]], ir.Value]
 Use = tuple[ir.Node, int]
 
 
 class Rewriter:
     """Edits one draft, in place."""
 
-    def __init__(self, model: ir.Model, constants: Constants) -> None:
+    def __init__(self, model: ir.Model, constants: Constants, grids: Grids) -> None:
         self._model, self._constants = model, constants
+        self._folds = Folds(grids, constants)
 
     def rewrite(self, way: Way, code: Code) -> None:
         """Let the ends of a cache be codes, in place; their names stay."""
         if way.form == "codes":
             self._carry(way, code)
+        elif way.form == "operator":
+            give_codes(way, code, self._model, self._constants)
+            for value in way.pair.values:
+                self._retype(value, way.lies[value], code)
         else:
             self._requantize(way, code)
 
@@ -105,7 +111,7 @@ class Rewriter:
 
     def _read(self, value: ir.Value, lie: Lie, code: Code, uses: Iterable[Use]) -> None:
         """Give what reads ``value`` the float values of its codes, once a graph."""
-        wanted = [use for use in uses if code.is_packed or not _asks_shape(use[0])]
+        wanted = [use for use in uses if not asks_shape(use[0])]
         owner = _owner(value, self._model.graph)
         groups: dict[ir.Graph, list[Use]] = {}
         for node, index in wanted:
@@ -113,11 +119,15 @@ class Rewriter:
         if owner in groups:  # bodies read it from there
             groups = {owner: [use for group in groups.values() for use in group]}
         for graph, group in groups.items():
-            chain = self._chain(value)
-            made = code.read(chain, value, lie)
+            chain, grid = self._chain(value), code.grid(lie)
+            factors = None if grid is None else self._folds.factors(group, grid)
+            read = code.read if factors is None else code.steps
+            made = read(chain, value, lie)
             self._place(graph, value, chain)
             for node, index in group:
                 node.replace_input_with(index, made)
+            for factor in factors or ():
+                self._folds.apply(factor, self._chain(value), code.real)
         for body, index in self._given_out(value):
             chain = self._chain(value)
             made = code.read(chain, value, lie)
@@ -144,19 +154,31 @@ class Rewriter:
         ]
         return [(b, i) for b in bodies for i, v in enumerate(b.outputs) if v is value]
 
+    def _unpack_shape(self, node: ir.Node, rank: int, axis: int) -> None:
+        """Let a Shape of packed codes say what the shape of the values is."""
+        ends = [node.attributes[n].as_int() if n in node.attributes else None for n in _SHAPE_ENDS]
+        factors = np.where(np.arange(rank) == axis, 2, 1)[slice(*ends)]
+        shape, chain = node.outputs[0], self._chain(node.outputs[0])
+        readers = list(shape.uses())
+        made = chain.op("Mul", [shape, chain.constant("packed", factors)])
+        _graph(node).insert_after(node, chain.nodes)
+        for reader, index in readers:
+            reader.replace_input_with(index, made)
+
     def _retype(self, value: ir.Value, lie: Lie, code: Code) -> None:
         value.type = ir.TensorType(code.stored)
         axis = code.packed_axis(lie)
-        if axis is None or value.shape is None:
+        if axis is None:
+            return
+        for node, _ in value.uses():
+            if asks_shape(node):
+                self._unpack_shape(node, lie.rank, axis)
+        if value.shape is None:
             return
         sizes: list[int | ir.SymbolicDim | None] = list(value.shape)
         size = sizes[axis]
         sizes[axis] = size // 2 if isinstance(size, int) else None
         value.shape = ir.Shape(sizes)
-
-
-def _asks_shape(node: ir.Node) -> bool:
-    return node.op_type in _OF_SHAPE and node.domain in STANDARD
 
 
 def _graph(node: ir.Node) -> ir.Graph:

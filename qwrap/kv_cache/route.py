@@ -68,6 +68,11 @@ def data_inputs(node: ir.Node) -> Sequence[int]:
     return [i for i in indices if i < len(node.inputs)]
 
 
+def asks_shape(node: ir.Node) -> bool:
+    """Whether a node reads the shape of its input, and none of its values."""
+    return node.op_type == "Shape" and node.domain in STANDARD
+
+
 def sources(value: ir.Value) -> list[ir.Value]:
     """Return the values that ``value`` consists of, if its node only moves them."""
     node = value.producer()

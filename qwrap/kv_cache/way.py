@@ -14,6 +14,8 @@ from qwrap.kv_cache.route import Route
 
 Form = Literal["codes", "requantized", "operator"]
 
+_OF_ONE_SHAPE = ("ScatterElements", "Where")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Way:
@@ -46,6 +48,14 @@ class Way:
         return self.pair.route
 
 
+def native_way(pair: Pair, scaled: Sequence[int]) -> Way:
+    """Return the way of a cache whose codes an operator reads and writes."""
+    assert pair.present is not None
+    axes = (*scaled, *(a for a in pair.layout.channels if a not in scaled))
+    lies = {value: Lie(pair.layout.rank, axes) for value in pair.values}
+    return Way(pair, "operator", axes, len(scaled), lies, (pair.present,))
+
+
 def way_of(pair: Pair, grids: Grids, scaled: Sequence[int], packed: int | None) -> Way:
     """Return how the codes of a cache travel: as codes if they can.
 
@@ -56,11 +66,14 @@ def way_of(pair: Pair, grids: Grids, scaled: Sequence[int], packed: int | None) 
         packed: the axis along which two codes share a byte, if they do.
     """
     axes = (*scaled, *(() if packed is None or packed in scaled else (packed,)))
-    rank = pair.layout.rank
-    if pair.route is not None and pair.past is not None:
-        lies = grids.along(pair.route, pair.past, rank, axes)
+    rank, route = pair.layout.rank, pair.route
+    # Indices and conditions there have the shape of the values.
+    nodes = () if route is None else route.nodes
+    stays = packed is None or not any(node.op_type in _OF_ONE_SHAPE for node in nodes)
+    if route is not None and pair.past is not None and stays:
+        lies = grids.along(route, pair.past, rank, axes)
         if lies is not None:
-            written = dict.fromkeys(v for n in pair.route.nodes for v in pair.route.new(n))
+            written = dict.fromkeys(v for n in route.nodes for v in route.new(n))
             return Way(pair, "codes", axes, len(scaled), lies, tuple(written))
     ends = pair.values
     written_end = ends[-1:]  # the present; or a past that is only read

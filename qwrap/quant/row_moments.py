@@ -5,27 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwrap.quant.unfold import Unfold
-
 CONSTANT = 1e-9  # of an input's power: a smaller variance is rounding noise
 
 
 class RowMoments:
     """Mean and covariance of a layer's input rows, in memory that does not grow with them.
 
-    Args:
-        unfold: how to cut rows ``[G, P, K]`` out of an input.
-
     Attributes:
-        count: rows seen.
+        count: rows seen in each group.
     """
 
-    def __init__(self, unfold: Unfold) -> None:
-        self.unfold, self.count = unfold, 0
+    def __init__(self) -> None:
+        self.count = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in the input of the layer for one batch."""
-        rows = self.unfold.rows(x.float(), start=self.count)
+    def add(self, rows: Tensor) -> None:
+        """Take in rows ``[G, P, K]``."""
         if not rows.numel():
             return
         if not self.count:
@@ -52,3 +46,9 @@ class RowMoments:
         variance = covariance.diagonal(dim1=1, dim2=2)
         varies = variance > CONSTANT * (self.mean.square() + variance)
         return covariance * (varies[:, :, None] & varies[:, None])
+
+    @property
+    def second(self) -> Tensor:
+        """Mean product of two inputs, float64 ``[G, K, K]``."""
+        mean = self.mean
+        return self.covariance + mean[:, :, None] * mean[:, None]

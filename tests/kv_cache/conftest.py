@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 Arrays = dict[str, np.ndarray]
-HEADS, SIZE, WIDTH, WORDS = 2, 4, 8, 20
+HEADS, SIZE, WIDTH, WORDS = 2, 8, 16, 20
 NUMPY = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 WEIGHTS = {
     "table": (WORDS, WIDTH),
@@ -51,7 +51,7 @@ LAYER = PROJECTED + JOINED + ATTENDED + MERGED
 def make_decoder(
     nodes: str = LAYER,
     opset: int = 17,
-    past: str = "float[batch,2,past,4]",
+    past: str = "float[batch,2,past,8]",
     inputs: str = "",
     names: dict[str, str] | None = None,
 ) -> onnx.ModelProto:

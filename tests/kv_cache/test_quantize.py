@@ -37,7 +37,7 @@ def test_a_quantized_cache_is_close_to_the_float_one(
     found, caches = decoder.run(ids)
     assert sqnr(expected, found) > (30 if "8" in dtype else 8)
     codes = caches["past_0_key"]
-    assert codes.shape == ((2, 2, 24, 4) if "8" in dtype else (2, 2, 24, 2))
+    assert codes.shape == ((2, 2, 24, 8) if "8" in dtype else (2, 2, 24, 4))
     assert codes.dtype == (np.int8 if dtype == "int8" else np.uint8)
 
 
@@ -48,7 +48,7 @@ def test_codes_are_the_nearest_ones_of_the_float_cache(kv: Any, tmp_path: Path) 
     _, floats = kv.decoder(model).run(ids)
     # One layer: what is written depends on tokens alone, so that it is that of the float decoder.
     for name, values in floats.items():
-        scale = report[name].scale.reshape(1, 2, 1, 4)
+        scale = report[name].scale.reshape(1, 2, 1, 8)
         expected = np.clip(np.rint(values / scale), -128, 127)
         np.testing.assert_array_equal(caches[name], expected)
 
@@ -78,7 +78,7 @@ def test_only_caches_change_their_type(kv: Any, tmp_path: Path) -> None:
     report, decoder = quantized(kv, tmp_path, kv.model())
     inputs = {i.name: (i.type, i.shape) for i in decoder.session.get_inputs()}
     outputs = {o.name: o.type for o in decoder.session.get_outputs()}
-    assert inputs["past_0_key"] == ("tensor(int8)", ["batch", 2, "past", 4])
+    assert inputs["past_0_key"] == ("tensor(int8)", ["batch", 2, "past", 8])
     assert inputs["input_ids"][0] == "tensor(int64)"
     assert outputs == {
         "logits": "tensor(float)",
@@ -86,4 +86,4 @@ def test_only_caches_change_their_type(kv: Any, tmp_path: Path) -> None:
         "present_0_value": "tensor(int8)",
     }
     assert [c.form for c in report.caches] == ["codes", "codes"]
-    assert "past_0_key -> present_0_key  key int8, 8 scales (per channel), codes" in str(report)
+    assert "past_0_key -> present_0_key  key int8, 16 scales (per channel), codes" in str(report)
