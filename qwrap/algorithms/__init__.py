@@ -2,6 +2,7 @@
 
 from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.sequential_mse import sequential_mse
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
@@ -9,6 +10,7 @@ from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 __all__ = [
     "Smoothed",
     "correct_biases",
+    "equalize",
     "restore_channels",
     "round_weights",
     "sequential_mse",
