@@ -13,6 +13,10 @@ _LEAST_OPSET = 13  # the attribute ``axis`` of QuantizeLinear came with it
 def load(path: Path, least: int = _LEAST_OPSET) -> onnx.ModelProto:
     """The model, raised to opset ``least`` where it is lower, as onnxruntime's tool gets it."""
     model = onnx.load(path)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    del model.graph.input[:]  # old files list their constants there too, which some tools ask for
+    model.graph.input.extend(inputs)
     opset = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
     return version_converter.convert_version(model, least) if opset < least else model
 
