@@ -26,8 +26,8 @@ def markdown(results: Results) -> str:
         _versions(results),
         "Task metric, as a difference from the float file's.",
         _table(results, rows, ways, ("float", "bound", "within bound"), _bounds, _difference),
-        "Seconds and peak memory in MiB of quantizing, from so many calibration samples; ratios are "
-        "of processor time.",
+        "Seconds and peak memory in MiB of quantizing, from so many calibration samples; "
+        "the ratios are of processor time.",
         _table(results, rows, ways, ("samples", "default / plain", "high / plain"), _ratios, _cost),
         "Latency over the float file's with 1 thread / 2 threads, and the share of its constants "
         "that stand as integers.",
