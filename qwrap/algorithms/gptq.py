@@ -23,13 +23,15 @@ from qwrap.quant.trial import Inputs, attempt, split
 from qwrap.quant.turns import learn_in_turn
 
 LEAST_GAIN = 0.05  # of the error; over some 15 samples, less may be chance
+LEAST_DAMPING = 0.01
+BY_CHANCE = 0.25  # of inputs per row; measured with sentences of some ten tokens through MiniLM
 
 
 def round_weights(
     model: WrappedModel,
     batches: Iterable[Any],
     *,
-    damping: float = 0.01,
+    damping: float | None = None,
     sequential: bool = False,
     progress: bool = True,
 ) -> Outcome:
@@ -49,7 +51,8 @@ def round_weights(
     Args:
         model: calibrated; biases not yet corrected.
         batches: as for ``calibrate``; some 30 samples do. They are held in memory.
-        damping: what is added to each input's variance, relative to their mean.
+        damping: what is added to each input's variance, relative to their mean. None: 0.01, and
+            more where a layer has seen few rows of inputs, whose correlations are half chance.
         sequential: learn of each layer behind those that are rounded already, and towards the
             outputs of the float layer for what it is fed in the float model, so that errors do not
             pile up. The data then runs once for every tensor that weights are multiplied with.
@@ -66,7 +69,7 @@ def round_weights(
     Source: Frantar et al., arXiv:2210.17323; for ``sequential`` the objective of Li et al. (GPTAQ),
     arXiv:2504.02692, here as plain GPTQ of the weight that fits the float outputs best.
     """
-    if not damping > 0:
+    if damping is not None and not damping > 0:
         raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
     teaching, deciding = split(model, batches)
 
@@ -131,7 +134,7 @@ def _learn(
             yield _Lesson(group, rows)
 
 
-def _round(model: WrappedModel, lesson: _Lesson, damping: float) -> None:
+def _round(model: WrappedModel, lesson: _Lesson, damping: float | None) -> None:
     """Round a weight and let its bias take the mean error, in place."""
     matrix, rows = lesson.group[0], lesson.rows
     # With several layers the mean of all inputs is that of none.
@@ -139,6 +142,8 @@ def _round(model: WrappedModel, lesson: _Lesson, damping: float) -> None:
     weight = deployed(model, matrix.value)
     wanted = matrix.columns(weight.double())
     mean = (wanted * rows.mean[:, :, None]).sum(1)
+    if damping is None:
+        damping = LEAST_DAMPING + BY_CHANCE * matrix.size[1] / rows.count
     if bias is not None:
         mean += bias.reshape(mean.shape)
     second = rows.second if bias is None else rows.covariance
