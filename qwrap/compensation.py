@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Told = Callable[[float], None]
+RAISES = 12  # of a damping, tenfold each: 1e-10 becomes 100, which outweighs all else
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product
 
 
@@ -18,6 +20,7 @@ def compensate(
     *,
     in_order: bool = False,
     block: int = BLOCK,
+    told: Told | None = None,
 ) -> Tensor:
     """Return ``weight`` on its grid, every rounding error made good by the inputs still to round.
 
@@ -29,10 +32,12 @@ def compensate(
         grid: called with those values of each output that are up to date, ``[G, n, R]``, of one
             input to round and of up to ``block`` ones that follow, and with the numbers ``[G]`` of
             the first; returns the first, rounded, ``[G, R]``.
-        damping: share of the mean power that is added to every power.
+        damping: share of the mean power that is added to every power; where the moments are not
+            positive definite with it, ten times as much, as often as it takes.
         in_order: round inputs as they come, and not in order of falling power. Then ``grid``
             sees all inputs of a block whose number is a multiple of ``block`` at its first.
         block: inputs whose errors are spread over the later ones in one product.
+        told: is called with the damping if that had to be raised.
 
     Source: Frantar et al., arXiv:2210.17323, algorithm 1; the order is their "act_order".
     """
@@ -41,7 +46,7 @@ def compensate(
     if in_order:
         order = torch.arange(power.shape[1], device=power.device).expand_as(power)
     weight = weight.gather(1, order[:, :, None].expand_as(weight))
-    factor = _inverse_factor(second, order, damping)
+    factor = _inverse_factor(second, order, damping, told)
     inputs = weight.shape[1]
     for start in range(0, inputs, block):
         end = min(start + block, inputs)
@@ -56,12 +61,46 @@ def compensate(
     return torch.empty_like(weight).scatter_(1, order[:, :, None].expand_as(weight), weight)
 
 
-def _inverse_factor(second: Tensor, order: Tensor, damping: float) -> Tensor:
+def _inverse_factor(
+    second: Tensor, order: Tensor, damping: float, told: Told | None = None
+) -> Tensor:
     """Return the upper Cholesky factor of the inverse of damped moments, inputs in ``order``."""
     rows = order[:, :, None].expand_as(second)
-    damped = second.gather(1, rows).gather(2, rows.mT)
-    power = damped.diagonal(dim1=1, dim2=2)
-    power += torch.where(power > 0, damping * power.mean(1, keepdim=True), 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    second = second.gather(1, rows).gather(2, rows.mT)
+
+    def factored(damped: Tensor) -> tuple[Tensor, Tensor]:
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        upper, also = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        return upper, failed | also
+
+    return _damped(second, damping, factored, told)
+
+
+def damped_factor(second: Tensor, damping: float) -> Tensor:
+    """Return the lower Cholesky factor of moments ``[G, K, K]``, damped as for ``compensate``."""
+    return _damped(second, damping, torch.linalg.cholesky_ex, None)
+
+
+def _damped(
+    second: Tensor,
+    damping: float,
+    factored: Callable[[Tensor], tuple[Tensor, Tensor]],
+    told: Told | None,
+) -> Tensor:
+    """Return what is made of damped moments with the least damping with which nothing fails.
+
+    Raises:
+        ValueError: there is none, as the moments are not finite.
+    """
+    power = second.diagonal(dim1=1, dim2=2)
+    mean = power.mean(1, keepdim=True)
+    for i in range(RAISES):
+        added = torch.where(power > 0, damping * 10**i * mean, 1.0)
+        factor, failed = factored(second + torch.diag_embed(added))
+        if not failed.any():
+            if i and told is not None:
+                told(damping * 10**i)
+            return factor
+    raise ValueError(
+        f"second moments of inputs have no Cholesky factor, up to a damping of {damping * 10**i:g}"
+    )

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train", "improve"},
     "improve": {*BASE, "graph", "model", "quant", "algorithms", "mixed"},
     "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
-    "nbits": {*BASE, "graph", "ops", "model"},
+    "nbits": {*BASE, "graph", "ops", "model", "quant"},
     "kv_cache": {*BASE, "graph", "ops", "model", "quant"},
     "ort": {"", *BASE, "graph", "data", "nbits"},
     "backend": {"", "errors", "graph", "model"},

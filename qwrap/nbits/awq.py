@@ -38,7 +38,7 @@ def rescale(
 
     Args:
         model: changed in place; computes what it did, up to rounding.
-        forms: MatMul nodes, of a constant matrix, that are to be quantized.
+        forms: MatMul and Gemm nodes, of a constant matrix, that are to be quantized.
         seen: statistics of their inputs.
 
     Returns:
@@ -47,7 +47,7 @@ def rescale(
     Source: Lin et al., arXiv:2306.00978, section 3.2.
     """
     constants, found = Constants(model), dict(seen)
-    for products in find_products(model, ("MatMul",)):
+    for products in find_products(model, ("MatMul", "Gemm")):
         chosen = tuple(n for n in products.nodes if n in forms and n in seen)
         matrices = [matrix for n in chosen if (matrix := _matrix(constants, n)) is not None]
         if not chosen or len(matrices) < len(chosen):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from qwrap.model.tensors import to_numpy
 from qwrap.nbits.blocks import BlockFormat
@@ -85,6 +89,27 @@ def _values(weight: Weight) -> Array:
         raise Unfit(f"table {weight.name!r} has values that are not finite")
     array: Array = to_numpy(values)
     return array
+
+
+def table_values(weight: Weight, node: ir.Node, request: Request) -> Callable[[], Tensor] | None:
+    """Return what makes the numbers that a quantized table holds, None if it stays as it is."""
+    gather_axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    try:
+        axis = _check(weight, request, gather_axis)
+    except Unfit:
+        return None
+
+    def made() -> Tensor:
+        values = weight.read()
+        codes, scale, zero_point = rounded_table(to_numpy(values), axis, request.format)
+        size, count = request.format.block_size, codes.shape[axis]
+        wide = [
+            np.repeat(each.astype(np.float32), size, axis).take(range(count), axis)
+            for each in (scale, zero_point)
+        ]
+        return torch.from_numpy(((codes - wide[1]) * wide[0]).astype(np.float32)).to(values.dtype)
+
+    return made
 
 
 def table_arrays(table: Array, axis: int, form: BlockFormat) -> tuple[Array, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qwrap.compensation import BLOCK, compensate
-from qwrap.errors import ConfigError
+from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.nbits.blocks import BlockFormat, Blocks
 from qwrap.nbits.rtn import spread
 from qwrap.nbits.statistics import InputStatistics
@@ -36,11 +39,14 @@ def gptq(
     nearest.
 
     Args:
-        weight: floats ``[N, K]``, outputs and inputs.
+        weight: floats ``[N, K]``, outputs and inputs; of a grouped convolution one group after
+            the other.
         form: bits, block size, symmetry. Symmetric: as in rounding to nearest, the largest value in
             magnitude gets the lowest code. Asymmetric: codes span the block's extremes and 0.
         statistics: of the inputs.
-        damping: what is added to each input's power, relative to the mean.
+        damping: what is added to each input's power, relative to the mean. Where the moments are
+            not positive definite with it, as of inputs that follow from others, it is raised
+            tenfold until they are, and a ``QwrapWarning`` says so.
         act_order: round the inputs in order of falling power.
         search: try smaller ranges too, and take that with the least sum of absolute errors to the
             power of 2.4, each weighted with the power of its input.
@@ -59,21 +65,36 @@ def gptq(
     if not (damping > 0 and block > 0):
         raise ConfigError(f"damping={damping}, block={block}: expected more than 0")
     second = statistics.second.to(weight.device)
-    if len(second) != weight.shape[1]:
-        raise ConfigError(f"{weight.shape[1]} inputs, but statistics of {len(second)}")
-    matrix = weight.double().t()
-    power = second.diagonal() if search else None
+    if second.shape[-1] != weight.shape[1]:
+        raise ConfigError(f"{weight.shape[1]} inputs, but statistics of {second.shape[-1]}")
+    second = second if second.dim() == 3 else second[None]
+    matrix = weight.double().reshape(len(second), -1, weight.shape[1]).mT.contiguous()
+    power = second.diagonal(dim1=1, dim2=2) if search else None
     grid = _Grid(matrix, form, weight.dtype, power, per_channel=per_channel)
     grid.is_live = not act_order
     size = grid.size
     # A multiple of the form's blocks: at the first input of one, all of it is up to date.
     block = max(block // size, 1) * size
-    compensate(matrix[None], second[None], grid, damping, in_order=not act_order, block=block)
+    compensate(
+        matrix, second, grid, damping, in_order=not act_order, block=block, told=_warn_of(damping)
+    )
     return grid.blocks()
 
 
+def _warn_of(damping: float) -> Callable[[float], None]:
+    def warn(raised: float) -> None:
+        warnings.warn(
+            f"the products of a layer's inputs are not positive definite with damping={damping:g}; "
+            f"{raised:g} was taken",
+            QwrapWarning,
+            stacklevel=2,
+        )
+
+    return warn
+
+
 class _Grid:
-    """Rounds one input of all outputs after another, and remembers the codes.
+    """Rounds one input of each group, for all outputs, after another; remembers the codes.
 
     Attributes:
         size: inputs of a block.
@@ -90,46 +111,48 @@ class _Grid:
         per_channel: bool,
     ) -> None:
         self.form, self.is_live = form, False
-        self.size = min(form.block_size or len(matrix), len(matrix))
+        inputs = matrix.shape[1]
+        self.size = min(form.block_size or inputs, inputs)
         self._dtype, self._power, self._per_channel = dtype, power, per_channel
         self._codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-        starts = range(0, len(matrix), self.size)
-        found = [self._choose(matrix[k : k + self.size], k) for k in starts]
-        self._scale, self._zero_point = (torch.stack(column) for column in zip(*found, strict=True))
+        self._groups = torch.arange(len(matrix), device=matrix.device)
+        starts = range(0, inputs, self.size)
+        found = [self._choose(matrix[:, k : k + self.size], k) for k in starts]
+        # [G, blocks, R]
+        self._scale, self._zero_point = (torch.stack(each, 1) for each in zip(*found, strict=True))
 
     def __call__(self, rest: Tensor, inputs: Tensor) -> Tensor:
-        k = int(inputs)
-        index = k // self.size
-        if self.is_live and k % self.size == 0:
-            values = rest[0, : self.size]
-            self._scale[index], self._zero_point[index] = self._choose(values, k)
-        scale, zero_point = self._scale[index], self._zero_point[index]
-        codes = self._round(rest[0, 0], scale, zero_point)
-        self._codes[k] = codes.to(torch.uint8)
-        return ((codes - zero_point) * scale)[None]
+        if self.is_live and int(inputs[0]) % self.size == 0:
+            k = int(inputs[0])
+            index, values = k // self.size, rest[:, : self.size]
+            self._scale[:, index], self._zero_point[:, index] = self._choose(values, k)
+        place = self._groups, inputs // self.size
+        scale, zero_point = self._scale[place], self._zero_point[place]
+        codes = self._round(rest[:, 0], scale, zero_point)
+        self._codes[self._groups, inputs] = codes.to(torch.uint8)
+        return (codes - zero_point) * scale
 
     def blocks(self) -> Blocks:
         """Return what was rounded."""
-        zero_point = self._zero_point.t().to(torch.uint8).contiguous()
-        return Blocks(
-            self._codes.t().contiguous(),
-            self._scale.t().to(self._dtype).contiguous(),
-            None if self.form.symmetric else zero_point,
-            self.form,
+        codes, scale, zero_point = (
+            each.mT.flatten(0, 1).contiguous()
+            for each in (self._codes, self._scale.to(self._dtype), self._zero_point)
         )
+        zeros = None if self.form.symmetric else zero_point.to(torch.uint8)
+        return Blocks(codes, scale, zeros, self.form)
 
     def _round(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return (values / scale).round_().add_(zero_point).clamp_(0, 2**self.form.bits - 1)
 
     def _choose(self, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return scales and zero points ``[R]`` for ``[size, R]`` values of a block."""
-        low, high = torch.aminmax(values, dim=0)
+        """Return scales and zero points ``[G, R]`` for ``[G, size, R]`` values of a block."""
+        low, high = torch.aminmax(values, dim=1)
         if not self._per_channel:
             low, high = (end.expand_as(low) for end in (low.amin(), high.amax()))
         best = self._spread(low, high)
         if self._power is None:
             return best
-        power = self._power[start : start + len(values), None]
+        power = self._power[:, start : start + values.shape[1], None]
         least = self._cost(values, power, *best)
         for i in range(1, SHRINKS):
             tried = self._spread(low * (1 - i / 100), high * (1 - i / 100))
@@ -140,8 +163,9 @@ class _Grid:
         return best
 
     def _cost(self, values: Tensor, power: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        scale, zero_point = scale[:, None], zero_point[:, None]
         error = (self._round(values, scale, zero_point) - zero_point) * scale - values
-        cost = error.abs_().pow_(NORM).mul_(power).sum(0)
+        cost = error.abs_().pow_(NORM).mul_(power).sum(1)
         return cost if self._per_channel else cost.sum().expand_as(cost)
 
     def _spread(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

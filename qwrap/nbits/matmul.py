@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
-from qwrap.nbits.blocks import Blocks
 from qwrap.nbits.bnb4 import Kind, float4_key, float4_node
 from qwrap.nbits.draft import MICROSOFT, Draft, Weight
-from qwrap.nbits.packing import operator_arrays, pair_arrays
+from qwrap.nbits.matrices import check_matrix, matrix_of, outputs_first
+from qwrap.nbits.parts import parts_of
 from qwrap.nbits.request import Naming, Request
-from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.unfit import Unfit
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+BIAS = 5  # which input of MatMulNBits that is
 
 
 def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
@@ -28,7 +25,7 @@ def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
     weight = draft.weight(node.inputs[1])
     if weight is None:
         raise Unfit("its second input is no constant of a float type")
-    _check(weight)
+    check_matrix(node, weight)
     if request.form == "operator":
         nodes = _operator(draft, node, weight, request)
     elif request.form == "qdq":
@@ -40,43 +37,6 @@ def quantize_matmul(draft: Draft, node: ir.Node, request: Request) -> str:
     draft.replace(node, nodes)
     form = request.format
     return f"{result}, {form.text}, blocks of {form.block_size or weight.shape[-2]}"
-
-
-def _check(weight: Weight) -> None:
-    shape = weight.shape
-    if weight.tensor.dtype == ir.DataType.DOUBLE:
-        raise Unfit(f"weight {weight.name!r} is of float64, which MatMulNBits does not take")
-    if len(shape) < 2 or any(n != 1 for n in shape[:-2]):
-        raise Unfit(f"weight {weight.name!r} {list(shape)} is not one matrix")
-    if 0 in shape:
-        raise Unfit(f"weight {weight.name!r} {list(shape)} is empty")
-
-
-def matrix_of(weight: Weight) -> Tensor:
-    """Return the weight of a MatMul as ``[N, K]``.
-
-    Raises:
-        Unfit: some of its values are not finite.
-    """
-    values = weight.read()
-    low, high = values.aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        raise Unfit(f"weight {weight.name!r} has values that are not finite")
-    return values.reshape(values.shape[-2:]).mT
-
-
-def _blocks(weight: Weight, request: Request) -> Blocks:
-    """Return codes of a weight.
-
-    onnxruntime 1.31 has no kernel for 8 bits with float zero points: it loads the file and fails
-    when it is run. At 8 bits there is little to gain over rounding to nearest, which is done then.
-    """
-    matrix, form = matrix_of(weight), request.format
-    blocks = request.method(matrix, form, request.statistics)
-    zero_point = blocks.zero_point
-    if form.bits == 8 and zero_point is not None and zero_point.is_floating_point():
-        return round_to_nearest(matrix, replace(form, symmetric=False))
-    return blocks
 
 
 # --- MatMulNBits ---------------------------------------------------------------------------------
@@ -92,47 +52,55 @@ def is_block(size: int, op_type: str = "MatMul") -> bool:
 
 
 def _operator(draft: Draft, node: ir.Node, weight: Weight, request: Request) -> list[ir.Node]:
+    given = node.inputs[0]
+    assert given is not None
+    return [operator_node(draft, node, given, weight, request)]
+
+
+def operator_node(
+    draft: Draft,
+    node: ir.Node,
+    given: ir.Value,
+    weight: Weight,
+    request: Request,
+    bias: ir.Value | None = None,
+) -> ir.Node:
+    """Return a MatMulNBits for a MatMul or Gemm.
+
+    Args:
+        draft: gets the initialisers.
+        node: gives way to it.
+        given: what it multiplies with the weight.
+        weight: ``[K, N]``.
+        request: how the weight is quantized.
+        bias: ``[N]``, which is added.
+
+    Raises:
+        Unfit: the weight is not finite.
+    """
     inputs, outputs = weight.shape[-2:]
+    if outputs_first(node):
+        inputs, outputs = outputs, inputs
     names, form = request.names(weight.name, inputs), request.format
-    parts = _once(draft, weight, request, names, weight.graph)
-    attributes = {
-        "K": inputs,
-        "N": outputs,
-        "bits": form.stored_bits,
-        "block_size": form.block_size,
-    }
+    parts: list[ir.Value | None] = list(parts_of(draft, node, weight, request, names, weight.graph))
+    if bias is not None:
+        parts += [None] * (BIAS - 1 - len(parts))
+        parts.append(bias)
+    sizes = {"K": inputs, "N": outputs, "bits": form.stored_bits, "block_size": form.block_size}
     if request.accuracy_level:
-        attributes["accuracy_level"] = request.accuracy_level
-    made = draft.node(
+        sizes["accuracy_level"] = request.accuracy_level
+    return draft.node(
         "MatMulNBits",
-        [node.inputs[0], *parts],
+        [given, *parts],
         f"{node.outputs[0].name}_pre_reshape",
-        name=_named(node, names.node),
+        name=named(node, names.node),
         domain=MICROSOFT,
-        attributes=attributes,
+        attributes=sizes,
     )
-    return [made]
 
 
-def _once(
-    draft: Draft, weight: Weight, request: Request, names: Naming, graph: ir.Graph
-) -> tuple[ir.Value, ...]:
-    """Return the quantized parts of a weight; the first node to want them has them in ``graph``."""
-    key = (weight.value, weight.turned, replace(request, accuracy_level=0))
-    if key not in draft.made:
-        blocks = _blocks(weight, request)
-        if request.form == "operator":
-            arrays = operator_arrays(blocks)
-        else:
-            arrays = pair_arrays(blocks, transposed=request.transposed)
-        draft.made[key] = tuple(
-            draft.constant(graph, getattr(names, part), array) for part, array in arrays.items()
-        )
-    parts: tuple[ir.Value, ...] = draft.made[key]
-    return parts
-
-
-def _named(node: ir.Node, suffix: str) -> str:
+def named(node: ir.Node, suffix: str) -> str:
+    """Return the name of what takes the place of a node."""
     return f"{node.name}{suffix}" if node.name else ""
 
 
@@ -141,7 +109,7 @@ def _named(node: ir.Node, suffix: str) -> str:
 
 def _float4(draft: Draft, node: ir.Node, weight: Weight, size: int, kind: Kind) -> list[ir.Node]:
     is_new = float4_key(weight, size, kind) not in draft.made
-    matrix = matrix_of(weight) if is_new else None
+    matrix = matrix_of(node, weight) if is_new else None
     return [float4_node(draft, node, weight, matrix, size, kind)]
 
 
@@ -152,7 +120,7 @@ def _pair(draft: Draft, node: ir.Node, weight: Weight, request: Request) -> list
     names = request.names(weight.name, weight.shape[-2])
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    parts = _once(draft, weight, request, names, graph)
+    parts = parts_of(draft, node, weight, request, names, graph, outputs_first=request.transposed)
     # One in each graph that wants it: onnxruntime fuses a pair only with codes of the same graph,
     # and refuses the file if they are further out.
     key = (parts[0], graph)
@@ -165,7 +133,7 @@ def _pair(draft: Draft, node: ir.Node, weight: Weight, request: Request) -> list
         "MatMul",
         [node.inputs[0], draft.made[key]],
         f"{node.outputs[0].name}_pre_reshape",
-        name=_named(node, f"_matmul_Q{request.format.bits}"),
+        name=named(node, f"_matmul_Q{request.format.bits}"),
     )
     return [*nodes, product]
 
@@ -183,7 +151,7 @@ def _dequantize(
         "DequantizeLinear",
         parts,
         f"{parts[0].name}_output",
-        name=_named(node, names.node),
+        name=named(node, names.node),
         attributes={"axis": 1 if request.transposed else 0, "block_size": block},
     )
     if not request.transposed:

@@ -8,8 +8,9 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
+from qwrap.nbits.matrices import WEIGHT_INPUT
 from qwrap.nbits.request import Request
-from qwrap.nbits.rewrite import WEIGHT_INPUT, rewrite
+from qwrap.nbits.rewrite import rewrite
 
 NEWEST = 25
 """The opset that the node is taken to be of, in which every code type is a tensor: whether the

@@ -18,13 +18,14 @@ from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.graph.index import walk_nodes
 from qwrap.graph.load import Source, external_tensors, read_model
 from qwrap.graph.save import PROTO_LIMIT, replace_file
-from qwrap.nbits.awq import rescale
 from qwrap.nbits.blocks import BlockFormat
 from qwrap.nbits.bnb4 import KINDS
-from qwrap.nbits.draft import Draft
-from qwrap.nbits.inputs import observe_inputs
+from qwrap.nbits.functions import expand_weighted
+from qwrap.nbits.gptq import gptq
+from qwrap.nbits.learn import Learner, Teaching
 from qwrap.nbits.matmul import is_block
 from qwrap.nbits.methods import FROM_DATA, METHODS, Method
+from qwrap.nbits.planning import teach
 from qwrap.nbits.request import Form, Request
 from qwrap.nbits.rewrite import REWRITES, Report, is_candidate, rewrite
 from qwrap.nbits.rtn import round_to_nearest
@@ -52,8 +53,13 @@ def quantize_weights(
     formats: Mapping[str, BlockFormat] | None = None,
     axis: int = 1,
     batches: Iterable[Any] | None = None,
+    damping: float = 0.01,
+    sequential: bool = True,
+    asymmetric: bool = True,
+    memory: int | None = None,
     external_data: bool | None = None,
     report: Report | None = None,
+    progress: bool = True,
 ) -> onnx.ModelProto | None:
     """Quantize constant weights to 2, 3, 4 or 8 bits in blocks; activations stay float.
 
@@ -91,11 +97,22 @@ def quantize_weights(
         exclude: names of nodes to leave.
         formats: name of a node -> format that differs for it, such as 8 bits for the last layer.
         axis: of a table, along which its blocks lie.
-        batches: data for ``"gptq"`` and ``"awq"``, as for ``qwrap.calibrate``; some 30 samples do.
+        batches: data for methods that learn, as for ``qwrap.calibrate``; some 30 samples do. They
+            are held in memory. Every eighth batch teaches nothing: where a method comes no closer
+            on it than rounding to nearest, that is kept, and the report says so of each weight.
+        damping: what GPTQ adds to the power of each input, relative to their mean; raised tenfold,
+            with a ``QwrapWarning``, until products of inputs have a Cholesky factor.
+        sequential: let each weight learn from inputs that come through weights already quantized,
+            in the order of the graph; else from those of the float model.
+        asymmetric: with that, let each weight also make good what its inputs lack to the exact
+            ones, as far as it helps on data that does not teach.
+        memory: bytes of tensors between layers that are held in memory, twice so if
+            ``asymmetric``; what is beyond goes to temporary files. None: all are held.
         external_data: write weights to ``<output>.data``; None does so if the source has external
             data or the result is too large for one file.
         report: is told of each node, whether it was quantized, as what or why not. Where none
             is, a ``QwrapWarning`` says so.
+        progress: show a bar on a terminal while weights learn.
 
     Returns:
         The quantized model, None if it was written to ``output``.
@@ -110,7 +127,7 @@ def quantize_weights(
     """
     settings = _Settings(
         BlockFormat(bits, block_size, symmetric),
-        method if callable(method) else _method(method, form),
+        method if callable(method) else _method(method, form, damping),
         form,
         accuracy_level or 0,
         axis,
@@ -118,18 +135,31 @@ def quantize_weights(
     )
     if unknown := set(op_types) - set(REWRITES):
         raise ConfigError(f"op_types: {sorted(unknown)}: choose from {list(REWRITES)}")
+    if not damping > 0:
+        raise ConfigError(f"damping={damping}: expected more than 0; 0.01 is usual")
     draft = read_model(model) if isinstance(model, ir.Model) else read_model(model).clone()
+    draft = expand_weighted(draft, op_types if nodes is None else tuple(REWRITES))
     chosen = _chosen(draft, op_types, nodes, set(exclude), set(settings.formats))
     for node in chosen:
         settings.request(node)  # before any data is read
-    seen = _seen(draft, chosen, method, batches)
-    if method == "awq":
-        seen = rescale(draft, {node: settings.request(node).format for node in seen}, seen)
+    _check_data(method, batches)
+    learner: Learner | None = None
+    known: set[ir.Node] = set()
+    if batches is not None:
+        teaching = Teaching(sequential, sequential and asymmetric, damping, memory)
+        learner, known = teach(
+            draft, chosen, settings.request, batches, teaching,
+            scaled=method == "awq", progress=progress,
+        )  # fmt: skip
 
     def choose(node: ir.Node) -> Request | None:
         if node not in chosen:
             return None
-        return replace(settings.request(node), statistics=seen.pop(node, None))
+        request = settings.request(node)
+        if learner is None or node not in known:
+            return request
+        codes, note = partial(learner.blocks, node), partial(learner.text, node)
+        return replace(request, learned=codes, note=note)
 
     tally = _Tally(report)
     edit = partial(rewrite, draft, choose, report=tally)
@@ -204,19 +234,11 @@ def _size(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _seen(
-    draft: ir.Model, nodes: set[ir.Node], method: str | Method, batches: Iterable[Any] | None
-) -> dict[ir.Node, Any]:
-    """Return statistics of the inputs of products of constants, if the method is given data."""
-    if batches is None:
-        if method in FROM_DATA:
-            raise ConfigError(f'method="{method}" needs data: give batches')
-        return {}
-    if isinstance(method, str) and method not in FROM_DATA:
+def _check_data(method: str | Method, batches: Iterable[Any] | None) -> None:
+    if batches is None and method in FROM_DATA:
+        raise ConfigError(f'method="{method}" needs data: give batches')
+    if batches is not None and isinstance(method, str) and method not in FROM_DATA:
         raise ConfigError(f'method="{method}" uses no data; leave batches out')
-    constants = Draft(draft)
-    products = [n for n in nodes if n.op_type == "MatMul" and constants.weight(n.inputs[1])]
-    return dict(observe_inputs(draft, products, batches)) if products else {}
 
 
 # --- what was asked for --------------------------------------------------------------------------
@@ -277,14 +299,14 @@ def check_format(form: BlockFormat, written: Form) -> None:
         raise ConfigError(f"block_size={form.block_size}: 0 or more")
 
 
-def _method(name: str, form: Form) -> Method:
+def _method(name: str, form: Form, damping: float) -> Method:
     if name not in METHODS:
         raise ConfigError(_unknown("method", name, METHODS))
     if name != "rtn" and form in KINDS:
         raise ConfigError(f'form="{form}" knows no method but "rtn"; got "{name}"')
     if name == "rtn" and form == "qdq":
         return partial(round_to_nearest, around_zero=True)
-    return METHODS[name]
+    return partial(gptq, damping=damping) if name == "gptq" else METHODS[name]
 
 
 def _chosen(
@@ -300,6 +322,8 @@ def _chosen(
         ConfigError: a name is unknown, or that of a node without a weight to quantize.
     """
     named = None if names is None else set(names)
+    *most, last = REWRITES
+    known = f"{', '.join(most)} and {last}"
     found = {node.name: node for node in walk_nodes(model.graph) if node.name}
     for what, given in (("nodes", named or set()), ("exclude", exclude), ("formats", formats)):
         for name in sorted(given):
@@ -308,7 +332,7 @@ def _chosen(
             if what != "exclude" and not is_candidate(found[name]):
                 raise ConfigError(
                     f"{what}: node {name!r} is of type {found[name].op_type}; "
-                    f"only {' and '.join(REWRITES)} have weights to quantize"
+                    f"only {known} have weights to quantize"
                 )
     return {
         node

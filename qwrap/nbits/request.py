@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from qwrap.nbits.blocks import BlockFormat
+from qwrap.nbits.blocks import BlockFormat, Blocks
 from qwrap.nbits.methods import Method
 
 Form = Literal["operator", "qdq", "fp4", "nf4"]
@@ -51,6 +51,8 @@ class Request:
         transposed: whether a pair keeps the codes as ``[N, K]``, with a Transpose behind.
         statistics: what the method is to know of the node's input.
         naming: None: the usual names of the form.
+        learned: gives the codes, instead of the method.
+        note: what there is to say of the codes, once they are made.
     """
 
     format: BlockFormat
@@ -61,6 +63,8 @@ class Request:
     transposed: bool = False
     statistics: Any = field(default=None, compare=False)
     naming: Naming | None = None
+    learned: Callable[[], Blocks] | None = field(default=None, compare=False)
+    note: Callable[[], str] = field(default=str, compare=False)
 
     def names(self, weight: str, inputs: int) -> Naming:
         """Return the names for a weight of ``inputs`` inputs."""

@@ -11,16 +11,23 @@ import onnx_ir as ir
 from qwrap.graph.index import opset_of, walk_nodes
 from qwrap.graph.nodes import STANDARD
 from qwrap.graph.opset import raise_opset
+from qwrap.nbits.conv import quantize_conv
 from qwrap.nbits.draft import Draft, Store, in_memory
 from qwrap.nbits.gather import quantize_gather
+from qwrap.nbits.gemm import quantize_gemm
 from qwrap.nbits.matmul import quantize_matmul
+from qwrap.nbits.matrices import WEIGHT_INPUT
 from qwrap.nbits.request import Choose, Request
 from qwrap.nbits.unfit import Unfit
 
 Rewrite = Callable[[Draft, ir.Node, Request], str]
-REWRITES: Mapping[str, Rewrite] = {"MatMul": quantize_matmul, "Gather": quantize_gather}
+REWRITES: Mapping[str, Rewrite] = {
+    "MatMul": quantize_matmul,
+    "Gemm": quantize_gemm,
+    "Conv": quantize_conv,
+    "Gather": quantize_gather,
+}
 """Operators whose weights can be quantized, and what does it."""
-WEIGHT_INPUT = {"MatMul": 1, "Gather": 0}
 
 
 class Report(Protocol):
@@ -73,7 +80,9 @@ def rewrite(
             report.add(name, op_type, False, "not asked for")
             continue
         try:
-            report.add(name, op_type, True, REWRITES[op_type](draft, node, chosen[node]))
+            made = REWRITES[op_type](draft, node, chosen[node])
+            note = chosen[node].note()
+            report.add(name, op_type, True, f"{made}; {note}" if note else made)
         except Unfit as reason:
             report.add(name, op_type, False, str(reason))
 
@@ -91,6 +100,11 @@ def _is_deep(draft: Draft, node: ir.Node) -> bool:
 def raise_for(draft: Draft, chosen: Mapping[ir.Node, Request]) -> None:
     """Let the model import the opset in which its codes will be tensors, in place."""
     needed = [
+        7  # before, Add does not broadcast
+        for node, request in chosen.items()
+        if node.op_type == "Gemm" and request.form == "operator"
+    ]
+    needed += [
         25 if request.format.bits == 2 else 21
         for node, request in chosen.items()
         if draft.weight(node.inputs[WEIGHT_INPUT[node.op_type]]) is not None

@@ -290,7 +290,7 @@ def test_names_choose_nodes_and_formats() -> None:
         ({"form": "nf4", "bits": 8}, "has 4 bits, not 8"),
         ({"form": "nf4", "method": "hqq"}, 'knows no method but "rtn"'),
         ({"accuracy_level": 5}, "choose from"),
-        ({"op_types": ["Conv"]}, "choose from"),
+        ({"op_types": ["Relu"]}, "choose from"),
         ({"exclude": ["prodct"]}, "no node 'prodct'; 'product'"),
         ({"nodes": ["prodct"]}, "no node 'prodct'; 'product'"),
     ],
@@ -302,7 +302,7 @@ def test_nonsense_is_refused(settings: dict[str, Any], message: str) -> None:
 
 def test_a_node_without_weights_cannot_be_named() -> None:
     source = model_of([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["B"]}, ["y"])
-    with pytest.raises(ConfigError, match="of type Relu; only MatMul and Gather"):
+    with pytest.raises(ConfigError, match="of type Relu; only MatMul, Gemm, Conv and Gather"):
         qwrap.quantize_weights(source, nodes=["/y"])
 
 

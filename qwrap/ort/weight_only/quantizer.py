@@ -41,6 +41,10 @@ from qwrap.ort.weight_only.requests import Requests
 logger = logging.getLogger("qwrap.ort.matmul_nbits_quantizer")  # scripts set its level
 
 
+OP_TYPES = ("MatMul", "Gather")
+"""Operators that onnxruntime's tool knows weights of."""
+
+
 class MatMulNBitsQuantizer:
     """Quantizes constant weights of MatMul, and tables of Gather, wherever they are in a model.
 
@@ -172,7 +176,7 @@ class MatMulNBitsQuantizer:
         """Return what to make of each node that was chosen."""
         nodes = list(walk_nodes(model.graph))
         self._check_names({node.name for node in nodes if node.name})
-        chosen = [node for node in nodes if is_candidate(node) and self._is_chosen(node)]
+        chosen = [node for node in nodes if self._is_candidate(node)]
         form = BlockFormat(self.bits, self.block_size, self.is_symmetric)
         make = Requests(self.algo_config, form, self.accuracy_level or 0)
         requests = {node: make(node) for node in chosen}
@@ -193,6 +197,10 @@ class MatMulNBitsQuantizer:
             for key in settings:
                 if key not in (*CUSTOM_KEYS, "algorithm"):
                     raise UnknownNameError(f"setting of node '{name}'", key, CUSTOM_KEYS)
+
+    def _is_candidate(self, node: ir.Node) -> bool:
+        known = node.op_type in OP_TYPES and is_candidate(node)
+        return known and self._is_chosen(node)
 
     def _is_chosen(self, node: ir.Node) -> bool:
         if node.name in self.nodes_to_exclude:
