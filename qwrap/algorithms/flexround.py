@@ -53,8 +53,8 @@ def flexround(
     with weights rounded as they will be. A scale that the user dictates stays as it is.
 
     Blocks or layers learn one after the other, each on what the quantized ones before it make,
-    under the scheme that is deployed. Every eighth sample is held back: a unit that does not come closer
-    for them stays as it was, and all does if the model's outputs do not.
+    under the scheme that is deployed. Every eighth sample is held back: a unit that does not come
+    closer for them stays as it was, and all does if the model's outputs do not.
 
     Args:
         model: calibrated.
