@@ -6,6 +6,7 @@ from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.brecq import brecq
 from qwrap.algorithms.clipping import clip_activations
 from qwrap.algorithms.equalization import equalize
+from qwrap.algorithms.flexround import flexround
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.sequential_mse import sequential_mse
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
@@ -17,6 +18,7 @@ __all__ = [
     "clip_activations",
     "correct_biases",
     "equalize",
+    "flexround",
     "restore_channels",
     "round_weights",
     "sequential_mse",
