@@ -1,18 +1,22 @@
 """What makes a calibrated model better before it is exported; one file each."""
 
+from qwrap.algorithms.absorption import absorb_biases
 from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.sequential_mse import sequential_mse
+from qwrap.algorithms.smooth import smooth
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
 __all__ = [
     "Smoothed",
+    "absorb_biases",
     "correct_biases",
     "equalize",
     "restore_channels",
     "round_weights",
     "sequential_mse",
+    "smooth",
     "smooth_quant",
 ]

@@ -87,7 +87,7 @@ def equal_ranges(
     """
     count = divisible.count
     factors = torch.ones(count + 1)  # the last one: of what stays
-    groups = _groups(layers, divisible)
+    groups = groups_of(layers, divisible)
     for _ in range(iterations):
         worst = 0.0
         for classes, makers, takers in groups:
@@ -105,7 +105,7 @@ def equal_ranges(
     return factors[:-1].clamp(1 / FARTHEST, FARTHEST)
 
 
-def _groups(
+def groups_of(
     layers: Sequence[Sizes], divisible: Divisible
 ) -> list[tuple[Tensor, list[Sizes], list[Sizes]]]:
     """Return classes that are made together, each once, with the layers on both sides."""
