@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qwrap.errors import InputError
+from qwrap.errors import InputError, QwrapError
 from qwrap.kv_cache.detect import Pair
 from qwrap.model.batches import to_inputs
 from qwrap.model.wrapped import WrappedModel
@@ -19,12 +19,20 @@ from qwrap.ops.element_types import TORCH_DTYPES
 BRANCH = "use_cache_branch"
 """What exporters call the input of a merged decoder that says whether there is a past."""
 
+PROBES = ((2, 5), (3, 4))
+
 
 class Decoder:
-    """Feeds batches to a decoder, piece by piece."""
+    """Feeds batches to a decoder, piece by piece.
+
+    Attributes:
+        is_probing: whether what runs is no data, but shows the shapes of tensors.
+        probes: how many such runs there were, this one included.
+    """
 
     def __init__(self, model: WrappedModel, pairs: Sequence[Pair], chunk: int | None) -> None:
         self._model, self._chunk = model, chunk
+        self.is_probing, self.probes = False, 0
         self._pasts = {p.past.name or "": p for p in pairs if p.past is not None}
         self._presents = {
             p.past.name or "": model.output_names.index(p.present.name or "")
@@ -41,10 +49,31 @@ class Decoder:
         """
         count = 0
         for batch in batches:
+            if not count:
+                self._probe(batch)
             self._try(batch, count)
             count += 1
         if not count:
             raise InputError("no batches: the data is empty (or an iterator that was used up)")
+
+    def _probe(self, batch: Any) -> None:
+        """Run a few tokens twice, with other numbers of them and of sequences."""
+        self.is_probing = True
+        try:
+            for copies, length in PROBES:
+                piece = next(self._pieces(self._by_name(batch), length, exactly=True))
+                self.probes += 1
+                self._call({name: self._tiled(name, v, copies) for name, v in piece.items()}, {})
+        except (QwrapError, RuntimeError, IndexError):
+            return  # such data does not fit: all that is lost is where scales could be moved to
+        finally:
+            self.is_probing = False
+
+    def _tiled(self, name: str, value: Any, copies: int) -> Any:
+        kind = self._model.graph.type_of(self._model.graph.values[name])
+        if not kind.shape or isinstance(kind.shape[0], int):
+            return value
+        return torch.cat([torch.as_tensor(value)] * copies)
 
     def _try(self, batch: Any, index: int) -> None:
         try:
@@ -113,11 +142,13 @@ class Decoder:
                 return int(np.shape(value)[0])
         raise InputError("no input says how many sequences there are; give the caches as well")
 
-    def _pieces(self, given: Mapping[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    def _pieces(
+        self, given: Mapping[str, Any], size: int, *, exactly: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Yield the inputs of a few tokens at a time; masks cover those before as well."""
         along = {n: np.shape(v)[1] for n, v in given.items() if self._is_of_tokens(n, v)}
         length = max(along.values(), default=0)
-        if not length:
+        if not length or (exactly and length < size):
             raise InputError("chunk: no input has the tokens along its second axis")
         for start in range(0, length, size):
             stop = min(start + size, length)

@@ -17,6 +17,7 @@ from qwrap.graph.nodes import STANDARD
 from qwrap.kv_cache.codes import Chain
 from qwrap.kv_cache.grids import Array, Grids
 
+_SHAPED = ("Expand", "Reshape")
 _KEPT = frozenset({"Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -35,18 +36,48 @@ class Factor:
     grid: Array
 
 
+def _equal(first: Factor, second: Factor) -> bool:
+    same = first.product is second.product and first.operand == second.operand
+    return same and np.array_equal(first.grid, second.grid)
+
+
 class Folds:
     """Finds the products that a cache gets to, and moves scales past them."""
 
     def __init__(self, grids: Grids, constants: Constants) -> None:
         self._grids, self._constants = grids, constants
 
+    def reached(self, values: Iterable[ir.Value]) -> list[ir.Value]:
+        """Return the values whose shapes ``factors`` has to know to follow ``values``."""
+        found: dict[ir.Value, None] = {}
+        waiting, seen = list(values), set[ir.Value]()
+        while waiting:
+            value = waiting.pop()
+            seen.add(value)
+            for node, _ in value.uses():
+                if node.domain in STANDARD and node.op_type in (*_KEPT, "Mul", "Div"):
+                    if node.op_type in _SHAPED:
+                        found.update(dict.fromkeys((value, node.outputs[0])))
+                    waiting += [made for made in node.outputs if made not in seen]
+        return list(found)
+
     def factors(self, uses: Iterable[tuple[ir.Node, int]], grid: Array) -> list[Factor] | None:
         """Return what to multiply if values that are used so lack a factor of ``grid``.
 
         Returns:
-            None if some use needs the values themselves.
+            None if some use needs the values themselves, or what there is to multiply depends on
+            how many sequences or tokens there are.
         """
+        uses = list(uses)
+        probes = []
+        for self._grids.probe in (0, 1):
+            probes.append(self._factors(uses, grid))
+        first, second = probes
+        if first is None or second is None or not all(map(_equal, first, second)):
+            return None
+        return first
+
+    def _factors(self, uses: Iterable[tuple[ir.Node, int]], grid: Array) -> list[Factor] | None:
         found: list[Factor] = []
         for node, index in uses:
             if node.domain not in STANDARD:
@@ -67,7 +98,7 @@ class Folds:
         made = node.outputs[0]
         if behind is None or made.is_graph_output():
             return None
-        return self.factors([(use.node, use.idx) for use in made.uses()], behind)
+        return self._factors([(use.node, use.idx) for use in made.uses()], behind)
 
     def _behind(self, node: ir.Node, index: int, grid: Array) -> Array | None:
         if node.op_type in ("Mul", "Div"):

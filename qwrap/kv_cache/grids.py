@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +52,16 @@ class Grids:
 
     A grid has the rank of its tensor and broadcasts to it; one number has rank 0, and suits every
     tensor.
+
+    Attributes:
+        probes: shapes that values had in runs with other numbers of sequences and of tokens.
+        probe: which of these runs is looked at.
     """
 
     def __init__(self, constants: Constants, type_of: TypeOf) -> None:
         self._constants, self._type_of = constants, type_of
+        self.probes: dict[ir.Value, list[tuple[int, ...]]] = {}
+        self.probe = 0
 
     def along(
         self, route: Route, past: ir.Value, rank: int, axes: Sequence[int]
@@ -135,13 +140,17 @@ class Grids:
         array = self._constants.array(node.inputs[index]) if len(node.inputs) > index else None
         return None if array is None else [int(i) for i in array.reshape(-1)]
 
-    def shape(self, value: ir.Value | None) -> tuple[int | str | None, ...] | None:
-        """Return the shape of a value as far as it is known, None if not even its rank is."""
-        return None if value is None else self._type_of(value).shape
+    def seen(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """Return the shape that a value had in the probe that is looked at, None if in none."""
+        shapes = () if value is None else self.probes.get(value, ())
+        return shapes[self.probe] if self.probe < len(shapes) else None
 
     def rank(self, value: ir.Value | None) -> int | None:
         """Return the rank of a value, None if unknown."""
-        return None if value is None else self._type_of(value).rank
+        seen = self.seen(value)
+        if value is None or seen is not None:
+            return None if seen is None else len(seen)
+        return self._type_of(value).rank
 
 
 def _agree(grids: list[Array]) -> bool:
@@ -200,67 +209,15 @@ def _expand(grids: Grids, node: ir.Node, grid: Array) -> Array | None:
 
 
 def _reshape(grids: Grids, node: ir.Node, grid: Array) -> Array | None:
-    """Of what splits or joins axes of known sizes, such as heads that are repeated."""
-    before, after = grids.shape(node.inputs[0]), grids.shape(node.outputs[0])
-    if before is None or after is None or len(before) != grid.ndim:
+    """Of what was seen to be reshaped: scales are, too, and then cut down to those that differ."""
+    before, after = grids.seen(node.inputs[0]), grids.seen(node.outputs[0])
+    if before is None or after is None:
         return None
-    groups = _groups(before, after)
-    if groups is None:
-        return None
-    parts: list[int] = []
-    whole = grid
-    for axes, sizes in groups:
-        if all(grid.shape[a] == 1 for a in axes):
-            parts += [1] * len(sizes)
-            continue
-        counts = [before[a] for a in axes]
-        if not all(isinstance(n, int) for n in (*counts, *sizes)):
-            return None
-        shape = [counts[axes.index(a)] if a in axes else n for a, n in enumerate(whole.shape)]
-        whole = np.broadcast_to(whole, [int(n or 1) for n in shape])
-        parts += [int(n or 1) for n in sizes]
-    return whole.reshape(parts)
-
-
-Size = int | str | None
-Groups = list[tuple[list[int], list[Size]]]
-
-
-def _groups(before: Sequence[Size], after: Sequence[Size]) -> Groups | None:
-    """Return which axes become which sizes, None if sizes that are not known hide it."""
-    found: Groups = []
-    i = k = 0
-    while i < len(before) or k < len(after):
-        axes, sizes = [i], [after[k]] if k < len(after) else []
-        if i >= len(before) or not sizes:
-            return None
-        i, k = i + 1, k + 1
-        while not _equal([before[a] for a in axes], sizes):
-            left, right = _product([before[a] for a in axes]), _product(sizes)
-            if left is None or right is None:
-                return None
-            if left < right and i < len(before):
-                axes.append(i)
-                i += 1
-            elif right < left and k < len(after):
-                sizes.append(after[k])
-                k += 1
-            else:
-                return None
-        found.append((axes, sizes))
-    return found
-
-
-def _equal(left: Sequence[Size], right: Sequence[Size]) -> bool:
-    if len(left) == len(right) == 1 and isinstance(left[0], str):
-        return left[0] == right[0]
-    product = _product(left)
-    return product is not None and product == _product(right)
-
-
-def _product(sizes: Sequence[Size]) -> int | None:
-    whole = [n for n in sizes if isinstance(n, int)]
-    return math.prod(whole) if len(whole) == len(sizes) else None
+    behind = np.broadcast_to(grid, before).reshape(after)
+    for axis in range(behind.ndim):
+        first = behind.take([0], axis)
+        behind = first if bool((behind == first).all()) else behind
+    return behind
 
 
 _RULES: dict[str, Callable[[Grids, ir.Node, Array], Array | None]] = {

@@ -12,9 +12,12 @@ from tqdm.auto import tqdm
 
 from qwrap.config import QuantSpec
 from qwrap.errors import InputError, NotCalibratedError
+from qwrap.graph.constants import Constants
 from qwrap.graph.index import OnnxGraph
 from qwrap.kv_cache.decode import Decoder
 from qwrap.kv_cache.detect import Pair
+from qwrap.kv_cache.fold import Folds
+from qwrap.kv_cache.grids import Grids
 from qwrap.kv_cache.way import Way
 from qwrap.model.batches import count_batches
 from qwrap.model.build import load
@@ -62,6 +65,7 @@ def observe(
     ways: Sequence[Way],
     specs: Sequence[QuantSpec],
     others: Sequence[Pair],
+    grids: Grids,
     run: Run,
 ) -> list[Scales]:
     """Return the scales of each cache, from one pass of the data through the float decoder.
@@ -71,6 +75,7 @@ def observe(
         ways: its caches.
         specs: the types of their codes.
         others: caches that only have to be fed.
+        grids: gets the shapes that scales pass.
         run: the data.
 
     Raises:
@@ -79,10 +84,16 @@ def observe(
     """
     watches = [_Watch(way, run.method) for way in ways]
     model = load(graph.model).eval()
+    decoder = Decoder(model, [*(way.pair for way in ways), *others], run.chunk)
     watchers: dict[str, list[Callable[[Tensor], None]]] = {}
     for watch in watches:
         for value in watch.way.written:
-            watchers.setdefault(graph.key(value), []).append(watch.adding(value))
+            add = _if(decoder, watch.adding(value), probing=False)
+            watchers.setdefault(graph.key(value), []).append(add)
+    reached = Folds(grids, Constants(graph.model)).reached(v for way in ways for v in way.lies)
+    for value in reached:
+        note = _if(decoder, _noting(decoder, grids.probes.setdefault(value, [])), probing=True)
+        watchers.setdefault(graph.key(value), []).append(note)
     bar = tqdm(
         run.batches,
         "calibrate caches",
@@ -91,8 +102,26 @@ def observe(
         disable=None if run.progress else True,
     )
     with bar, model.watching({key: _all(each) for key, each in watchers.items()}):
-        Decoder(model, [*(way.pair for way in ways), *others], run.chunk).run(bar)
+        decoder.run(bar)
     return _chosen(watches, specs, run.method)
+
+
+def _if(
+    decoder: Decoder, watcher: Callable[[Tensor], None], *, probing: bool
+) -> Callable[[Tensor], None]:
+    def call(x: Tensor) -> None:
+        if decoder.is_probing == probing:
+            watcher(x)
+
+    return call
+
+
+def _noting(decoder: Decoder, shapes: list[tuple[int, ...]]) -> Callable[[Tensor], None]:
+    def note(x: Tensor) -> None:
+        if len(shapes) < decoder.probes:  # in a loop, the first time counts
+            shapes.append(tuple(x.shape))
+
+    return note
 
 
 def _all(watchers: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:

@@ -45,7 +45,7 @@ def quantize_kv_cache(
     *,
     dtype: str | QuantType = INT8,
     symmetric: bool = True,
-    keys: Granularity = "channel",
+    keys: Granularity | None = None,
     values: Granularity = "channel",
     caches: Sequence[Asked] | None = None,
     like: KVCaches | None = None,
@@ -73,9 +73,12 @@ def quantize_kv_cache(
             will do. Not needed with ``like``.
         dtype: int8, uint8, int4 or uint4.
         symmetric: no zero points: zeros in a buffer stay zeros.
-        keys: whether the keys of one layer have one scale, one for each head, or one for each
-            channel of each head.
-        values: the same of values.
+        keys: whether the keys of one layer have one scale, ``"tensor"``, one for each ``"head"``,
+            or one for each ``"channel"`` of each head. Where positions are rotated into keys, the
+            range of a channel grows with the length of the sequences: for ``"channel"``, give
+            batches as long as what will be run. None: by head, and with 4 bits, which it would
+            ruin, by channel.
+        values: the same of values, which do not know their positions.
         caches: which ones: patterns for names of graph inputs or outputs, or pairs of names, with
             None for one that is missing. None: all that are found.
         like: what another file of the same decoder got, so that each reads what the other writes:
@@ -101,7 +104,9 @@ def quantize_kv_cache(
     Source: Liu et al., arXiv:2402.02750, for keys by channel.
     """
     check_target(target)
-    settings = _Settings(quant_type(dtype), symmetric, keys, values)
+    kind = quant_type(dtype)
+    keys = keys or ("channel" if kind.bits <= FEW_BITS else "head")
+    settings = _Settings(kind, symmetric, keys, values)
     if (batches is None) == (like is None):
         raise ConfigError("give batches, or like= with scales that are known, and not both")
     draft = read_model(source) if isinstance(source, ir.Model) else read_model(source).clone()
@@ -117,7 +122,7 @@ def quantize_kv_cache(
     if like is None:
         others = other_caches(graph, grids, pairs)
         run = Run(batches or (), method, chunk, progress)
-        scales = observe(graph, ways, specs, others, run)
+        scales = observe(graph, ways, specs, others, grids, run)
     else:
         scales = [_known(like, pair, settings) for pair in pairs]
     reports = [settings.report(*each) for each in zip(ways, specs, scales, strict=True)]

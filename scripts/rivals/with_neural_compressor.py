@@ -1,7 +1,7 @@
 """Makes a file with Intel Neural Compressor for ONNX, which has 8 bits only.
 
-Install: ``pip install onnx-neural-compressor onnxruntime``; the package neural-compressor itself
-has had no ONNX part since its third version.
+Install: ``pip install onnx-neural-compressor onnxruntime transformers scipy "onnx<1.17"``, of which
+it names only the first two; the package neural-compressor itself has no ONNX part any more.
 
 "default" calibrates by minimum and maximum, with a scale per output channel; "high" smooths
 activations first (SmoothQuant), with default options.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 from file_order import Order, serve
@@ -53,7 +54,17 @@ def make(order: Order) -> list[str]:
     source = order.target.with_suffix(".source.onnx")
     onnx.save(load(order.source), source)
     quantize(str(source), str(order.target), settings)
+    _embed(order.target)
     return ["SmoothQuant"] * smooth
+
+
+def _embed(path: Path) -> None:
+    """Take the data that was written beside the file into it, as all others have it."""
+    model = onnx.load(path)
+    beside = path.with_name(path.name + "_data")
+    if beside.exists():
+        onnx.save(model, path)
+        beside.unlink()
 
 
 if __name__ == "__main__":

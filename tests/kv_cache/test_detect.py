@@ -117,7 +117,7 @@ def test_a_prompt_and_a_step_in_files_of_their_own_share_scales(kv: Any, tmp_pat
     expected, same = two.run(ids)
     np.testing.assert_allclose(logits, expected[:, 12:], atol=1e-5)  # sums of another order
     np.testing.assert_array_equal(caches["past_0_key"], same["past_0_key"])
-    with pytest.raises(ConfigError, match="int8 per channel there, and uint8 per channel here"):
+    with pytest.raises(ConfigError, match="int8 per head there, and uint8 per head here"):
         qwrap.quantize_kv_cache(step, tmp_path / "s.onnx", like=first, dtype="uint8")
     assert both["past_0_key"].form == "codes"
 

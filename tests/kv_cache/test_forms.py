@@ -117,7 +117,7 @@ def test_caches_of_other_layouts(kv: Any, tmp_path: Path, dtype: str, least: flo
             dims[1].dim_param, dims[2].dim_value = dims[2].dim_param, 2
     path = tmp_path / "quantized.onnx"
     report = qwrap.quantize_kv_cache(
-        model, path, kv.batches(), dtype=dtype, symmetric=False, progress=False
+        model, path, kv.batches(), dtype=dtype, symmetric=False, keys="channel", progress=False
     )
     assert [(c.form, c.layout.time) for c in report.caches] == [("codes", 3), ("codes", 1)]
     assert [len(c.scale) for c in report.caches] == [16, 16]

@@ -43,7 +43,7 @@ def test_a_quantized_cache_is_close_to_the_float_one(
 
 def test_codes_are_the_nearest_ones_of_the_float_cache(kv: Any, tmp_path: Path) -> None:
     model, ids = kv.model(), kv.tokens()
-    report, decoder = quantized(kv, tmp_path, model)
+    report, decoder = quantized(kv, tmp_path, model, keys="channel")
     _, caches = decoder.run(ids)
     _, floats = kv.decoder(model).run(ids)
     # One layer: what is written depends on tokens alone, so that it is that of the float decoder.
@@ -86,4 +86,4 @@ def test_only_caches_change_their_type(kv: Any, tmp_path: Path) -> None:
         "present_0_value": "tensor(int8)",
     }
     assert [c.form for c in report.caches] == ["codes", "codes"]
-    assert "past_0_key -> present_0_key  key int8, 16 scales (per channel), codes" in str(report)
+    assert "past_0_key -> present_0_key  key int8, 2 scales (per head), codes" in str(report)
