@@ -12,6 +12,7 @@ from torch import Tensor
 from qwrap.graph.constants import Constants
 from qwrap.graph.divisible import Divisible, Layer
 
+DEAD = 1e-9  # of the largest range of a layer: the others are of channels that nothing comes from
 FARTHEST = 2.0**24  # what no factor exceeds, nor its inverse
 
 
@@ -140,6 +141,6 @@ def range_ratio(layers: Sequence[Sizes], factors: Tensor) -> float:
     for layer in layers:
         ranges = layer.made(by).reshape(-1)
         median = ranges.median()
-        if median > 0:
+        if median > DEAD * ranges.max():
             ratios.append((ranges.max() / median).log())
     return float(torch.stack(ratios[1:] or ratios).mean().exp())
