@@ -1,5 +1,6 @@
 """What makes a calibrated model better before it is exported; one file each."""
 
+from qwrap.algorithms.absorption import absorb_biases
 from qwrap.algorithms.adaround import adaround
 from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
@@ -9,10 +10,12 @@ from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.flexround import flexround
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.sequential_mse import sequential_mse
+from qwrap.algorithms.smooth import smooth
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
 __all__ = [
     "Smoothed",
+    "absorb_biases",
     "adaround",
     "brecq",
     "clip_activations",
@@ -22,5 +25,6 @@ __all__ = [
     "restore_channels",
     "round_weights",
     "sequential_mse",
+    "smooth",
     "smooth_quant",
 ]
