@@ -7,6 +7,9 @@ from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import codebook_type, integer_type
 from qwrap.errors import QwrapError, QwrapWarning
 from qwrap.export.exporter import export
+from qwrap.improve.guard import guard
+from qwrap.improve.improve import improve
+from qwrap.kv_cache import quantize_kv_cache
 from qwrap.load import load
 from qwrap.mixed.choices import Choice, Group
 from qwrap.mixed.loss.ranking import Sensitivity
@@ -21,6 +24,7 @@ from qwrap.ops.extension import register_op
 from qwrap.quant.calibrate import calibrate, calibrating
 from qwrap.quant.exact import exact
 from qwrap.quant.functions import function_type
+from qwrap.quant.outcome import Outcome
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.prepare import prepare
 from qwrap.quant.rescale import rescale
@@ -38,6 +42,7 @@ __all__ = [
     "Choice",
     "Distillation",
     "Group",
+    "Outcome",
     "QConfig",
     "QuantPlan",
     "QuantSpec",
@@ -59,12 +64,15 @@ __all__ = [
     "export",
     "finetune",
     "function_type",
+    "guard",
+    "improve",
     "integer_type",
     "load",
     "observe",
     "param_groups",
     "prepare",
     "quantize",
+    "quantize_kv_cache",
     "quantize_weights",
     "register_op",
     "rescale",

@@ -18,11 +18,11 @@ from results import FileResult
 from sample_folder import SampleFolder
 from shared_models import SharedModels
 
-RIVALS = {
-    "nncf": "rivals.with_nncf",
-    "aimet": "rivals.with_aimet",
-    "quark": "rivals.with_quark",
-    "neural_compressor": "rivals.with_neural_compressor",
+RIVALS = {  # name -> module that makes its files, and whether it has other than 8 bits
+    "nncf": ("rivals.with_nncf", False),
+    "aimet": ("rivals.with_aimet", True),
+    "quark": ("rivals.with_quark", False),
+    "neural_compressor": ("rivals.with_neural_compressor", False),
 }
 _TYPES = {8: ("QUInt8", "QInt8"), 4: ("QUInt4", "QInt4")}  # of activations and weights
 
@@ -60,6 +60,12 @@ class Makers:
             if (tool in tools or tool in self._pythons)
             and (effort in efforts or tool == "onnxruntime")
         ]
+
+    @staticmethod
+    def has(way: Way, setting: str) -> bool:
+        """Whether a tool has the types of a setting."""
+        bits = SETTINGS[setting].weight, SETTINGS[setting].activation
+        return way.tool not in RIVALS or bits == (8, 8) or RIVALS[way.tool][1]
 
     def make(self, model: str, setting: str, way: Way) -> Cell:
         """Quantize ``model`` and measure all but latency."""
@@ -102,7 +108,8 @@ class Makers:
         report = self._carry_out(cell.tool, order)
         cell.version, cell.notes = report.version, report.notes
         file = cell.file
-        file.seconds, file.peak, file.error = report.seconds, report.peak, report.error
+        file.seconds, file.processor = report.seconds, report.processor
+        file.peak, file.error = report.peak, report.error
         if not file.error:
             file.file = str(order.target)
             judge(self._shared, cell.model, file)
@@ -111,7 +118,7 @@ class Makers:
         if tool == "qwrap":
             command, variables = [sys.executable, "-m", "qwrap_order"], own_environment()
         else:
-            command, variables = [self._pythons[tool], "-m", RIVALS[tool]], foreign_environment()
+            command, variables = [self._pythons[tool], "-m", RIVALS[tool][0]], foreign_environment()
         return carry_out(command, order, self._timeout, variables)
 
     def _incumbent(self, cell: Cell, samples: Path) -> None:

@@ -26,7 +26,8 @@ def markdown(results: Results) -> str:
         _versions(results),
         "Task metric, as a difference from the float file's.",
         _table(results, rows, ways, ("float", "bound", "within bound"), _bounds, _difference),
-        "Seconds and peak memory in MiB of quantizing, from calibration samples.",
+        "Seconds and peak memory in MiB of quantizing, from so many calibration samples; "
+        "the ratios are of processor time.",
         _table(results, rows, ways, ("samples", "default / plain", "high / plain"), _ratios, _cost),
         "Latency over the float file's with 1 thread / 2 threads, and the share of its constants "
         "that stand as integers.",
@@ -66,12 +67,15 @@ def _bounds(reference: FileResult, cells: Sequence[Cell]) -> tuple[str, str, str
     least = bound(cells[0].model, cells[0].setting, value)
     if least is None:
         return f"{value:.3f}", _NONE, _NONE
-    within = [
-        cell.way.label
-        for cell in cells
-        if cell.file.metric and reaches(cell.file.metric[name], least, name)
+    within: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.file.metric and reaches(cell.file.metric[name], least, name):
+            within.setdefault(cell.tool, []).append(cell.effort)
+    names = [
+        tool if tool == "onnxruntime" else f"{tool} ({', '.join(efforts)})"
+        for tool, efforts in within.items()
     ]
-    return f"{value:.3f}", f"{least - value:+.3f}", ", ".join(within) or "none"
+    return f"{value:.3f}", f"{least - value:+.3f}", ", ".join(names) or "none"
 
 
 def _difference(reference: FileResult, cell: Cell) -> str:
@@ -80,12 +84,12 @@ def _difference(reference: FileResult, cell: Cell) -> str:
 
 
 def _ratios(reference: FileResult, cells: Sequence[Cell]) -> tuple[str, str, str]:  # noqa: ARG001
-    """Samples, and qwrap's seconds over those of its plain calibration."""
+    """Samples, and qwrap's processor time over that of its plain calibration."""
     own = {cell.way.effort: cell for cell in cells if cell.way.tool == "qwrap"}
     counts = dict.fromkeys(cell.samples for cell in sorted(cells, key=lambda cell: cell.samples))
     plain = own.get("plain")
     ratios = [
-        f"{own[effort].file.seconds / plain.file.seconds:.1f}"
+        f"{own[effort].file.processor / plain.file.processor:.1f}"
         if plain and plain.file.metric and effort in own and own[effort].file.metric
         else _NONE
         for effort in ("default", "high")

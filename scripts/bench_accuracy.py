@@ -52,7 +52,7 @@ def measure(
         for setting in arguments.settings
         if SETTINGS[setting].suits(name)
         for way in ways
-        if _is_open(results.find(name, setting, way), arguments)
+        if makers.has(way, setting) and _is_open(results.find(name, setting, way), arguments)
     ]
 
     def make(job: tuple[str, Way]) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Report:
 
     Attributes:
         seconds: from the file read to the file written; libraries were loaded before.
+        processor: the same in time of all processors.
         peak: the most bytes that the process held, libraries included.
         version: of the tool.
         notes: what the tool says it did.
@@ -60,6 +62,7 @@ class Report:
     """
 
     seconds: float = 0.0
+    processor: float = 0.0
     peak: int = 0
     version: str = ""
     notes: list[str] = field(default_factory=list)
@@ -71,6 +74,12 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+def processor_seconds() -> float:
+    """Time that processors spent on this process, and on those it started that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def serve(make: Callable[[Order], list[str] | None], version: str) -> None:
     """Carry out the order on the command line and print the report as one line of JSON.
 
@@ -80,13 +89,14 @@ def serve(make: Callable[[Order], list[str] | None], version: str) -> None:
     """
     order = _order()
     report = Report(version=version)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), processor_seconds()
     try:
         report.notes = list(make(order) or ())
     except Exception as error:  # whatever the tool raises is a finding
         traceback.print_exc()
         report.error = one_line(error)
     report.seconds = time.perf_counter() - start
+    report.processor = processor_seconds() - spent
     report.peak = peak_bytes()
     print(json.dumps(asdict(report)), flush=True)
 

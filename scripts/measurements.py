@@ -37,7 +37,9 @@ def operators_left(path: str | Path) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session(path, optimized=optimized)
-        return Counter(node.op_type for node in _nodes(onnx.load(optimized).graph))
+        return Counter(
+            node.op_type for node in _nodes(onnx.load(optimized, load_external_data=False).graph)
+        )
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import file_order
 import torch
 
@@ -15,15 +13,14 @@ _EFFORTS = {"plain": "none", "default": "default", "high": "high"}
 def make(order: file_order.Order) -> list[str]:
     """Quantize as a user does, with no options beyond types and effort; return what was done."""
     config = qwrap.QConfig(weight=f"int{order.weight}", activation=f"uint{order.activation}")
-    options = {"effort": _EFFORTS[order.effort], "seed": 0}
-    known = inspect.signature(qwrap.quantize).parameters
     model = qwrap.quantize(
         order.source,
         order.target,
         calibration=order.data,
         config=config,
+        effort=_EFFORTS[order.effort],
+        seed=0,
         progress=False,
-        **{name: value for name, value in options.items() if name in known},
     )
     return model.plan.summary().splitlines()
 

@@ -26,6 +26,7 @@ class FileResult:
         fastest_latency: the same between the fastest bursts of all rounds.
         milliseconds: threads -> median time of one run.
         seconds: time that quantizing took.
+        processor: the same in time of all processors, which other work disturbs less.
         peak: the most bytes that the process held for it, where it had one of its own.
         error: one line: what failed, or what had to be done otherwise; empty when all went well.
     """
@@ -42,6 +43,7 @@ class FileResult:
     fastest_latency: dict[str, float] = field(default_factory=dict)
     milliseconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    processor: float = 0.0
     peak: int = 0
     error: str = ""
 

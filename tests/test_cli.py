@@ -173,6 +173,25 @@ def test_finetune_trains_on_the_calibration_data(tmp_path: Path, data: Path) -> 
     assert "0 of" in done.stdout
 
 
+def test_effort_says_what_is_done_behind_calibration(tmp_path: Path, data: Path) -> None:
+    arguments = ["-o", tmp_path / "q.onnx", "--calibration", data, "--weight", "int4"]
+    done = run("quantize", model_path(), *arguments, "--effort", "none", "--verify", 0)
+    assert done.exit_code == 0
+    assert "held-back error" not in done.stdout
+    done = run("quantize", model_path(), *arguments, "--verify", 0)
+    assert done.exit_code == 0
+    assert "GPTQ rounding, held-back error" in done.stdout
+    assert run("quantize", model_path(), *arguments, "--effort", "much").exit_code == 2
+
+
+def test_the_guard_returns_layers_to_float(tmp_path: Path, data: Path) -> None:
+    arguments = ["-o", tmp_path / "q.onnx", "--calibration", data, "--weight", "int2"]
+    for guard, raised in (("30", True), ("-inf", False)):
+        done = run("quantize", model_path(), *arguments, "--guard", guard, "--verify", 0)
+        assert done.exit_code == 0
+        assert ("layers raised" in done.stdout) == raised
+
+
 def test_weights_alone_are_quantized_without_data(tmp_path: Path) -> None:
     path = tmp_path / "q.onnx"
     arguments = ("--activation", "none", "--weight", "int4", "--block-size", 16)

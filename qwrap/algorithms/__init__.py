@@ -1,7 +1,24 @@
 """What makes a calibrated model better before it is exported; one file each."""
 
+from qwrap.algorithms.adaround import adaround
+from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.brecq import brecq
+from qwrap.algorithms.clipping import clip_activations
+from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.gptq import round_weights
+from qwrap.algorithms.sequential_mse import sequential_mse
 from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
-__all__ = ["Smoothed", "correct_biases", "round_weights", "smooth_quant"]
+__all__ = [
+    "Smoothed",
+    "adaround",
+    "brecq",
+    "clip_activations",
+    "correct_biases",
+    "equalize",
+    "restore_channels",
+    "round_weights",
+    "sequential_mse",
+    "smooth_quant",
+]

@@ -13,6 +13,7 @@ from qwrap.quant.rescale import rescale
 from qwrap.quant.trial import attempt, split
 
 SAMPLES = 64
+LEAST_GAIN = 0.05  # of the error; over some tens of samples, less may be chance
 
 
 def choose_methods(model: WrappedModel, batches: Iterable[Any]) -> Outcome:
@@ -46,4 +47,4 @@ def choose_methods(model: WrappedModel, batches: Iterable[Any]) -> Outcome:
         chosen = sorted(set(plan_of(model).methods.values()))
         return [f"{', '.join(chosen)} for {len(plan_of(model).methods)} tensors"]
 
-    return attempt(model, "range methods", deciding, choose)
+    return attempt(model, "range methods", deciding, choose, least_gain=LEAST_GAIN)

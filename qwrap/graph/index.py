@@ -216,6 +216,17 @@ def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
                 yield f"{name}[{i}]", graph
 
 
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the values that a node reads, and those that its bodies read from outside."""
+    yield from (value for value in node.inputs if value is not None)
+    for _, body in bodies(node):
+        made = {*body.inputs, *body.initializers.values()}
+        for inner in body:
+            yield from (value for value in read_values(inner) if value not in made)
+            made.update(inner.outputs)
+        yield from (value for value in body.outputs if value not in made)
+
+
 def walk_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """Yield all nodes, a control-flow node before the nodes of its bodies."""
     for node in graph:

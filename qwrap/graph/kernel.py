@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -62,21 +63,29 @@ class Kernel:
         return self.shape[-1] if self.transposed else self.shape[-2]
 
     @property
-    def is_depthwise(self) -> bool:
-        """Whether each output channel is made of one input channel."""
-        return self.groups > 1 and self.groups == self.inputs
+    def positions(self) -> int:
+        """Weights between one input channel and one output channel."""
+        return prod(self.shape) * self.groups // (self.inputs * self.outputs)
 
     def sizes(self, weight: Array) -> Array:
-        """Return the largest absolute value for each output and input, float32 ``[G, O, I]``."""
-        size = np.abs(weight.astype(np.float32, copy=False))
+        """Return the largest absolute value for each output and input, float64 ``[G, O, I]``."""
+        return np.asarray(np.abs(self._by_channel(weight)).max(-1).astype(np.float64))
+
+    def squares(self, weight: Array) -> Array:
+        """Return the sum of squares for each output and input, float64 ``[G, O, I]``."""
+        return np.asarray(np.square(self._by_channel(weight).astype(np.float64)).sum(-1))
+
+    def _by_channel(self, weight: Array) -> Array:
+        """Return the values as ``[G, O, I, R]``."""
         if self.op_type == "Conv":
-            view = size.reshape(self.groups, self.outputs // self.groups, self.shape[1], -1)
-            return np.asarray(view.max(-1))
+            view = self.groups, self.outputs // self.groups, self.shape[1], -1
+            return np.asarray(weight.reshape(view))
         if self.op_type == "ConvTranspose":
-            view = size.reshape(self.groups, self.inputs // self.groups, self.shape[1], -1)
-            return np.asarray(view.max(-1).swapaxes(1, 2))
-        flat = size.reshape(-1, *self.shape[-2:]).max(0)[None]
-        return np.asarray(flat if self.transposed else flat.swapaxes(1, 2))
+            view = self.groups, self.inputs // self.groups, self.shape[1], -1
+            return np.asarray(weight.reshape(view).swapaxes(1, 2))
+        flat = weight.reshape(1, -1, *self.shape[-2:])
+        axes = (0, 2, 3, 1) if self.transposed else (0, 3, 2, 1)
+        return np.asarray(flat.transpose(axes))
 
     def scaled(self, weight: Array, inputs: Array, outputs: Array) -> Array:
         """Return ``weight`` times a factor for each input and one for each output, its type kept.

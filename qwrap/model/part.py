@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import onnx_ir as ir
 from torch import nn
 
 from qwrap.errors import ModelError
-from qwrap.graph.index import OnnxGraph, ValueType, bodies
+from qwrap.graph.index import OnnxGraph, ValueType, bodies, read_values
 from qwrap.model.points import OutputPoint, Point, ValuePoint
 from qwrap.model.wrapped import WrappedModel
 
@@ -128,17 +128,6 @@ def _needed(
             nodes.add(node)
             waiting.extend(read_values(node))
     return nodes, sources
-
-
-def read_values(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield the values that a node reads, and those that its bodies read from outside."""
-    yield from (value for value in node.inputs if value is not None)
-    for _, body in bodies(node):
-        made = {*body.inputs, *body.initializers.values()}
-        for inner in body:
-            yield from (value for value in read_values(inner) if value not in made)
-            made.update(inner.outputs)
-        yield from (value for value in body.outputs if value not in made)
 
 
 def _check(graph: OnnxGraph, nodes: set[ir.Node], given: Iterable[ir.Value]) -> None:

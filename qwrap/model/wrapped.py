@@ -307,9 +307,14 @@ class WrappedModel(Block):
 
     def _generate(self, known: Mapping[Path, Code] | None = None) -> None:
         """Let the Blocks run what is to run now; ``known`` code is used where it is that."""
-        names = {point: name for point, (_, name) in self.attached.items()}
+        program = self.program
+        names = {
+            point: name
+            for point, (_, name) in self.attached.items()
+            if program.taps.get(point) is self.tap(point)
+        }
         replaced = {key: (name, self.substitute(key)) for key, (_, name) in self.replaced.items()}
-        for code in generate(self.layout, self.program, names, known or self._written, replaced):
+        for code in generate(self.layout, program, names, known or self._written, replaced):
             if self._written.get(code.path) is code:
                 continue
             block = self._module_at(code.path)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
@@ -33,7 +32,8 @@ class WeightMatrix:
         node: the layer.
         value: the weight's initialiser.
         input: value key of what rows are cut from.
-        bias: the initialiser of its quantized bias, None if there is none.
+        bias: the initialiser that is added to its outputs, one number each, by this layer alone;
+            None if there is none.
         stub: rounds the weight.
         unfold: cuts the rows.
         shape: of the weight as stored.
@@ -48,6 +48,12 @@ class WeightMatrix:
     unfold: Unfold
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """``G``, ``K`` and ``R``."""
+        groups, inputs, outputs = self.columns(torch.empty(self.shape, device="meta")).shape
+        return groups, inputs, outputs
+
     def columns(self, values: Tensor) -> Tensor:
         """Return the weight, or one value for each of its elements, as ``[G, K, R]``."""
         groups, kind = self.unfold.groups, self.node.op_type
@@ -56,7 +62,7 @@ class WeightMatrix:
         if kind == "ConvTranspose":  # the window over the spread input is mirrored
             split = values.flip(self._spatial).reshape(groups, -1, values.shape[1], self._window)
             return split.transpose(2, 3).flatten(1, 2)
-        matrix = values.mT if self._is_turned else values
+        matrix = values.mT if self.is_turned else values
         return matrix.reshape(groups, *matrix.shape[-2:]).contiguous()
 
     def stored(self, columns: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ class WeightMatrix:
         if kind == "ConvTranspose":
             split = columns.reshape(len(columns), -1, self._window, columns.shape[2])
             return split.transpose(2, 3).reshape(self.shape).flip(self._spatial)
-        matrix = columns.mT if self._is_turned else columns
+        matrix = columns.mT if self.is_turned else columns
         return matrix.reshape(self.shape)
 
     def scale_index(self) -> Tensor:
@@ -77,7 +83,7 @@ class WeightMatrix:
         return self.columns(spread(numbers, self.shape, self.stub.spec).expand(self.shape))
 
     @property
-    def _is_turned(self) -> bool:
+    def is_turned(self) -> bool:
         """Whether the stored matrix has its outputs first."""
         return bool(attributes_of(self.node).get("transB", 0))
 
@@ -90,10 +96,16 @@ class WeightMatrix:
         return int(torch.Size(self.shape[2:]).numel())
 
 
-def weight_matrices(model: WrappedModel) -> tuple[list[WeightMatrix], list[str]]:
-    """Return the weights of a prepared model that are matrices in order, and why others are not.
+def weight_matrices(
+    model: WrappedModel, largest: int | None = None
+) -> tuple[list[WeightMatrix], list[str]]:
+    """Return the weights of a prepared model that are matrices, and why others are not.
 
     Constants that no product is made with are in neither.
+
+    Args:
+        model: prepared.
+        largest: the most inputs per output that are fine, None for any number.
 
     Returns:
         The weights, and one line for each that is too large or makes no columns.
@@ -109,28 +121,33 @@ def weight_matrices(model: WrappedModel) -> tuple[list[WeightMatrix], list[str]]
             continue
         reads = node.inputs[0]
         assert reads is not None
-        bias = plan.biases.get((use[0], 2))
         matrix = WeightMatrix(
             use=use,
             node=node,
             value=constant.value,
             input=graph.key(reads),
-            bias=None if bias is None else bias.value,
+            bias=None,
             stub=stub_at(model, UsePoint(*use)),
             unfold=Unfold.of(node, value),
             shape=tuple(value.shape),
         )
-        inputs = _inputs(matrix)
-        if inputs > LARGEST_LAYER:
-            left_out.append(f"{constant.value!r} has {inputs} inputs, more than {LARGEST_LAYER}")
+        if largest is not None and matrix.size[1] > largest:
+            left_out.append(f"{constant.value!r} has {matrix.size[1]} inputs, more than {largest}")
         else:
-            found.append(matrix)
+            found.append(replace(matrix, bias=_own_bias(model, matrix)))
     return found, left_out
 
 
-def _inputs(matrix: WeightMatrix) -> int:
-    """Return ``K``."""
-    return matrix.columns(torch.empty(matrix.shape, device="meta")).shape[1]
+def _own_bias(model: WrappedModel, matrix: WeightMatrix) -> str | None:
+    node, settings = matrix.node, attributes_of(matrix.node)
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None or len(value.uses()) > 1:
+        return None
+    if any(settings.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return None
+    key, (groups, _, outputs) = model.graph.key(value), matrix.size
+    stored = model.stored(key)
+    return key if stored is not None and stored.shape == (groups * outputs,) else None
 
 
 def is_given(model: WrappedModel, use: Use) -> bool:
@@ -139,7 +156,7 @@ def is_given(model: WrappedModel, use: Use) -> bool:
     return constant.given is not None or has_range(constant.override or RangeOverride())
 
 
-def in_turn(model: WrappedModel, matrices: Sequence[WeightMatrix]) -> list[WeightMatrix]:
-    """Return the weights in the order in which the graph computes their layers."""
-    place = {node: number for number, node in enumerate(model.layout.homes)}
-    return sorted(matrices, key=lambda matrix: place[matrix.node])
+def users(model: WrappedModel, matrix: WeightMatrix) -> tuple[int, int]:
+    """Return how many nodes read a weight, and how many constants share its scale."""
+    taps = [model.tap(UsePoint(*use)) for use in plan_of(model).constants]
+    return len(model.graph.values[matrix.value].uses()), sum(tap is matrix.stub for tap in taps)

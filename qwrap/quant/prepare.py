@@ -120,6 +120,8 @@ def install(model: WrappedModel, plan: QuantPlan, config: QConfig) -> None:
     plan.notes = _with_live(plan.notes, model)
     device = next((p.device for p in model.parameters()), None)
     put_half(model, plan.half)
+    for new in set(stubs.values()) - {model.tap(point) for point in model.attached}:
+        new.train(model.training)  # else what follows the data would do so in ``eval`` mode too
     model.attach(
         {point: stub.to(device) for point, stub in stubs.items()},
         _clamps(model, plan, stubs),

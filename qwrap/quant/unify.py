@@ -39,7 +39,7 @@ def unify_joined(
     given = {**ranges, **(fixed or {})}
     result = dict(given)
     groups: dict[str, set[str]] = {key: {key} for key in given}
-    for members in _joined(plan, graph, operators):
+    for members in joined(plan, graph, operators):
         known = [key for key in members if key in groups]
         together = set[str]().union(*(groups[key] for key in known))
         common = _common(plan, together, result, fixed or {})
@@ -71,7 +71,7 @@ def _common(
     return (low, high) if holds and not others else None
 
 
-def _joined(plan: QuantPlan, graph: OnnxGraph, operators: Collection[str]) -> list[set[str]]:
+def joined(plan: QuantPlan, graph: OnnxGraph, operators: Collection[str]) -> list[set[str]]:
     """Return for every such node in integers the source tensors it reads and writes."""
     found = []
     for key, node in plan.nodes.items():

@@ -47,15 +47,27 @@ class Drop(nn.Module):
         rounded: Tensor = self.tap(x)
         if not self.active or not self.probability:
             return rounded
-        kept = _draw(x, self.probability, self.generator)
-        mixed: Tensor = _Mixed.apply(x, rounded, kept)  # type: ignore[no-untyped-call]  # torch has no stub
-        return mixed
+        return mix(x, rounded, self.probability, self.generator)
+
+
+def mix(x: Tensor, other: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Return each element of ``x`` with the probability given, else that of ``other``.
+
+    Args:
+        x: floats.
+        other: of the same shape and type.
+        probability: from 0 to 1; it counts to the nearest 2^-16.
+        generator: gives the random numbers.
+    """
+    kept = _draw(x, probability, generator)
+    mixed: Tensor = _Mixed.apply(x, other, kept)  # type: ignore[no-untyped-call]  # torch has no stub
+    return mixed
 
 
 def _draw(x: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Return int8 of the shape of ``x``: all bits set with the probability given, else none.
 
-    It is exact to 2^-16. Full random words are what a generator gives fastest, by far.
+    Full random words are what a generator gives fastest, by far.
     """
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)
@@ -67,17 +79,17 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Mixed(torch.autograd.Function):
-    """Takes elements of ``x`` where the bits of ``kept`` are set, and of ``rounded`` elsewhere.
+    """Takes elements of ``x`` where the bits of ``kept`` are set, and of ``other`` elsewhere.
 
     Bit operations are exact for infinity and NaN too, and ten times as fast as choosing by booleans
     on a CPU, where torch does not vectorise that.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor, kept: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, other: Tensor, kept: Tensor) -> Tensor:
         ctx.save_for_backward(kept)
         bits = _BITS[x.itemsize]
-        a, b = x.detach().view(bits), rounded.detach().view(bits)
+        a, b = x.detach().view(bits), other.detach().view(bits)
         return (a ^ b).bitwise_and_(kept.to(bits)).bitwise_xor_(b).view(x.dtype)
 
     @staticmethod
@@ -86,9 +98,9 @@ class _Mixed(torch.autograd.Function):
         bits = _BITS[gradients[0].itemsize]
         gradient = gradients[0].view(bits)
         through = gradient & kept.to(bits)
-        by_tap = gradient ^ through if ctx.needs_input_grad[1] else None
+        to_other = gradient ^ through if ctx.needs_input_grad[1] else None
         dtype = gradients[0].dtype
-        return through.view(dtype), None if by_tap is None else by_tap.view(dtype), None
+        return through.view(dtype), None if to_other is None else to_other.view(dtype), None
 
 
 def kernels_beside(

@@ -79,7 +79,7 @@ class Rounding(nn.Module, ABC):
     def regularizer(self, beta: float) -> Tensor:
         """Return what is added to the loss so that choices become clear; 0 where they are."""
         del beta
-        return next(self.parameters()).new_zeros(())
+        return next(self.parameters()).new_zeros((), requires_grad=True)
 
 
 class SoftRound(Rounding):

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from qwrap.model.border import makes, reads
+from qwrap.model.alive import may_be_float, steps
 from qwrap.model.layout import Layout
-from qwrap.ops.traits import PASS_THROUGH
 
 MOST = 16  # tensors; beside them the float model's have to stay in memory for a step
 LONGEST = 0.25  # of the layers: the stretch that may lie between two of them
@@ -46,9 +45,9 @@ def joints(layout: Layout, most: int = MOST) -> list[str]:
         layout: of the model.
         most: how many at most; they are then evenly spaced, the last ones included.
     """
-    steps = list(_steps(layout))
-    total = max((step.layers for step in steps), default=0)
-    inner = [step for step in steps if step.is_joint and 0 < step.layers < total]
+    made = list(_steps(layout))
+    total = max((step.layers for step in made), default=0)
+    inner = [step for step in made if step.is_joint and 0 < step.layers < total]
     found: list[_Step] = []
     for width in sorted({step.width for step in inner}):
         found = _between_layers([step for step in inner if step.width <= width])
@@ -70,33 +69,11 @@ def _between_layers(steps: Sequence[_Step]) -> list[_Step]:
 
 def _steps(layout: Layout) -> Iterator[_Step]:
     """Yield a step for every node of the main graph that makes an activation from weights."""
-    graph, nodes = layout.graph, list(layout.region.nodes())
-    last = {key: i for i, node in enumerate(nodes) for key in reads(node, layout)}
-    given = {graph.key(value) for value in graph.outputs}
-    alive: set[str] = set()
+    given = {layout.graph.key(value) for value in layout.graph.outputs}
     layers = 0
-    for i, node in enumerate(nodes):
-        read = set(reads(node, layout))
-        weights = {key for key in read if _is_weight(layout, key)}
-        layers += bool(weights)
-        made = list(makes(node, layout)) if weights or read & alive else []
-        alive = {key for key in alive if last[key] > i}
-        alive.update(key for key in made if last.get(key, -1) > i and _is_activation(layout, key))
-        if made:
-            moves = not node.domain and node.op_type in PASS_THROUGH
-            is_joint = made[0] in alive and made[0] not in given
-            yield _Step(made[0], len(alive - given), layers, moves, is_joint)
-
-
-def _is_weight(layout: Layout, key: str) -> bool:
-    """Whether a value is a stored matrix or more, of a float type."""
-    kind = layout.graph.types.get(key)
-    is_matrix = kind is not None and kind.is_float and (kind.rank or 0) > 1
-    return is_matrix and key in layout.slots
-
-
-def _is_activation(layout: Layout, key: str) -> bool:
-    """Whether a value may be a float tensor; shape inference does not know all."""
-    kind = layout.graph.types.get(key)
-    is_other = kind is not None and kind.dtype is not None and not kind.is_float
-    return not is_other and key not in layout.values.hosts
+    for step in steps(layout):
+        layers += step.has_weight
+        if step.made:
+            alive = {key for key in step.alive if may_be_float(layout, key)}
+            is_joint = step.made[0] in alive and step.made[0] not in given
+            yield _Step(step.made[0], len(alive - given), layers, step.moves, is_joint)

@@ -17,7 +17,7 @@ from networks.catalogue import Inputs, Network
 
 def export(network: Network, module: nn.Module, inputs: Inputs, path: Path, exporter: str) -> None:
     """Write ``module`` to ``path``; ``exporter`` is one of ``EXPORTERS``."""
-    with _quiet():  # under no_grad nn.MultiheadAttention would run what ONNX cannot express
+    with quiet():  # under no_grad nn.MultiheadAttention would run what ONNX cannot express
         EXPORTERS[exporter](network, module, inputs, path)
 
 
@@ -66,7 +66,7 @@ EXPORTERS: dict[str, Callable[[Network, nn.Module, Inputs, Path], None]] = {
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep back what exporters say of themselves, not of the network."""
     logging.disable(logging.WARNING)
     try:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Scale by the root of the mean square."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` normalised over its last axis, in float32 inside."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.weight * wide.to(x.dtype)
 
 
@@ -80,12 +80,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and SwiGLU, each on a normalised input beside a shortcut."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, epsilon: float) -> None:
         super().__init__()
         self.self_attn = Attention(width, heads, kv_heads)
         self.mlp = MLP(width, hidden)
-        self.input_layernorm = RMSNorm(width)
-        self.post_attention_layernorm = RMSNorm(width)
+        self.input_layernorm = RMSNorm(width, epsilon)
+        self.post_attention_layernorm = RMSNorm(width, epsilon)
 
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor]
@@ -107,13 +107,14 @@ class Llama(nn.Module):
         heads: int = 8,
         kv_heads: int = 4,
         hidden: int = 1376,
+        epsilon: float = 1e-6,
     ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(words, width)
         self.layers = nn.ModuleList([
-            DecoderLayer(width, heads, kv_heads, hidden) for _ in range(layers)
+            DecoderLayer(width, heads, kv_heads, hidden, epsilon) for _ in range(layers)
         ])
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, epsilon)
         self.lm_head = nn.Linear(width, words, bias=False)
         size = width // heads
         frequencies = 10000.0 ** -(torch.arange(0, size, 2).float() / size)

@@ -9,7 +9,7 @@ from onnx import helper
 
 import qwrap
 from qwrap.config import QuantSpec
-from qwrap.quant.matrices import WeightMatrix, in_turn, is_given, weight_matrices
+from qwrap.quant.matrices import WeightMatrix, is_given, users, weight_matrices
 
 FLOAT = onnx.TensorProto.FLOAT
 # Operator, input shape, weight shape, attributes.
@@ -137,13 +137,14 @@ def test_every_element_knows_its_scale(name: str, block_size: int | None) -> Non
 def test_what_is_too_large_is_left_out_with_its_reason() -> None:
     model = qwrap.load(build("MatMul", 2, np.ones((9000, 2), np.float32))).eval()
     qwrap.prepare(model, qwrap.QConfig(activation=None))
-    assert weight_matrices(model) == ([], ["'w' has 9000 inputs, more than 8192"])
+    assert len(weight_matrices(model)[0]) == 1
+    assert weight_matrices(model, 8192) == ([], ["'w' has 9000 inputs, more than 8192"])
 
 
-def test_layers_come_in_the_order_of_the_graph(small) -> None:
+def test_weights_come_with_their_biases_and_users(small) -> None:
     model = qwrap.load(small.convs()).eval()
     qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     found, _ = weight_matrices(model)
-    assert [m.value for m in in_turn(model, found[::-1])] == ["w1", "w2"]
-    assert [m.bias for m in in_turn(model, found)] == ["b1", "b2"]
+    assert [(m.value, m.bias) for m in found] == [("w1", "b1"), ("w2", "b2")]
     assert not any(is_given(model, m.use) for m in found)
+    assert [users(model, m) for m in found] == [(1, 1), (1, 1)]

@@ -5,7 +5,7 @@ import torch
 import qwrap
 from qwrap.errors import ConfigError
 from qwrap.quant.auto.held_out import float_model
-from qwrap.quant.prepare import plan_of
+from qwrap.quant.prepare import plan_of, stubs
 
 
 def test_a_prepared_model_still_computes_in_float(small) -> None:
@@ -129,3 +129,19 @@ def test_the_gradient_is_that_of_the_float_model_where_nothing_is_clamped(small)
     for name in ("w1", "w2", "b2"):
         found, expected = model.stored(name).grad, floating.stored(name).grad
         assert (found - expected).norm() < 2e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_prepared_is_in_the_mode_of_the_model(small, training: bool) -> None:
+    model = qwrap.load(small.convs()).train(training)
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", training="follow"))
+    assert {stub.training for _, stub in stubs(model)} == {training}
+    batches = small.batches()
+    qwrap.calibrate(model, batches, progress=False)
+    scales = [stub.scale.clone() for _, stub in stubs(model)]
+    model(3 * torch.from_numpy(batches[0]))
+    same = [
+        torch.equal(stub.scale, scale)
+        for (_, stub), scale in zip(stubs(model), scales, strict=True)
+    ]
+    assert all(same) != training

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from qwrap.quant.row_moments import RowMoments
-from qwrap.quant.unfold import Unfold
 
 
 def correlated(shape: tuple[int, ...], count: int, sign: float = 1.0) -> list[torch.Tensor]:
@@ -20,9 +19,9 @@ def correlated(shape: tuple[int, ...], count: int, sign: float = 1.0) -> list[to
 
 def test_moments_are_those_of_all_rows_in_constant_memory() -> None:
     batches = [b + 1000 for b in correlated((40, 6), 12)]
-    moments, sizes = RowMoments(Unfold()), set()
+    moments, sizes = RowMoments(), set()
     for batch in batches:
-        moments.add(batch)
+        moments.add(batch[None])
         tensors = [v for v in vars(moments).values() if isinstance(v, torch.Tensor)]
         sizes.add(sum(t.numel() for t in tensors))
     rows = torch.cat(batches).double()
@@ -33,10 +32,19 @@ def test_moments_are_those_of_all_rows_in_constant_memory() -> None:
 
 
 def test_a_constant_input_has_exactly_no_variance() -> None:
-    moments = RowMoments(Unfold())
+    moments = RowMoments()
     for batch in correlated((40, 3), 5):
         batch[:, 1] = 0.1
-        moments.add(batch)
+        moments.add(batch[None])
     assert (moments.covariance[0, 1] == 0).all()
     assert (moments.covariance[0, :, 1] == 0).all()
     assert moments.covariance[0, 0, 0] > 0
+
+
+def test_the_second_moment_is_the_mean_product() -> None:
+    moments, batches = RowMoments(), correlated((40, 6), 3)
+    for batch in batches:
+        moments.add(batch[None])
+    moments.add(batches[0][:0][None])
+    rows = torch.cat(batches).double()
+    torch.testing.assert_close(moments.second[0], rows.T @ rows / len(rows), rtol=0, atol=1e-5)

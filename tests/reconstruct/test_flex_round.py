@@ -163,7 +163,11 @@ def test_the_scale_leaves_room_for_the_biases() -> None:
 
 
 def test_it_has_no_regularizer() -> None:
-    assert float(FlexRound(*make()).regularizer(2.0)) == 0.0
+    rounding = FlexRound(*make())
+    nothing = rounding.regularizer(2.0)
+    nothing.backward()
+    assert float(nothing.detach()) == 0.0
+    assert all(parameter.grad is None for parameter in rounding.parameters())
 
 
 def test_types_without_integer_codes_are_refused_by_name() -> None:

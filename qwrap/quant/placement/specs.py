@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qwrap.config import QConfig, QuantSpec
 from qwrap.dtypes import INT8, UINT8
 from qwrap.errors import ConfigError
+from qwrap.model.attributes import attributes_of
 from qwrap.ops.traits import OUTPUT_RANGES, WEIGHTED
 from qwrap.quant.bounds import operator_qparams
 from qwrap.quant.placement.eligibility import Eligibility
@@ -198,8 +199,8 @@ class Specs:
         """Whether the bias of ``node`` is stored as int32 at the scale of the accumulator.
 
         Else it stays float: a product of floats, or of scales that change within a sum, has no
-        accumulator of codes; that of 16-bit codes would overflow; and scales of 16 bits cannot
-        hold the product of two.
+        accumulator of codes; that of 16-bit codes would overflow; scales of 16 bits cannot hold the
+        product of two; and in a ConvTranspose the groups share scales, which biases do not.
 
         Args:
             node: has the bias.
@@ -211,6 +212,8 @@ class Specs:
         bits = activation.dtype.bits + weight.dtype.bits
         plain = activation.dtype.is_standard and activation.dtype.is_integer
         plain = plain and weight.dtype.is_integer
+        if node.op_type == "ConvTranspose" and weight.axis is not None:
+            plain = plain and attributes_of(node).get("group", 1) == 1
         is_float32 = self.graph.type_of(x).dtype == ir.DataType.FLOAT
         return plain and is_float32 and weight.block_size is None and bits <= LARGEST_ACCUMULATOR
 

@@ -50,6 +50,21 @@ def test_a_selector_that_fits_nothing_is_refused(small, selector: str) -> None:
         plan_for(small.convs(), excluded=[selector])
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_transposed_convolution_whose_groups_share_scales_keeps_its_bias_in_float(
+    small, tmp_path, group: int, per_channel: bool
+) -> None:
+    nodes = f"y = ConvTranspose<group={group}, strides=[2,2]>(x, w, b)"
+    source = small.build(nodes, {"w": (4, 3, 3, 3), "b": (3 * group,)}, "float[N,4,6,6] x")
+    model, batches = qwrap.load(source).eval(), small.batches(2, (2, 4, 6, 6))
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="all", per_channel=per_channel))
+    assert bool(plan.biases) == (group == 1 or not per_channel)
+    qwrap.calibrate(model, batches, progress=False)
+    qwrap.export(model, tmp_path / "q.onnx")
+    assert qwrap.verify(model, tmp_path / "q.onnx", batches, progress=False).differing_codes == 0
+
+
 def test_an_excluded_moving_node_is_not_in_the_group_of_its_input(small) -> None:
     nodes = "a = Conv(x, w) b = MaxPool<kernel_shape=[2,2]>(a) y = Conv(b, v)"
     source = small.build(nodes, {"w": (6, 3, 1, 1), "v": (4, 6, 1, 1)})

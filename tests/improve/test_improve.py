@@ -1,0 +1,101 @@
+"""What a calibrated model goes through, and what the plan says of it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import qwrap
+from qwrap.errors import ConfigError, InputError, NotCalibratedError
+from qwrap.improve.improve import EFFORTS, improve
+
+
+def calibrated(small, **settings):
+    batches = small.batches(8, (4, 3, 8, 8))
+    model = qwrap.load(small.convs()).eval()
+    qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
+    qwrap.calibrate(model, batches, progress=False)
+    return model, batches
+
+
+def error(model, source, batches) -> float:
+    reference = qwrap.load(source)
+    with torch.no_grad():
+        pairs = [(model(x), reference(x)) for x in map(torch.from_numpy, batches)]
+    return sum(float((y - wanted).square().sum()) for y, wanted in pairs)
+
+
+def test_every_algorithm_is_in_the_summary_kept_or_undone(small) -> None:
+    model, batches = calibrated(small, weight="int4")
+    outcomes = improve(model, batches, progress=False)
+    assert outcomes == model.plan.outcomes
+    assert len(outcomes) == len(EFFORTS["default"])
+    summary = model.plan.summary()
+    for outcome in outcomes:
+        label = "kept:     " if outcome.kept else "undone:   "
+        assert f"{label} {outcome.algorithm}" in summary
+
+
+def test_the_error_never_rises_and_each_begins_where_the_last_ended(small) -> None:
+    model, batches = calibrated(small, weight="int4")
+    outcomes = improve(model, batches, progress=False)
+    for earlier, later in pairwise(outcomes):
+        left = earlier.after if earlier.kept else earlier.before
+        assert later.before == pytest.approx(left, rel=1e-6)  # the same sums, in float32
+    assert all(o.after < o.before for o in outcomes if o.kept)
+
+
+def test_more_effort_is_closer_on_other_data(small) -> None:
+    source, other = small.convs(), small.batches(8, (4, 3, 8, 8), seed=9)
+    errors = {}
+    for effort in ("none", "default", "high"):
+        model, batches = calibrated(small, weight="int2")
+        improve(model, batches, effort=effort, progress=False)
+        errors[effort] = error(model, source, other)
+    assert errors["high"] <= errors["default"] < errors["none"]
+
+
+def test_the_same_seed_gives_the_same_file(small, tmp_path) -> None:
+    batches = small.batches(8, (4, 3, 8, 8))
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))  # must not matter
+        qwrap.quantize(
+            small.convs(),
+            tmp_path / name,
+            calibration=batches,
+            config=qwrap.QConfig(scope="kernels", weight="int4"),
+            effort="high",
+            seed=3,
+            progress=False,
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_effort_changes_nothing(small) -> None:
+    model, batches = calibrated(small)
+    before = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    assert improve(model, batches, effort="none") == []
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("settings", [{"method": "percentile"}, {"keep_ranges": True}], ids=str)
+def test_ranges_that_the_user_chose_are_left_alone(small, settings) -> None:
+    keep = settings.pop("keep_ranges", False)
+    model, batches = calibrated(small, **settings)
+    found = improve(model, batches, keep_ranges=keep, progress=False)
+    assert "range methods" not in {outcome.algorithm for outcome in found}
+    assert model.plan.methods == {}
+
+
+def test_it_refuses_what_it_cannot_work_with(small) -> None:
+    model, batches = calibrated(small)
+    with pytest.raises(ConfigError, match=r"effort='much': choose one of \('none', 'default', 'h"):
+        improve(model, batches, effort="much")
+    with pytest.raises(InputError, match="no batches"):
+        improve(model, [])
+    bare = qwrap.load(small.convs()).eval()
+    with pytest.raises(ConfigError, match="not prepared"):
+        improve(bare, batches)
+    qwrap.prepare(bare, qwrap.QConfig(scope="kernels"))
+    with pytest.raises(NotCalibratedError):
+        improve(bare, batches)
