@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -113,6 +114,8 @@ def quantize_kv_cache(
     needed = BITWISE_OPSET if settings.is_packed else AXIS_OPSET
     if opset_of(draft, "") < needed:
         raise_opset(draft, needed)
+        version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", needed)])
+        draft.ir_version = max(draft.ir_version, version)
     graph, constants = OnnxGraph(draft), Constants(draft)
     types = {value: graph.type_of(value) for value in graph.values.values()}
     grids = Grids(constants, lambda value: types.get(value, ValueType()))
@@ -168,6 +171,8 @@ class _Settings:
         if self._symmetric and self.dtype.signed and reads_codes(pair, pairs):
             return native_way(pair, scaled)
         packed = pair.layout.channels[-1] if self.is_packed else None
+        if packed is not None and pair.type.shape is not None:
+            _check_even(pair, pair.type.shape[packed])
         return way_of(pair, grids, scaled, packed)
 
     def code(self, way: Way, scales: Scales, opset: int) -> Code:
@@ -176,11 +181,7 @@ class _Settings:
         if self.is_packed:
             index = way.axes.index(way.pair.layout.channels[-1])
             size = scales.sizes[index]
-            if size % 2:
-                raise ConfigError(
-                    f"cache {way.pair.name!r}: {size} channels cannot share bytes by twos; choose "
-                    "a type of 8 bits"
-                )
+            _check_even(way.pair, size)
             packed = index, size
         return Code(
             self.dtype,
@@ -207,6 +208,14 @@ class _Settings:
             scales.scale.numpy(),
             scales.zero_point.numpy(),
             scales.sizes,
+        )
+
+
+def _check_even(pair: Pair, size: int | str | None) -> None:
+    if isinstance(size, int) and size % 2:
+        raise ConfigError(
+            f"cache {pair.name!r}: {size} channels cannot share bytes by twos; choose a type of 8 "
+            "bits"
         )
 
 
