@@ -73,7 +73,9 @@ def quantize_kv_cache(
             are empty (or buffers of zeros), as before the first token, so that whole sequences
             will do. Not needed with ``like``.
         dtype: int8, uint8, int4 or uint4.
-        symmetric: no zero points: zeros in a buffer stay zeros.
+        symmetric: the middle code means 0; of int8 that is 0, so that buffers of zeros are as
+            good as before. The only codes that GroupQueryAttention reads itself are int8 and int4
+            with this.
         keys: whether the keys of one layer have one scale, ``"tensor"``, one for each ``"head"``,
             or one for each ``"channel"`` of each head. Where positions are rotated into keys, the
             range of a channel grows with the length of the sequences: for ``"channel"``, give
