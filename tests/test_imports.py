@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "verify": {*BASE, "graph", "ops", "model"},
     "data": BASE,
     "quantize": {*BASE, "graph", "model", "quant", "algorithms", "export", "train", "improve"},
-    "improve": {*BASE, "graph", "model", "quant", "algorithms", "mixed"},
+    "improve": {*BASE, "graph", "model", "quant", "reconstruct", "algorithms", "train", "mixed"},
     "mixed": {*BASE, "", "graph", "ops", "model", "quant", "export", "train", "verify"},
     "nbits": {*BASE, "graph", "ops", "model", "quant"},
     "kv_cache": {*BASE, "graph", "ops", "model", "quant"},

@@ -1,7 +1,9 @@
 """What makes a calibrated model better before it is exported; one file each."""
 
+from qwrap.algorithms.adaround import adaround
 from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.brecq import brecq
 from qwrap.algorithms.clipping import clip_activations
 from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.gptq import round_weights
@@ -10,6 +12,8 @@ from qwrap.algorithms.smooth_quant import Smoothed, smooth_quant
 
 __all__ = [
     "Smoothed",
+    "adaround",
+    "brecq",
     "clip_activations",
     "correct_biases",
     "equalize",

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from qwrap.algorithms.bias_correction import correct_biases
+from qwrap.algorithms.brecq import brecq
+from qwrap.algorithms.equalization import equalize
 from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.range_choice import choose_methods
+from qwrap.algorithms.sequential_mse import sequential_mse
 from qwrap.errors import ConfigError
+from qwrap.improve.tuning import tune
 from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
+from qwrap.quant.auto.held_out import float_model
 from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import config_of
+from qwrap.quant.trial import Inputs
+from qwrap.reconstruct.samples import Samples
 
 Effort = Literal["none", "default", "high"]
-Algorithm = Callable[[WrappedModel, Sequence[Any]], Outcome]
+Step = Callable[[WrappedModel, Sequence[Inputs], int, bool], Outcome]
+"""Called with the model, the batches, the seed, and whether to show bars."""
 
-ALGORITHMS: Mapping[Effort, Sequence[Algorithm]] = {
-    "none": (),
-    "default": (choose_methods, round_weights, correct_biases),
-    "high": (choose_methods, round_weights, correct_biases),
+STEPS: Mapping[str, Step] = {
+    "equalize": lambda m, data, _, bar: equalize(m, data, progress=bar),
+    "choose_methods": lambda m, data, _seed, _bar: choose_methods(m, data),
+    "sequential_mse": lambda m, data, _, bar: sequential_mse(m, data, progress=bar),
+    "round_weights": lambda m, data, _, bar: round_weights(m, data, progress=bar),
+    "brecq": lambda m, data, seed, bar: brecq(m, data, drop=0.5, seed=seed, progress=bar),
+    "tune": lambda m, data, seed, bar: tune(m, data, seed=seed, progress=bar),
+    "correct_biases": lambda m, data, _seed, _bar: correct_biases(m, data),
 }
+EFFORTS: Mapping[Effort, Sequence[str]] = {
+    "none": (),
+    "default": (
+        "equalize",
+        "choose_methods",
+        "sequential_mse",
+        "round_weights",
+        "correct_biases",
+    ),
+    "high": (
+        "equalize",
+        "choose_methods",
+        "sequential_mse",
+        "round_weights",
+        "brecq",
+        "tune",
+        "correct_biases",
+    ),
+}
+OF_RANGES = ("equalize", "choose_methods")  # observe again, or choose again from what was observed
+SIDE_BY_SIDE = 16  # samples in a batch
+FEWEST = 8  # batches to divide between learning and deciding
 
 
 def check_effort(effort: str) -> None:
@@ -46,13 +80,18 @@ def improve(
     """Let a calibrated model go through one algorithm after another, in place.
 
     Each is kept only if the outputs of batches that it has not learned from come closer to the
-    float model's; ``model.plan.summary()`` says which were, and what they brought.
+    float model's; ``model.plan.summary()`` says which were, and what they brought. Samples that can
+    run side by side do, whatever the batches.
 
     Args:
         model: calibrated.
         batches: as for ``calibrate``; all are held in memory.
-        effort: "none", "default" (seconds), or "high" (minutes): see ``ALGORITHMS``.
-        keep_ranges: leave the method of ranges as it is, because they come from elsewhere.
+        effort: "none"; "default", seconds: layers are equalized, each activation gets the range
+            method and each weight the range that serve the outputs best, weights are rounded so
+            that errors cancel (GPTQ), biases corrected; or "high", minutes: the rounding of weights
+            is learned block by block as well (BRECQ with QDrop), and all of it trained together at
+            the end.
+        keep_ranges: leave ranges of activations as they are, because they come from elsewhere.
         seed: of everything that is drawn.
         progress: show bars on a terminal.
 
@@ -65,8 +104,28 @@ def improve(
         NotCalibratedError: the model is not calibrated.
     """
     check_effort(effort)
-    del seed, progress
     data = list(iterate(batches, model))
-    chosen = keep_ranges or config_of(model).method != "mse"  # by the user
-    left_out = {choose_methods} if chosen else set()
-    return [step(model, data) for step in ALGORITHMS[effort] if step not in left_out]
+    if not EFFORTS[effort]:
+        return []
+    left_out: Collection[str] = OF_RANGES if keep_ranges else ()
+    if config_of(model).method != "mse":  # the user chose one
+        left_out = {*left_out, "choose_methods"}
+    joined = _side_by_side(model, data)
+    return [
+        STEPS[name](model, joined, seed, progress)
+        for name in EFFORTS[effort]
+        if name not in left_out
+    ]
+
+
+def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> Sequence[Inputs]:
+    """Return the same samples in batches of up to 16, as far as the model allows, yet in several.
+
+    Batches that are larger stay as they are.
+    """
+    outputs = [model.graph.key(value) for value in model.graph.outputs]
+    samples = Samples(float_model(model), batches, outputs)
+    size = min(SIDE_BY_SIDE, len(samples.rows) // FEWEST)
+    if len(samples.rows) // max(size, 1) >= len(batches):
+        return batches
+    return [samples.batch(ids) for ids in samples.groups(range(len(samples.rows)), {}, size)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwrap.graph.index import OnnxGraph, bodies, walk_nodes
-from qwrap.model.part import read_values
+from qwrap.graph.index import OnnxGraph, bodies, read_values, walk_nodes
 
 
 class Cuts:

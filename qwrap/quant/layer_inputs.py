@@ -33,6 +33,11 @@ def readers(matrices: Iterable[WeightMatrix]) -> list[Readers]:
     return [tuple(group) for group in found.values()]
 
 
+def source_of_rows(group: Readers) -> Source:
+    """Return what the rows are cut from that a weight is multiplied with."""
+    return tuple((matrix.input, matrix.unfold) for matrix in group)
+
+
 def learn_inputs(
     model: WrappedModel, weights: Sequence[Readers], batches: Sequence[Inputs], *, progress: bool
 ) -> Iterator[tuple[Readers, RowMoments]]:
@@ -48,7 +53,7 @@ def learn_inputs(
         progress: show a bar on a terminal.
     """
     for together in _passes(weights):
-        sources = [_source(group) for group in together]
+        sources = [source_of_rows(group) for group in together]
         moments = {source: RowMoments() for source in sources}
         _run(model, moments, batches, progress=progress)
         for group, source in zip(together, sources, strict=True):
@@ -56,23 +61,19 @@ def learn_inputs(
                 yield group, moments[source]
 
 
-def _source(group: Readers) -> Source:
-    return tuple((matrix.input, matrix.unfold) for matrix in group)
-
-
 def _passes(weights: Sequence[Readers]) -> Iterator[list[Readers]]:
     """Yield the weights whose moments fit into memory together."""
     room, together, seen = 0, list[Readers](), set[Source]()
     for group in weights:
         groups, inputs, _ = group[0].size
-        size = 0 if _source(group) in seen else groups * inputs**2
+        size = 0 if source_of_rows(group) in seen else groups * inputs**2
         if together and room + size > ROOM:
             yield together
             room, together, seen = 0, [], set()
             size = groups * inputs**2
         room += size
         together.append(group)
-        seen.add(_source(group))
+        seen.add(source_of_rows(group))
     if together:
         yield together
 

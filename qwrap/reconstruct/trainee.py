@@ -183,7 +183,7 @@ class Trainee:
     def finish(self) -> None:
         """Write what was learned to the model, in place."""
         for key, rounding in self.roundings.items():
-            self._model.assign(key, rounding.hard())
+            self._model.assign(key, rounding.finish())
         for weight in self._unit.weights:  # those that are read in several places have a stub each
             first, *others = (stub_at(self._model, UsePoint(*use)) for use in weight.uses)
             for stub in others:

@@ -217,6 +217,76 @@ def test_a_weight_that_is_read_otherwise_too_is_left_alone() -> None:
     assert torch.equal(wrapped.stored("w"), before)
 
 
+def chain() -> onnx.ModelProto:
+    """Two layers; the errors of the first one reach the second."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gemm", ["x", "v", "c"], ["a"], "first"),
+        helper.make_node("Relu", ["a"], ["r"], "relu"),
+        helper.make_node("Gemm", ["r", "w", "b"], ["y"], "second"),
+    ]
+    stored = {"v": (24, 16), "c": (16,), "w": (16, 8), "b": (8,)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in stored.items()}
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", FLOAT, [None, 24])],
+        [helper.make_tensor_value_info("y", FLOAT, [None, 8])],
+        [onnx.numpy_helper.from_array(value, key) for key, value in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def test_in_turn_the_second_layer_makes_good_what_the_first_one_lost() -> None:
+    # The first layer keeps 2 bits, so that nearly all error is its own; the second has 8.
+    found = {}
+    for sequential in (False, True):
+        wrapped = qwrap.load(chain()).eval()
+        config = qwrap.QConfig(activation=None, weight="int8", scope="kernels")
+        config.set("first", weight="int2")
+        qwrap.prepare(wrapped, config)
+        batches = correlated((256, 24), 8)
+        qwrap.calibrate(wrapped, batches, progress=False)
+        outcome = round_weights(wrapped, batches, sequential=sequential, progress=False)
+        assert outcome
+        found[sequential] = outcome.after
+        for node, name in (("first", "v"), ("second", "w")):
+            weight = wrapped.stored(name).detach()
+            assert torch.equal(wrapped.tap(UsePoint(node, 1))(weight), weight)
+    assert found[True] < 0.8 * found[False]
+
+
+def test_in_turn_a_bias_that_was_moved_does_not_count() -> None:
+    found = []
+    for shift in (0.0, 3.0):
+        batches = correlated((64, 24), 4)
+        wrapped = calibrated(chain(), batches, activation=None, weight="int4")
+        with torch.no_grad():
+            wrapped.stored("b").add_(shift)
+        assert round_weights(wrapped, batches, sequential=True, progress=False)
+        found.append(wrapped.stored("b").clone())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["groups", "transpose", "batched", "MatMul"])
+def test_in_turn_outputs_come_closer_for_every_kind_of_layer(name: str) -> None:
+    model, batches = build(name), correlated(LAYERS[name][2], 24)
+    batches, unseen = batches[:16], torch.cat(batches[16:])
+    wrapped = calibrated(model, batches, activation=None)
+    nearest = output_error(model, wrapped, unseen)
+    assert round_weights(wrapped, batches, sequential=True, progress=False)
+    assert output_error(model, wrapped, unseen) < 0.5 * nearest
+
+
+def test_in_turn_a_real_network_loses_most_of_its_error_at_4_bits(shared_model) -> None:
+    wrapped, samples = shared_model("resnet20_cifar10", 16, weight="int4")
+    halves = [samples[::2], samples[1::2]]
+    batches = [{key: np.concatenate([x[key] for x in half]) for key in half[0]} for half in halves]
+    outcome = round_weights(wrapped, batches, sequential=True, progress=False)
+    assert outcome
+    assert outcome.after < 0.3 * outcome.before
+
+
 def test_it_refuses_what_it_cannot_work_with() -> None:
     batches = correlated((48, 24), 2)
     wrapped = calibrated(build("Gemm"), batches)

@@ -7,7 +7,7 @@ import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
-from qwrap.improve.improve import ALGORITHMS, improve
+from qwrap.improve.improve import EFFORTS, improve
 
 
 def calibrated(small, **settings):
@@ -29,7 +29,7 @@ def test_every_algorithm_is_in_the_summary_kept_or_undone(small) -> None:
     model, batches = calibrated(small, weight="int4")
     outcomes = improve(model, batches, progress=False)
     assert outcomes == model.plan.outcomes
-    assert len(outcomes) == len(ALGORITHMS["default"])
+    assert len(outcomes) == len(EFFORTS["default"])
     summary = model.plan.summary()
     for outcome in outcomes:
         label = "kept:     " if outcome.kept else "undone:   "
