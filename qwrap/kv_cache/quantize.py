@@ -63,7 +63,9 @@ def quantize_kv_cache(
     sequence grows. The current token reads what later ones will read, its codes.
 
     Codes of 4 bits share a byte, uint8, two along the last axis of channels, which is half as long:
-    onnxruntime takes no 4-bit tensors there.
+    onnxruntime takes no 4-bit tensors there. Those of the first half of the axis are in the lower
+    bits, those of the second in the upper ones, and 8 is added to codes of int4. Where
+    GroupQueryAttention reads codes itself, its neighbours share a byte instead.
 
     Args:
         source: path, message or onnx_ir model of a float32, float16 or bfloat16 decoder; never
