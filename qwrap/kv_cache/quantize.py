@@ -60,7 +60,8 @@ def quantize_kv_cache(
     Graph inputs ``past…`` and outputs ``present…`` change their type, so that what the caller keeps
     and feeds back is a quarter or an eighth as large. Only new tokens are quantized: codes of the
     past travel as they are, or become the same codes again, so that nothing drifts however long a
-    sequence grows. The current token reads what later ones will read, its codes.
+    sequence grows. The current token reads what later ones will read, its codes, but for the form
+    ``"requantized"``: there an operator reads it in float.
 
     Codes of 4 bits share a byte, uint8, two along the last axis of channels, which is half as long:
     onnxruntime takes no 4-bit tensors there. Those of the first half of the axis are in the lower
