@@ -23,7 +23,7 @@ from qwrap.quant.prepare import plan_of, stub_at
 from qwrap.quant.stubs import Stub
 from qwrap.reconstruct import FlexRound, Rounding
 from qwrap.reconstruct.fit import Recipe
-from qwrap.reconstruct.reconstruct import MEMORY, reconstruct
+from qwrap.reconstruct.reconstruct import MEMORY, Plan, reconstruct
 from qwrap.reconstruct.trainee import Choice
 from qwrap.reconstruct.units import Granularity
 
@@ -92,16 +92,15 @@ def flexround(
         bias_lr=bias_lr,
         choice=Choice(rounder=_rounder(model), scales=learn_scales, biases=learn_biases, drop=drop),
     )
-    return reconstruct(
-        model,
-        data,
-        "FlexRound",
-        granularity,
-        recipe,
+    plan = Plan(
+        algorithm="FlexRound",
+        granularity=granularity,
+        recipe=recipe,
         seed=seed,
         memory=memory,
         progress=progress,
     )
+    return reconstruct(model, data, plan)
 
 
 def _rounder(model: WrappedModel) -> Callable[[Tensor, Stub, Tensor], Rounding]:
