@@ -14,6 +14,7 @@ from torch import Tensor
 from qwrap.errors import ConfigError
 from qwrap.model.part import part_of
 from qwrap.model.wrapped import WrappedModel
+from qwrap.reconstruct.drop import mix
 from qwrap.reconstruct.stream import Batch, Stream
 from qwrap.reconstruct.trainee import Choice, Trainee, frozen
 from qwrap.reconstruct.units import Unit
@@ -219,6 +220,4 @@ def _mix(quantized: Any, exact: Any, drop: float, generator: torch.Generator) ->
     is_float = isinstance(quantized, Tensor) and quantized.is_floating_point()
     if not is_float or quantized is exact or quantized.shape != exact.shape:
         return quantized
-    keeps = torch.empty(exact.shape, dtype=torch.bool, device=generator.device)
-    keeps.bernoulli_(drop, generator=generator)
-    return torch.where(keeps.to(exact.device), exact, quantized)
+    return mix(exact, quantized, drop, generator)
