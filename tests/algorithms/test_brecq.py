@@ -157,3 +157,19 @@ def test_adaround_serves_every_layer(small: Any, layer: str, config: str) -> Non
     model = calibrated(source, batches, scope="all", **CONFIGS[config])
     outcome = adaround(model, batches, **FAST | {"iterations": 200})
     assert outcome.after < outcome.before
+
+
+@pytest.mark.parametrize("option", [{"drop": 0.5}, {"fisher": True}, {"batch_size": 500}])
+def test_blocks_gain_with_other_options_too(small: Any, option: dict[str, Any]) -> None:
+    batches = correlated()
+    model = calibrated(small.convs(), batches)
+    outcome = brecq(model, batches, **FAST | option)
+    assert outcome
+    assert outcome.algorithm == ("QDrop" if "drop" in option else "BRECQ")
+
+
+def test_little_memory_is_enough(small: Any) -> None:
+    batches = correlated()
+    model = calibrated(small.convs(), batches)
+    outcome = adaround(model, batches, memory=8 * 2 * 10 * 64 * 4, **FAST)
+    assert any("for they take much memory" in line for line in outcome.details)
