@@ -23,7 +23,7 @@ from qwrap.quant.prepare import plan_of, stub_at
 from qwrap.quant.stubs import Stub
 from qwrap.reconstruct import FlexRound, Rounding
 from qwrap.reconstruct.fit import Recipe
-from qwrap.reconstruct.reconstruct import MEMORY, reconstruct
+from qwrap.reconstruct.reconstruct import MEMORY, Plan, reconstruct
 from qwrap.reconstruct.trainee import Choice
 from qwrap.reconstruct.units import Granularity
 
@@ -41,6 +41,7 @@ def flexround(
     learn_biases: bool = False,
     scale_lr: float = 1e-3,
     bias_lr: float = 1e-2,
+    fisher: bool = False,
     seed: int = 0,
     memory: int = MEMORY,
     progress: bool = True,
@@ -70,6 +71,7 @@ def flexround(
         learn_biases: learn biases too.
         scale_lr: of the scales of activations, relative to them.
         bias_lr: of biases, in units of the noise that rounding to nearest would give them.
+        fisher: weigh errors by how much the outputs of the float model depend on each element.
         seed: of all that is drawn.
         memory: bytes that the activations between two units may take.
         progress: show a bar on a terminal.
@@ -92,16 +94,16 @@ def flexround(
         bias_lr=bias_lr,
         choice=Choice(rounder=_rounder(model), scales=learn_scales, biases=learn_biases, drop=drop),
     )
-    return reconstruct(
-        model,
-        data,
-        "FlexRound",
-        granularity,
-        recipe,
+    plan = Plan(
+        algorithm="FlexRound",
+        granularity=granularity,
+        recipe=recipe,
         seed=seed,
         memory=memory,
+        fisher=fisher,
         progress=progress,
     )
+    return reconstruct(model, data, plan)
 
 
 def _rounder(model: WrappedModel) -> Callable[[Tensor, Stub, Tensor], Rounding]:
