@@ -57,7 +57,7 @@ def reconstruct(model: WrappedModel, batches: Sequence[Inputs], plan: Plan) -> O
         plan: how to.
     """
     course = _Course(model, batches, plan)
-    return attempt(model, plan.algorithm, course.deciding, course.run)
+    return attempt(model, plan.algorithm, course.deciding, course.run, rounds=True)
 
 
 class _Course:
