@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Told = Callable[[float], None]
-RAISES = 12  # of a damping, tenfold each: 1e-10 becomes 100, which outweighs all else
+LARGEST = 100.0  # damping that is tried; it outweighs all else
 BLOCK = 128  # inputs whose errors are spread over the later ones in one product
 
 
@@ -94,13 +94,13 @@ def _damped(
     """
     power = second.diagonal(dim1=1, dim2=2)
     mean = power.mean(1, keepdim=True)
-    for i in range(RAISES):
-        added = torch.where(power > 0, damping * 10**i * mean, 1.0)
+    tried = damping
+    while tried <= max(damping, LARGEST):
+        added = torch.where(power > 0, tried * mean, 1.0)
         factor, failed = factored(second + torch.diag_embed(added))
         if not failed.any():
-            if i and told is not None:
-                told(damping * 10**i)
+            if tried != damping and told is not None:
+                told(tried)
             return factor
-    raise ValueError(
-        f"second moments of inputs have no Cholesky factor, up to a damping of {damping * 10**i:g}"
-    )
+        tried *= 10
+    raise ValueError(f"moments of inputs have no Cholesky factor, up to a damping of {tried:g}")

@@ -35,9 +35,9 @@ class Cuts:
         """Return the cut before a node, or before that whose body it is in."""
         return self._places[node]
 
-    def is_made(self, value: ir.Value) -> bool:
-        """Whether a value of the main graph depends on the data."""
-        return value in self._made
+    def made_between(self, first: int, last: int) -> list[str]:
+        """Return the keys of what nodes between two cuts make of the data."""
+        return [self._keys[value] for value, made in self._made.items() if first < made <= last]
 
     def crossing(self, place: int) -> list[str]:
         """Return the keys of what is made before a cut and read behind it."""

@@ -84,15 +84,10 @@ class Prefix:
             yield seen
 
     def _ahead(self, keys: Sequence[str], place: int) -> WrappedModel:
-        crossing = [key for key in self._cuts.crossing(place) if key not in self._keys]
-        main = [key for key in keys if self._is_outside(key)]
-        return self._part(list(dict.fromkeys([*main, *crossing])))
-
-    def _is_outside(self, key: str) -> bool:
-        value = self._model.graph.values[key]
-        producer = value.producer()
-        holder = value.graph if producer is None else producer.graph
-        return holder is self._model.graph.model.graph
+        # Tensors of bodies are made where the nodes that hold them run, for whatever they make.
+        outside = self._cuts.made_between(self.place, place)
+        main = [key for key in keys if key in outside]
+        return self._part(main if len(main) == len(keys) else outside)
 
     def _part(self, outputs: Sequence[str]) -> WrappedModel:
         part = part_of(self._model, self._keys, outputs, shared=False)

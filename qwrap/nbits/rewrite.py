@@ -97,20 +97,23 @@ def _is_deep(draft: Draft, node: ir.Node) -> bool:
     return node.op_type == "MatMul" and weight is not None and len(weight.shape) > 2
 
 
+def _has_typed_codes(node: ir.Node, request: Request) -> bool:
+    """Whether codes become tensors of small integers, and not of bytes."""
+    if node.op_type == "Gather":
+        return request.form == "qdq" or request.format.stored_bits == 4
+    return request.form == "qdq" or node.op_type == "Conv"
+
+
 def raise_for(draft: Draft, chosen: Mapping[ir.Node, Request]) -> None:
     """Let the model import the opset in which its codes will be tensors, in place."""
-    needed = [
-        7  # before, Add does not broadcast
-        for node, request in chosen.items()
-        if node.op_type == "Gemm" and request.form == "operator"
-    ]
+    is_added = any(n.op_type == "Gemm" and r.form == "operator" for n, r in chosen.items())
+    # Before opset 7 Add does not broadcast by itself, and 11 is the first to which a model rises.
+    needed = [11] if is_added and opset_of(draft.model, "") < 7 else []
     needed += [
         25 if request.format.bits == 2 else 21
         for node, request in chosen.items()
         if draft.weight(node.inputs[WEIGHT_INPUT[node.op_type]]) is not None
-        and (
-            request.form == "qdq" or (node.op_type == "Gather" and request.format.stored_bits == 4)
-        )
+        and _has_typed_codes(node, request)
     ]
     if not needed:
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ class Shelf:
     def __init__(self, memory: int | None = None) -> None:
         self._memory, self._held, self._count = memory, 0, 0
         self._values: dict[tuple[int, str], Any] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     def put(self, batch: int, key: str, value: Any) -> None:
         """Keep a value: a tensor, or what else a graph passes on."""
@@ -47,8 +49,9 @@ class Shelf:
 
     def _written(self, value: Tensor) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="qwrap-")
+            self._folder = Path(tempfile.mkdtemp(prefix="qwrap-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._count += 1
-        path = Path(self._folder.name) / str(self._count)
+        path = self._folder / str(self._count)
         torch.save(value.contiguous().clone() if value.storage_offset() else value, path)
         return path

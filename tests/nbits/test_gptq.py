@@ -11,13 +11,14 @@ import torch
 from onnxruntime.quantization.neural_compressor import weight_only as incumbent
 from torch import Tensor
 
-from qwrap.errors import ConfigError
+from qwrap.errors import ConfigError, QwrapWarning
 from qwrap.nbits.blocks import BlockFormat, Blocks
 from qwrap.nbits.gptq import gptq
 from qwrap.nbits.hqq import hqq
 from qwrap.nbits.rtn import round_to_nearest
 from qwrap.nbits.split import dequantize
 from qwrap.nbits.statistics import InputStatistics
+from qwrap.quant.unfold import Unfold
 
 pytestmark = pytest.mark.ort(296, "G4")
 
@@ -207,6 +208,30 @@ def test_other_types_and_a_last_block_that_is_cut_off(inputs: int, dtype: torch.
     assert blocks.scale.shape == (OUTPUTS, -(-inputs // 32))
     assert blocks.scale.dtype == dtype
     assert output_error(weight.float(), dequantize(blocks).float(), drawn(99, inputs)) < 0.05
+
+
+def test_groups_are_rounded_each_on_its_own_inputs() -> None:
+    weight, form, x = drawn(3 * 8, 36), BlockFormat(4, 16), correlated(500, 108).reshape(500, 12, 9)
+    together = InputStatistics(Unfold(kernel=(9,), groups=3))
+    together.add(x)
+    found = gptq(weight, form, together)
+    for g in range(3):
+        alone = gptq(
+            weight[8 * g : 8 * g + 8],
+            form,
+            statistics_of(x[:, 4 * g : 4 * g + 4].flatten(1)),
+        )
+        own = slice(8 * g, 8 * g + 8)
+        assert torch.equal(found.codes[own], alone.codes)
+        torch.testing.assert_close(found.scale[own], alone.scale)
+
+
+def test_damping_is_raised_where_the_moments_have_no_cholesky_factor_and_it_says_so() -> None:
+    weight, form = drawn(OUTPUTS, INPUTS), BlockFormat(4, 32)
+    few = statistics_of(correlated(20, 250)[:, torch.arange(INPUTS) % 250])
+    with pytest.warns(QwrapWarning, match="not positive definite with damping=1e-30; 1e"):
+        blocks = gptq(weight, form, few, damping=1e-30)
+    assert dequantize(blocks).isfinite().all()
 
 
 def test_it_refuses_what_it_cannot_work_with() -> None:

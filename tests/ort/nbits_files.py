@@ -120,7 +120,7 @@ def matrix(node: NodeProto, known: Mapping[str, Array]) -> Array:
     codes = bits_of(known[node.input[1]].reshape(n, -1), bits).astype(np.float64)
     scale = known[node.input[2]].astype(np.float64).reshape(n, -1)
     zero = np.full(scale.shape, 2.0 ** (bits - 1))
-    if len(node.input) > 3:
+    if len(node.input) > 3 and node.input[3]:
         packed = known[node.input[3]]
         if packed.dtype == np.uint8:
             zero = bits_of(packed.reshape(n, -1), bits)[:, : scale.shape[1]].astype(np.float64)
