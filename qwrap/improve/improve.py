@@ -28,6 +28,12 @@ Step = Callable[[WrappedModel, Sequence[Inputs], int, bool], object]
 """Called with the model, the batches, the seed, and whether to show bars."""
 
 
+def _equalize(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
+    """Try both ways to equalize: the second one starts over, so that the better one stays."""
+    equalize(model, data, balance="noise", progress=bar)
+    equalize(model, data, balance="ranges", progress=bar)
+
+
 def _round_in_turn(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
     """Round layer by layer behind rounded ones; where that has too little data, all at once."""
     if not round_weights(model, data, sequential=True, progress=bar):
@@ -35,7 +41,7 @@ def _round_in_turn(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> No
 
 
 STEPS: Mapping[str, Step] = {
-    "equalize": lambda m, data, _, bar: equalize(m, data, progress=bar),
+    "equalize": lambda m, data, _, bar: _equalize(m, data, bar),
     "choose_methods": lambda m, data, _seed, _bar: choose_methods(m, data),
     "sequential_mse": lambda m, data, _, bar: sequential_mse(m, data, progress=bar),
     "round_weights": lambda m, data, _, bar: round_weights(m, data, progress=bar),
