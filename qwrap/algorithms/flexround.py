@@ -41,6 +41,7 @@ def flexround(
     learn_biases: bool = False,
     scale_lr: float = 1e-3,
     bias_lr: float = 1e-2,
+    fisher: bool = False,
     seed: int = 0,
     memory: int = MEMORY,
     progress: bool = True,
@@ -70,6 +71,7 @@ def flexround(
         learn_biases: learn biases too.
         scale_lr: of the scales of activations, relative to them.
         bias_lr: of biases, in units of the noise that rounding to nearest would give them.
+        fisher: weigh errors by how much the outputs of the float model depend on each element.
         seed: of all that is drawn.
         memory: bytes that the activations between two units may take.
         progress: show a bar on a terminal.
@@ -98,6 +100,7 @@ def flexround(
         recipe=recipe,
         seed=seed,
         memory=memory,
+        fisher=fisher,
         progress=progress,
     )
     return reconstruct(model, data, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.algorithms.bias_correction import correct_biases
 from qwrap.algorithms.brecq import brecq
 from qwrap.algorithms.equalization import equalize
@@ -16,22 +17,38 @@ from qwrap.improve.tuning import tune
 from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.held_out import float_model
+from qwrap.quant.live import live_layers
 from qwrap.quant.outcome import Outcome
-from qwrap.quant.prepare import config_of
+from qwrap.quant.prepare import config_of, plan_of
 from qwrap.quant.trial import Inputs
 from qwrap.reconstruct.samples import Samples
 
 Effort = Literal["none", "default", "high"]
-Step = Callable[[WrappedModel, Sequence[Inputs], int, bool], Outcome]
+Step = Callable[[WrappedModel, Sequence[Inputs], int, bool], object]
 """Called with the model, the batches, the seed, and whether to show bars."""
 
+
+def _equalize(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
+    """Try both ways to equalize: the second one starts over, so that the better one stays."""
+    equalize(model, data, balance="noise", progress=bar)
+    equalize(model, data, balance="ranges", progress=bar)
+
+
+def _round_in_turn(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
+    """Round layer by layer behind rounded ones; where that has too little data, all at once."""
+    if not round_weights(model, data, sequential=True, progress=bar):
+        round_weights(model, data, progress=bar)
+
+
 STEPS: Mapping[str, Step] = {
-    "equalize": lambda m, data, _, bar: equalize(m, data, progress=bar),
+    "equalize": lambda m, data, _, bar: _equalize(m, data, bar),
     "choose_methods": lambda m, data, _seed, _bar: choose_methods(m, data),
     "sequential_mse": lambda m, data, _, bar: sequential_mse(m, data, progress=bar),
     "round_weights": lambda m, data, _, bar: round_weights(m, data, progress=bar),
+    "round_in_turn": lambda m, data, _, bar: _round_in_turn(m, data, bar),
     "brecq": lambda m, data, seed, bar: brecq(m, data, drop=0.5, seed=seed, progress=bar),
     "tune": lambda m, data, seed, bar: tune(m, data, seed=seed, progress=bar),
+    "restore_channels": lambda m, data, _, bar: restore_channels(m, data, progress=bar),
     "correct_biases": lambda m, data, _seed, _bar: correct_biases(m, data),
 }
 EFFORTS: Mapping[Effort, Sequence[str]] = {
@@ -41,15 +58,17 @@ EFFORTS: Mapping[Effort, Sequence[str]] = {
         "choose_methods",
         "sequential_mse",
         "round_weights",
+        "restore_channels",
         "correct_biases",
     ),
     "high": (
         "equalize",
         "choose_methods",
         "sequential_mse",
-        "round_weights",
+        "round_in_turn",
         "brecq",
         "tune",
+        "restore_channels",
         "correct_biases",
     ),
 }
@@ -88,9 +107,9 @@ def improve(
         batches: as for ``calibrate``; all are held in memory.
         effort: "none"; "default", seconds: layers are equalized, each activation gets the range
             method and each weight the range that serve the outputs best, weights are rounded so
-            that errors cancel (GPTQ), biases corrected; or "high", minutes: the rounding of weights
-            is learned block by block as well (BRECQ with QDrop), and all of it trained together at
-            the end.
+            that errors cancel (GPTQ), mean and variance of channels restored; or "high", minutes:
+            weights are rounded layer after layer, then their rounding is learned block by block
+            (BRECQ with QDrop), and all of it is trained together at the end.
         keep_ranges: leave ranges of activations as they are, because they come from elsewhere.
         seed: of everything that is drawn.
         progress: show bars on a terminal.
@@ -110,12 +129,14 @@ def improve(
     left_out: Collection[str] = OF_RANGES if keep_ranges else ()
     if config_of(model).method != "mse":  # the user chose one
         left_out = {*left_out, "choose_methods"}
+    if any(True for _ in live_layers(model)):  # their own statistics are there for that
+        left_out = {*left_out, "restore_channels"}
     joined = _side_by_side(model, data)
-    return [
-        STEPS[name](model, joined, seed, progress)
-        for name in EFFORTS[effort]
-        if name not in left_out
-    ]
+    known = len(plan_of(model).outcomes)
+    for name in EFFORTS[effort]:
+        if name not in left_out:
+            STEPS[name](model, joined, seed, progress)
+    return plan_of(model).outcomes[known:]
 
 
 def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> Sequence[Inputs]:

@@ -196,7 +196,7 @@ class _Cost:
             gain = each.sizes.squares.sum(1) * (each.batches / each.output)
             gains.index_add_(0, each.sizes.inputs.reshape(-1), gain.reshape(-1))
         self._gains = gains
-        self._tensors = [_held(each, gains) for each in activations if each.largest.any()]
+        self._tensors = [_held(each, gains) for each in activations if each.largest[:-1].any()]
         self._weights = [
             (each, _weighed(each, gains, count)) for each in products if each.steps is not None
         ]
@@ -230,7 +230,11 @@ def _held(each: _Activation, gains: Tensor) -> tuple[Tensor, Tensor, float, Tens
     """Return the classes in a tensor, and for each its range, and what its noise is times."""
     classes = each.largest.nonzero().squeeze(1)
     is_wide = each.is_symmetric or each.has_negative
-    return classes, each.largest[classes], each.steps / (2 if is_wide else 1), gains[classes]
+    stays = classes == len(gains) - 1
+    counts = gains[classes]
+    # What stays counts as much as what does not; what it goes into is not known by class.
+    counts = torch.where(stays, counts[~stays].mean(), counts)
+    return classes, each.largest[classes], each.steps / (2 if is_wide else 1), counts
 
 
 def _weighed(each: _Product, gains: Tensor, count: int) -> Tensor:

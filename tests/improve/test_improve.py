@@ -29,7 +29,7 @@ def test_every_algorithm_is_in_the_summary_kept_or_undone(small) -> None:
     model, batches = calibrated(small, weight="int4")
     outcomes = improve(model, batches, progress=False)
     assert outcomes == model.plan.outcomes
-    assert len(outcomes) == len(EFFORTS["default"])
+    assert len(outcomes) == len(EFFORTS["default"]) + 1  # two ways to equalize
     summary = model.plan.summary()
     for outcome in outcomes:
         label = "kept:     " if outcome.kept else "undone:   "
@@ -85,6 +85,29 @@ def test_ranges_that_the_user_chose_are_left_alone(small, settings) -> None:
     found = improve(model, batches, keep_ranges=keep, progress=False)
     assert "range methods" not in {outcome.algorithm for outcome in found}
     assert model.plan.methods == {}
+
+
+@pytest.mark.parametrize("effort", ["default", "high"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bn": "live"},
+        {"activation": "uint16"},
+        {"activation": None},
+        {"weight": "float8e4m3fn"},
+        {"weight": qwrap.QuantSpec(dtype="int4", block_size=3)},
+        {"per_channel": False, "weight": "uint8"},
+        {"training": "lsq+"},
+        {"target": "tensorrt", "activation": "int8"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_model_goes_through(small, tmp_path, effort, settings) -> None:
+    model, batches = calibrated(small, **settings)
+    before = error(model, small.convs(), batches)
+    improve(model, batches, effort=effort, progress=False)
+    assert error(model, small.convs(), batches) <= before * 1.05  # half of them decide
+    qwrap.export(model, tmp_path / "q.onnx")
 
 
 def test_it_refuses_what_it_cannot_work_with(small) -> None:
