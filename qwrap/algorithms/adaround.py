@@ -9,7 +9,7 @@ from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.outcome import Outcome
 from qwrap.reconstruct.fit import Recipe
-from qwrap.reconstruct.reconstruct import MEMORY, reconstruct
+from qwrap.reconstruct.reconstruct import MEMORY, Plan, reconstruct
 
 
 def adaround(
@@ -53,7 +53,12 @@ def adaround(
     Source: Nagel et al., arXiv:2004.10568, sections 3.3 to 3.5.
     """
     recipe = Recipe(iterations=iterations, batch_size=batch_size, lr=lr)
-    data = list(iterate(batches, model))
-    return reconstruct(
-        model, data, "AdaRound", "layer", recipe, seed=seed, memory=memory, progress=progress
+    plan = Plan(
+        algorithm="AdaRound",
+        granularity="layer",
+        recipe=recipe,
+        seed=seed,
+        memory=memory,
+        progress=progress,
     )
+    return reconstruct(model, list(iterate(batches, model)), plan)

@@ -74,7 +74,7 @@ def restore_channels(
     def restore() -> list[str]:
         layers, left_out = _layers(model)
         _learn(model, layers, teaching, progress=progress)
-        seen = [layer for layer in layers.values() if layer.seen.count]
+        seen = [layer for layer in layers.values() if layer.is_known]
         for layer in seen:
             layer.apply(model)
         fit_biases(model)
@@ -108,11 +108,16 @@ class _Layer:
         output = self._function(*inputs)
         self._bias = inputs[2]
         self.seen.add(output)
-        if not self.seen.count:
+        if not self.is_known:
             return output
         gain, shift = self._correction()
         gain, shift = (along_axis(x.to(output.dtype), 1, output.dim()) for x in (gain, shift))
         return output * gain + shift
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the layer ran in both models: a branch may be taken in one alone."""
+        return self.seen.count > 0 and self.wanted.count > 0
 
     def _correction(self) -> tuple[Tensor, Tensor]:
         """Return what to multiply the channels by and what to add then, float64 ``[C]`` each."""

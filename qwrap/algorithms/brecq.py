@@ -9,7 +9,7 @@ from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.outcome import Outcome
 from qwrap.reconstruct.fit import Recipe
-from qwrap.reconstruct.reconstruct import MEMORY, reconstruct
+from qwrap.reconstruct.reconstruct import MEMORY, Plan, reconstruct
 from qwrap.reconstruct.trainee import Choice
 
 
@@ -25,6 +25,7 @@ def brecq(
     learn_biases: bool = True,
     scale_lr: float = 1e-3,
     bias_lr: float = 1e-2,
+    fisher: bool = False,
     seed: int = 0,
     memory: int = MEMORY,
     progress: bool = True,
@@ -53,6 +54,7 @@ def brecq(
         learn_biases: learn biases too.
         scale_lr: of scales, relative to them.
         bias_lr: of biases, in units of the noise that rounding to nearest would give them.
+        fisher: weigh errors by how much the outputs of the float model depend on each element.
         seed: of all that is drawn.
         memory: bytes that the activations between two blocks may take; where the samples need more,
             fewer of them teach.
@@ -74,13 +76,13 @@ def brecq(
         bias_lr=bias_lr,
         choice=choice,
     )
-    return reconstruct(
-        model,
-        list(iterate(batches, model)),
-        "QDrop" if drop else "BRECQ",
-        "block",
-        recipe,
+    plan = Plan(
+        algorithm="QDrop" if drop else "BRECQ",
+        granularity="block",
+        recipe=recipe,
         seed=seed,
         memory=memory,
+        fisher=fisher,
         progress=progress,
     )
+    return reconstruct(model, list(iterate(batches, model)), plan)

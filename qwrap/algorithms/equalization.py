@@ -73,7 +73,8 @@ def equalize(
         clipped: what to do with a Clip from 0 to an upper bound, which passes no factors on. "keep"
             it; make it a "relu" if no value of ``batches`` reaches the bound, which changes the
             float function for data that does; or give each channel a bound of its own in a "min",
-            which is exact but one more node in float.
+            which is exact but one more node in float: layers around it may then not pay in
+            integers either, and part of the gain is theirs (``plan.summary()`` says which).
         iterations: steps, or rounds over all layers for "ranges", at most.
         tolerance: change of a factor, as a share of it, with which "ranges" stops.
         progress: show a bar on a terminal.

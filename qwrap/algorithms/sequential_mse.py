@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ from qwrap.quant.stubs import Stub
 from qwrap.quant.trial import attempt, split
 
 Loss = Literal["mse", "sqnr"]
+Scales = tuple[Tensor, Tensor]
+"""Scales and zero points of a weight, flat."""
+
 LOSSES = ("mse", "sqnr")
 INPUTS = ("quantized", "float")
 FAR = 4.0  # times the least error: where all scales err more, narrower ranges are not tried
@@ -144,11 +147,12 @@ class _Search:
         now = self._stub.qparams
         columns = self._matrix.columns(weight.to(torch.float32))
         best = now.scale.flatten().clone(), now.zero_point.flatten().clone()
+        tried = list(_candidates(weight, self._stub.spec, candidates))
         error = self._error(columns, self._index, *best)
         pull = self._second @ error
         share = self._shares(columns)
         for part in self._parts():
-            change = self._improve(weight, columns, part, (error, pull), best, share, candidates)
+            change = self._improve(columns, part, (error, pull), best, tried, share)
             error[:, part] += change
             if isinstance(part, Tensor):
                 pull += self._second[:, :, part] @ change
@@ -158,50 +162,49 @@ class _Search:
 
     def _improve(
         self,
-        weight: Tensor,
         columns: Tensor,
         part: Tensor | slice,
         state: tuple[Tensor, Tensor],
-        best: tuple[Tensor, Tensor],
+        best: Scales,
+        tried: Sequence[Scales],
         share: Tensor,
-        candidates: int,
     ) -> Tensor:
         """Choose the scales of some inputs, in ``best``; return the change of error ``[G, n, R]``.
 
         Args:
-            weight: as stored.
-            columns: the same as a matrix.
-            part: numbers of the inputs.
+            columns: the weight as a matrix.
+            part: numbers of the inputs; their weights to one output share a scale.
             state: the error of each element, and the product of the second moments with it.
             best: scales and zero points so far, flat.
+            tried: others, widest first.
             share: what the error of each output counts, ``[G, R]``.
-            candidates: how many shares of the range to try.
         """
         error, pull = state
-        values, index = columns[:, part], self._index[:, part]
+        values, owner = columns[:, part], self._index[:, part][:, 0]
+        own, place = torch.unique(owner, return_inverse=True)
+        index = place[:, None].expand(values.shape)
         second, old = self._second[:, part][:, :, part], error[:, part]
         others = pull[:, part] - second @ old
         rest = (error * pull).sum(1, dtype=torch.float64)
         rest -= (old * (second @ old + 2 * others)).sum(1, dtype=torch.float64)
 
-        def cost(scale: Tensor, zero_point: Tensor) -> Tensor:
-            new = self._error(values, index, scale, zero_point)
-            own = (new * (second @ new + 2 * others)).sum(1, dtype=torch.float64)
-            total = torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
-            return total.index_add_(0, index[:, 0].flatten(), ((rest + own) * share).flatten())
+        def cost(new: Tensor) -> Tensor:
+            each = (new * (second @ new + 2 * others)).sum(1, dtype=torch.float64)
+            total = torch.zeros(own.shape, dtype=torch.float64, device=own.device)
+            return total.index_add_(0, place.flatten(), ((rest + each) * share).flatten())
 
-        least, touched = cost(*best), torch.zeros_like(best[0], dtype=torch.bool)
-        touched[index.flatten()] = True
-        for tried in _candidates(weight, self._stub.spec, candidates):
-            scale, zero_point = tried.scale.flatten(), tried.zero_point.flatten()
-            found = cost(scale, zero_point)
+        scale, zero_point = (each[own] for each in best)
+        least = cost(old)
+        for scales, zero_points in tried:
+            found = cost(self._error(values, index, scales[own], zero_points[own]))
             better = found < least
             least = torch.where(better, found, least)
-            best[0].copy_(torch.where(better, scale, best[0]))
-            best[1].copy_(torch.where(better, zero_point, best[1]))
-            if (found[touched] > FAR * least[touched]).all():
+            scale = torch.where(better, scales[own], scale)
+            zero_point = torch.where(better, zero_points[own], zero_point)
+            if (found > FAR * least).all():
                 break
-        return self._error(values, index, *best) - old
+        best[0][own], best[1][own] = scale, zero_point
+        return self._error(values, index, scale, zero_point) - old
 
     def _error(self, values: Tensor, index: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return ``values`` minus what is left of them after rounding."""
@@ -225,8 +228,9 @@ class _Search:
         return torch.where(power > 0, 1 / power, 0.0)
 
 
-def _candidates(weight: Tensor, spec: QuantSpec, count: int) -> Iterator[QParams]:
+def _candidates(weight: Tensor, spec: QuantSpec, count: int) -> Iterator[Scales]:
     """Yield scales for ``count`` shares of the whole range, widest first."""
     low, high = choose_weight_range(weight, spec, "minmax")
     for number in range(count, 0, -1):
-        yield choose_qparams(low * (number / count), high * (number / count), spec)
+        qparams = choose_qparams(low * (number / count), high * (number / count), spec)
+        yield qparams.scale.flatten(), qparams.zero_point.flatten()

@@ -75,6 +75,10 @@ class Kernel:
         """Return the sum of squares for each output and input, float64 ``[G, O, I]``."""
         return np.asarray(np.square(self._by_channel(weight).astype(np.float64)).sum(-1))
 
+    def sums(self, weight: Array) -> Array:
+        """Return the sum over positions for each output and input, float64 ``[G, O, I]``."""
+        return np.asarray(self._by_channel(weight).astype(np.float64).sum(-1))
+
     def _by_channel(self, weight: Array) -> Array:
         """Return the values as ``[G, O, I, R]``."""
         if self.op_type == "Conv":

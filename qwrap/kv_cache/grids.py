@@ -93,8 +93,8 @@ class Grids:
         """Return the node at which scales along ``axis`` would stop, None if they travel on."""
         return self._follow(route, past, axis, rank)[1]
 
-    def _with_new(self, route: Route) -> set[ir.Value]:
-        return {v for node in route.nodes for v in route.new(node)} | route.values
+    def _with_new(self, route: Route) -> list[ir.Value]:
+        return [*route.values, *(v for node in route.nodes for v in route.new(node))]
 
     def _follow(
         self, route: Route, past: ir.Value, axis: int, rank: int

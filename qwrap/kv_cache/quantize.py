@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
@@ -59,10 +60,13 @@ def quantize_kv_cache(
     Graph inputs ``past…`` and outputs ``present…`` change their type, so that what the caller keeps
     and feeds back is a quarter or an eighth as large. Only new tokens are quantized: codes of the
     past travel as they are, or become the same codes again, so that nothing drifts however long a
-    sequence grows. The current token reads what later ones will read, its codes.
+    sequence grows. The current token reads what later ones will read, its codes, but for the form
+    ``"requantized"``: there an operator reads it in float.
 
     Codes of 4 bits share a byte, uint8, two along the last axis of channels, which is half as long:
-    onnxruntime takes no 4-bit tensors there.
+    onnxruntime takes no 4-bit tensors there. Those of the first half of the axis are in the lower
+    bits, those of the second in the upper ones, and 8 is added to codes of int4. Where
+    GroupQueryAttention reads codes itself, its neighbours share a byte instead.
 
     Args:
         source: path, message or onnx_ir model of a float32, float16 or bfloat16 decoder; never
@@ -72,7 +76,9 @@ def quantize_kv_cache(
             are empty (or buffers of zeros), as before the first token, so that whole sequences
             will do. Not needed with ``like``.
         dtype: int8, uint8, int4 or uint4.
-        symmetric: no zero points: zeros in a buffer stay zeros.
+        symmetric: the middle code means 0; of int8 that is 0, so that buffers of zeros are as
+            good as before. The only codes that GroupQueryAttention reads itself are int8 and int4
+            with this.
         keys: whether the keys of one layer have one scale, ``"tensor"``, one for each ``"head"``,
             or one for each ``"channel"`` of each head. Where positions are rotated into keys, the
             range of a channel grows with the length of the sequences: for ``"channel"``, give
@@ -113,6 +119,8 @@ def quantize_kv_cache(
     needed = BITWISE_OPSET if settings.is_packed else AXIS_OPSET
     if opset_of(draft, "") < needed:
         raise_opset(draft, needed)
+        version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", needed)])
+        draft.ir_version = max(draft.ir_version, version)
     graph, constants = OnnxGraph(draft), Constants(draft)
     types = {value: graph.type_of(value) for value in graph.values.values()}
     grids = Grids(constants, lambda value: types.get(value, ValueType()))
@@ -168,6 +176,8 @@ class _Settings:
         if self._symmetric and self.dtype.signed and reads_codes(pair, pairs):
             return native_way(pair, scaled)
         packed = pair.layout.channels[-1] if self.is_packed else None
+        if packed is not None and pair.type.shape is not None:
+            _check_even(pair, pair.type.shape[packed])
         return way_of(pair, grids, scaled, packed)
 
     def code(self, way: Way, scales: Scales, opset: int) -> Code:
@@ -176,11 +186,7 @@ class _Settings:
         if self.is_packed:
             index = way.axes.index(way.pair.layout.channels[-1])
             size = scales.sizes[index]
-            if size % 2:
-                raise ConfigError(
-                    f"cache {way.pair.name!r}: {size} channels cannot share bytes by twos; choose "
-                    "a type of 8 bits"
-                )
+            _check_even(way.pair, size)
             packed = index, size
         return Code(
             self.dtype,
@@ -207,6 +213,14 @@ class _Settings:
             scales.scale.numpy(),
             scales.zero_point.numpy(),
             scales.sizes,
+        )
+
+
+def _check_even(pair: Pair, size: int | str | None) -> None:
+    if isinstance(size, int) and size % 2:
+        raise ConfigError(
+            f"cache {pair.name!r}: {size} channels cannot share bytes by twos; choose a type of 8 "
+            "bits"
         )
 
 

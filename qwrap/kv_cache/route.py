@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -36,11 +36,12 @@ class Route:
 
     Attributes:
         nodes: each behind those whose values it moves.
-        values: what is the cache, or parts of it: the past, what the nodes make, the present.
+        values: what is the cache, or parts of it: the past, what the nodes make, the present; in
+            that order.
     """
 
     nodes: tuple[ir.Node, ...]
-    values: frozenset[ir.Value]
+    values: Mapping[ir.Value, None]
 
     @property
     def joins(self) -> bool:
@@ -107,7 +108,7 @@ def trace(past: ir.Value, present: ir.Value) -> Route | None:
     if not tracer.carries(present):
         return None
     nodes = tuple(tracer.nodes)
-    values = frozenset(tracer.values)
+    values = dict.fromkeys(tracer.values)
     inner = {
         v for n in nodes if n.op_type == "If" for o in n.outputs if o in values for v in sources(o)
     }
@@ -120,7 +121,7 @@ class _Tracer:
     def __init__(self, past: ir.Value) -> None:
         self._known = {past: True}
         self.nodes: dict[ir.Node, None] = {}
-        self.values = {past}
+        self.values: dict[ir.Value, None] = {past: None}
 
     def carries(self, value: ir.Value) -> bool:
         """Whether ``value`` consists of the past, at least in part."""
@@ -133,6 +134,6 @@ class _Tracer:
             return False
         self.nodes[node] = None
         made = node.outputs if node.op_type == "Split" else [value]
-        self.values.update(made)
+        self.values.update(dict.fromkeys(made))
         self._known.update(dict.fromkeys(made, True))
         return True

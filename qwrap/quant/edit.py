@@ -116,12 +116,13 @@ def edit_graph(model: WrappedModel, edit: Edit) -> None:
         model: prepared; has no live batch normalization.
         edit: changes the graph.
     """
-    config, before = config_of(model), plan_of(model)
+    config, before, device = config_of(model), plan_of(model), device_of(model)
     _take(model, edit, edited(model, edit))
     trained = {key: tensor.clone() for key, tensor in _differing(model)}
     for key in trained:
         _stored(model, key).copy_(to_torch(model.layout.values.stored[key]))
     plan: QuantPlan = prepare(model, config)
+    model.to(device)  # what is new was read anew
     plan.changes = [*before.changes, *(c for c in plan.changes if c not in before.changes)]
     plan.outcomes = before.outcomes
     for key, tensor in trained.items():
@@ -133,7 +134,7 @@ def edit_graph(model: WrappedModel, edit: Edit) -> None:
 def _take(model: WrappedModel, edit: Edit, graph: OnnxGraph) -> None:
     """Let a model become that of an edited graph, in place, with its own parameters edited too."""
     layout, before = Layout(graph, model.layout.settings), model.layout.values.stored
-    source = graph
+    device, source = device_of(model), graph
     if changed_tensors(model):
         own = materialize(model)
         edit(own)
@@ -154,6 +155,7 @@ def _take(model: WrappedModel, edit: Edit, graph: OnnxGraph) -> None:
             values = values.to(tensor)
             kept[key] = _like(tensor, values)
     model.become(layout, kept)
+    model.to(device)
     for key, values in fresh.items():
         kept[key].copy_(values)
 

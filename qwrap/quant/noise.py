@@ -19,6 +19,7 @@ from qwrap.graph.kernel import integer
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.plan import QuantPlan
 from qwrap.quant.sizes import FARTHEST, Sizes
+from qwrap.quant.sources import source_of
 
 SHARPNESS = 16  # of the smooth maximum: that of a thousand equal numbers is 1.5 times each
 PATIENCE = 20  # steps without a gain after which the search is over
@@ -140,7 +141,7 @@ class Noise:
         Returns:
             Float32 on the CPU, one for each class.
         """
-        cost = _Cost(self._seen(), [a for _, a in self._activations.values()], self._count)
+        cost = self.cost()
         with torch.no_grad():
             logs = min((start.log() * share for share in (0.0, 0.5, 1.0)), key=cost)
         logs.requires_grad_(True)
@@ -161,6 +162,24 @@ class Noise:
             if progress is not None:
                 progress(1)
         return found.exp().clamp(1 / FARTHEST, FARTHEST)
+
+    def cost(self) -> Callable[[Tensor], Tensor]:
+        """Return what maps logarithms of factors, ``[C]``, to the noise, a number."""
+        return _Cost(self._seen(), [a for _, a in self._activations.values()], self._count)
+
+    def reach(self) -> Tensor:
+        """Return the largest absolute value of each class in what layers read, float32 ``[C]``.
+
+        It is 0 where that is not quantized.
+        """
+        found = torch.zeros(self._count + 1)
+        for layer, _ in self._products:
+            value = layer.node.inputs[0]
+            assert value is not None
+            source = source_of(self._plan, self._graph, value)
+            if source in self._activations:
+                found = torch.maximum(found, self._activations[source][1].largest)
+        return found[:-1]
 
     def _seen(self) -> list[_Product]:
         return [product for _, product in self._products if product.output > 0]

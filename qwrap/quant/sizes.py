@@ -12,6 +12,7 @@ from torch import Tensor
 from qwrap.graph.constants import Constants
 from qwrap.graph.divisible import Divisible, Layer
 
+DEAD = 1e-9  # of the largest range of a layer: the others are of channels that nothing comes from
 FARTHEST = 2.0**24  # what no factor exceeds, nor its inverse
 
 
@@ -87,7 +88,7 @@ def equal_ranges(
     """
     count = divisible.count
     factors = torch.ones(count + 1)  # the last one: of what stays
-    groups = _groups(layers, divisible)
+    groups = groups_of(layers, divisible)
     for _ in range(iterations):
         worst = 0.0
         for classes, makers, takers in groups:
@@ -105,7 +106,7 @@ def equal_ranges(
     return factors[:-1].clamp(1 / FARTHEST, FARTHEST)
 
 
-def _groups(
+def groups_of(
     layers: Sequence[Sizes], divisible: Divisible
 ) -> list[tuple[Tensor, list[Sizes], list[Sizes]]]:
     """Return classes that are made together, each once, with the layers on both sides."""
@@ -140,6 +141,6 @@ def range_ratio(layers: Sequence[Sizes], factors: Tensor) -> float:
     for layer in layers:
         ranges = layer.made(by).reshape(-1)
         median = ranges.median()
-        if median > 0:
+        if median > DEAD * ranges.max():
             ratios.append((ranges.max() / median).log())
     return float(torch.stack(ratios[1:] or ratios).mean().exp())

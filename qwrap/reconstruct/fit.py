@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 from qwrap.errors import ConfigError
 from qwrap.model.part import part_of
 from qwrap.model.wrapped import WrappedModel
+from qwrap.reconstruct.drop import mix
 from qwrap.reconstruct.stream import Batch, Stream
 from qwrap.reconstruct.trainee import Choice, Trainee, frozen
 from qwrap.reconstruct.units import Unit
 
 BETAS = (20.0, 2.0)  # of the regularizer, first and last
 WARM_UP = 0.2  # of the iterations are without it
+EQUAL: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,7 @@ def fit(
     stream: Stream,
     recipe: Recipe,
     generator: torch.Generator,
+    weights: Mapping[str, Tensor] = EQUAL,
 ) -> Fitted:
     """Train a unit that ``stream`` has entered, in place; undo it if held-back samples lose.
 
@@ -85,9 +89,10 @@ def fit(
         stream: stands before the unit.
         recipe: how to train.
         generator: draws samples, and what is not rounded.
+        weights: activation -> how much the error of each element counts.
     """
     part = part_of(model, unit.inputs, unit.outputs, shared=True)
-    task = _Task(part, unit, stream)
+    task = _Task(part, unit, stream, weights)
     before, after = task.error(stream.deciding), math.inf
     if not before or not math.isfinite(before):
         return Fitted(False, before, before)
@@ -113,10 +118,14 @@ class _Task:
         part: the unit as a model.
         unit: where it is.
         stream: has the samples.
+        weights: activation -> how much the error of each element counts.
     """
 
-    def __init__(self, part: WrappedModel, unit: Unit, stream: Stream) -> None:
+    def __init__(
+        self, part: WrappedModel, unit: Unit, stream: Stream, weights: Mapping[str, Tensor]
+    ) -> None:
         self.part, self.unit, self.stream = part, unit, stream
+        self._weights = [weights.get(key) for key in unit.outputs]
         self._names = part.input_names
         first = next(self.batches(stream.learning))
         self._powers = [_power(target) for target in first.targets]
@@ -130,10 +139,12 @@ class _Task:
         made = self.part(*inputs)
         outputs = made if isinstance(made, tuple) else (made,)
         total = torch.zeros(())
-        for output, target, power in zip(outputs, batch.targets, self._powers, strict=True):
+        each = zip(outputs, batch.targets, self._powers, self._weights, strict=True)
+        for output, target, power, weight in each:
             if power:
-                error = torch.where(target.isfinite(), output - target, 0)
-                total = total.to(error.device) + error.square().mean() / power
+                error = torch.where(target.isfinite(), output - target, 0).square()
+                weighted = error if weight is None else error * weight
+                total = total.to(error.device) + weighted.mean() / power
         return total
 
     @torch.no_grad()
@@ -209,6 +220,4 @@ def _mix(quantized: Any, exact: Any, drop: float, generator: torch.Generator) ->
     is_float = isinstance(quantized, Tensor) and quantized.is_floating_point()
     if not is_float or quantized is exact or quantized.shape != exact.shape:
         return quantized
-    keeps = torch.empty(exact.shape, dtype=torch.bool, device=generator.device)
-    keeps.bernoulli_(drop, generator=generator)
-    return torch.where(keeps.to(exact.device), exact, quantized)
+    return mix(exact, quantized, drop, generator)

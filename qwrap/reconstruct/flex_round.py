@@ -27,6 +27,7 @@ class FlexRound(Rounding):
         input_axis: axis of the input channels, None for no ``s4``; the paper has it for
             convolutions.
         least: smallest ``s1`` to come to, see ``LearnedScale``.
+        learn_scale: whether ``s1`` may move at all.
 
     Source: Lee et al., arXiv:2306.00317, section 3.2, equation 2.
     """
@@ -41,10 +42,11 @@ class FlexRound(Rounding):
         output_axis: int | None = None,
         input_axis: int | None = None,
         least: Tensor | float = 0.0,
+        learn_scale: bool = True,
     ) -> None:
         super().__init__(weight, stub)
         self.register_buffer("weight", weight.detach().to(torch.float32), persistent=False)
-        self.scaling = LearnedScale(stub, least)
+        self.scaling = LearnedScale(stub, least, learns=learn_scale)
         self.by_element = nn.Parameter(torch.zeros_like(self.weight))
         self.by_output = _along(self.weight, output_axis)
         self.by_input = _along(self.weight, input_axis)

@@ -26,6 +26,7 @@ class LearnedScale(nn.Module):
         stub: calibrated; it is left as it is until ``finish``.
         least: smallest scale to come to, for biases that have to fit in 32 bits: a number, or of
             the shape of the scale. Where the scale is smaller to begin with, it is that.
+        learns: whether there is anything to learn.
 
     Attributes:
         gain: the parameter, of the shape of the scale; None where the scale is fixed.
@@ -41,7 +42,7 @@ class LearnedScale(nn.Module):
     least: Tensor
     gain: nn.Parameter | None
 
-    def __init__(self, stub: Stub, least: Tensor | float = 0.0) -> None:
+    def __init__(self, stub: Stub, least: Tensor | float = 0.0, *, learns: bool = True) -> None:
         super().__init__()
         qparams = stub.qparams
         self._stub = (stub,)  # in a tuple, so that it is no submodule of this one
@@ -50,7 +51,7 @@ class LearnedScale(nn.Module):
         least = torch.as_tensor(least, device=self.initial.device, dtype=torch.float32)
         self.register_buffer("least", torch.minimum(self.initial, least), persistent=False)
         self.register_parameter("gain", None)
-        if stub.training_by != "fixed" and stub.grid.dtype.function is None:
+        if learns and stub.training_by != "fixed" and stub.grid.dtype.function is None:
             start = self._learner.start(self.initial, self.zero_point, stub.grid)
             self.gain = nn.Parameter(start["gain"])
 

@@ -63,6 +63,10 @@ class Samples:
             found.setdefault(key if self._axes is not None else i, []).append(i)
         return [g[i : i + size] for g in found.values() for i in range(0, len(g), size)]
 
+    def axis(self, key: str) -> Axis:
+        """Return the axis of an activation along which samples lie side by side."""
+        return None if self._axes is None else self._axes[key]
+
     def batch(self, ids: Sequence[int]) -> Inputs:
         """Return the graph inputs of a group of samples."""
         return {name: self.inputs(name, ids) for name in self.rows[ids[0]]}
@@ -76,12 +80,12 @@ class Samples:
 
     def join(self, key: str, values: Sequence[Any]) -> Any:
         """Return an activation for a group of samples from those for each."""
-        axis = None if self._axes is None else self._axes[key]
+        axis = self.axis(key)
         return values[0] if len(values) == 1 or axis is None else torch.cat(list(values), axis)
 
     def cut(self, key: str, value: Any, count: int) -> list[Any]:
         """Return an activation for each of ``count`` samples from that for the group."""
-        axis = None if self._axes is None else self._axes[key]
+        axis = self.axis(key)
         if count == 1 or axis is None:
             return [value] * count
         return [part.clone() for part in value.chunk(count, axis)]

@@ -40,8 +40,8 @@ class Stream:
     """Holds what is alive between two units, of as many samples as fit.
 
     Each sample goes through each unit once, in float and behind the quantized units before.
-    Where activations are large there may be room for few samples; those that find room only later
-    go through all units before in one go then. They are always the first of the samples.
+    Where activations are large there may be room for few samples: those that leave do not come
+    back, and others, which find room only later, go through all units before in one go then.
 
     Args:
         model: calibrated; units change it in place.
@@ -66,6 +66,7 @@ class Stream:
         self._samples, self._memory, self._both = samples, memory, both
         self._next = {a: b.alive for a, b in pairwise(units)}
         self._ids: list[int] = []
+        self._started = 0
         self._fewest = len(samples.rows)
         self._quantized: Values = {}
         self._float: Values = {}
@@ -73,12 +74,13 @@ class Stream:
     @property
     def learning(self) -> list[int]:
         """The samples here that units learn from; a single one also decides."""
-        return [i for i in self._ids if i % HELD] or self._ids
+        held = set(self.deciding)
+        return [i for i in self._ids if i not in held] or self._ids
 
     @property
     def deciding(self) -> list[int]:
-        """The samples here that are held back."""
-        return [i for i in self._ids if i % HELD == 0]
+        """The samples here that are held back, at least one."""
+        return [i for i in self._ids if i % HELD == 0] or self._ids[-1:]
 
     @property
     def notes(self) -> list[str]:
@@ -91,19 +93,20 @@ class Stream:
     def enter(self, unit: Unit) -> None:
         """Let the samples stand before ``unit``, with what it should make of them."""
         room = max(self._memory // max(self._bytes(unit), 1), 2)
-        here = list(range(min(room, len(self._samples.rows))))
         for values in (*self._quantized.values(), *self._float.values()):
-            for i in self._ids[len(here) :]:
+            for i in self._ids[room:]:
                 del values[i]
-        new, self._ids = here[len(self._ids) :], here
-        self._fewest = min(self._fewest, len(here))
+        stop = min(self._started + room - len(self._ids[:room]), len(self._samples.rows))
+        new = list(range(self._started, stop))
+        self._ids, self._started = [*self._ids[:room], *new], stop
+        self._fewest = min(self._fewest, len(self._ids))
         if new and unit.alive:
             keys = sorted(unit.alive)
             for model, side in ((self._model, self._quantized), (self._reference, self._float)):
                 self._run(part_of(model, [], keys, shared=True), keys, side, new)
         outputs = unit.outputs
         part = part_of(self._reference, unit.inputs, outputs, shared=True)
-        self._run(part, outputs, self._float, here)
+        self._run(part, outputs, self._float, self._ids)
         if not self._both:
             self._keep(self._float, {*outputs, *self._next.get(unit, ())})
 

@@ -115,6 +115,8 @@ class Trainee:
             stub, weight = model.tap(point), model.stored(plan.constants[bias.weight].value)
             assert isinstance(stub, BiasStub)
             assert weight is not None
+            if stub.scale.numel() not in (1, stored.numel()):
+                continue  # one number for all channels, which have a scale each
             spec = stub_at(model, plan.point_of(bias.activation)).grid
             inputs = weight.numel() // max(stored.numel(), 1)
             learned = LearnedBias(stored, stub, inputs, spec.qmax - spec.qmin)

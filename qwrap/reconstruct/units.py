@@ -18,6 +18,7 @@ from qwrap.ops.traits import WEIGHTED
 from qwrap.quant.plan import Use
 from qwrap.quant.prepare import plan_of, stub_at
 from qwrap.quant.stubs import Stub
+from qwrap.reconstruct.soft_round import unlearnable
 
 Granularity = Literal["layer", "block"]
 LARGEST = 8  # weights; a stretch with more is cut at the next best places too
@@ -160,6 +161,8 @@ def _obstacle(model: WrappedModel, value: str, uses: Sequence[Use], main: set[st
         return f"of {', '.join(sorted(others))}: only those of {', '.join(WEIGHTED)} are learned"
     if any(node not in main for node, _ in uses):
         return "are inside the body of an If, Loop or Scan"
+    if unfit := unlearnable(stub_at(model, UsePoint(*uses[0])).spec):
+        return f"are left alone: {unfit}"
     if value in model.remade:
         return "have a live batch normalization; fold it first"
     if not _is_alike([stub_at(model, UsePoint(*use)) for use in uses]):

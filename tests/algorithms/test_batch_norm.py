@@ -8,7 +8,7 @@ import qwrap
 from qwrap.algorithms.batch_norm import restore_channels
 from qwrap.config import QuantSpec
 from qwrap.errors import ConfigError, InputError
-from qwrap.model.points import UsePoint
+from qwrap.model.points import UsePoint, ValuePoint
 from qwrap.numerics import quantize
 from qwrap.quant.matrices import weight_matrices
 
@@ -176,15 +176,19 @@ def test_what_does_not_help_is_taken_back_bit_for_bit(small) -> None:
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_the_file_computes_with_the_restored_channels(small, tmp_path) -> None:
+@pytest.mark.parametrize("activation", ["uint8", None])
+def test_the_file_computes_with_the_restored_channels(small, tmp_path, activation) -> None:
     source, batches = small.convs(), [np.abs(b) for b in small.batches(4)]
-    model = calibrated(source, batches, weight="int8")
+    model = calibrated(source, batches, weight="int8", activation=activation)
     for node in ("/a", "/y"):
         model.tap(UsePoint(node, 1)).initial_scale.mul_(1.3)
     assert restore_channels(model, batches, progress=False)
     qwrap.export(model, tmp_path / "q.onnx")
-    report = qwrap.verify(model, tmp_path / "q.onnx", batches, progress=False)
-    assert report.deployed.differing == 0
+    for batch in batches:
+        found, wanted = small.run(tmp_path / "q.onnx", batch)[0], model(torch.from_numpy(batch))
+        # Without codes of activations only float32 sums of 54 products differ.
+        near = 1e-5 if activation is None else float(model.tap(ValuePoint("y")).scale) * 1.01
+        np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=0, atol=near)
 
 
 def test_it_refuses_what_it_cannot_work_with(small) -> None:

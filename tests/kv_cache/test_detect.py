@@ -87,6 +87,8 @@ def test_what_is_not_there_is_named(kv: Any, tmp_path: Path) -> None:
     refused(ConfigError, "called 'past_0_keys'; 'past_0_key'", caches=[("past_0_keys", None)])
     refused(ConfigError, "dtype='int16'", dtype="int16")
     refused(ConfigError, "keys='token'", keys="token")
+    odd_size = kv.model(past="float[batch,2,past,7]")
+    refused(ConfigError, "'past_0_key': 7 channels", model=odd_size, dtype="int4")
     refused(ConfigError, "give batches, or like=", batches=None)
     refused(InputError, "no batches", batches=[])
     refused(InputError, "batch 0: .*input_ids", batches=[{"ids": kv.tokens()}])
@@ -131,6 +133,13 @@ def test_chunks_and_whole_sequences_see_the_same(kv: Any, tmp_path: Path) -> Non
     ]
     np.testing.assert_allclose(scales[0], scales[1], rtol=1e-6)  # sums of another order
     np.testing.assert_allclose(scales[0], scales[2], rtol=1e-6)
+
+
+def test_the_same_data_gives_the_same_file(kv: Any, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.onnx", "b.onnx")]
+    for file in files:
+        qwrap.quantize_kv_cache(kv.model(), file, kv.batches(), keys="channel", progress=False)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_weights_stay_outside_and_a_failure_leaves_the_file(kv: Any, tmp_path: Path) -> None:

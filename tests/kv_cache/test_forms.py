@@ -200,3 +200,38 @@ def test_half_precision(kv: Any, tmp_path: Path, dtype: str) -> None:
     expected, _ = kv.decoder(model).run(ids)
     found, _ = decoder.run(ids)
     assert sqnr(expected, found.astype(np.float32)) > (30 if dtype == "int8" else 9)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("int8", 30), ("uint4", 9)])
+def test_caches_that_are_only_read(kv: Any, tmp_path: Path, dtype: str, least: float) -> None:
+    crossed = """
+        kt = Transpose<perm=[0,1,3,2]>(past_0_key) s = MatMul(q, kt)
+        p = Softmax<axis=-1>(s) o = MatMul(p, past_0_value)
+    """
+    model, path = model_of(kv, crossed), tmp_path / "quantized.onnx"
+    del model.graph.output[1:]
+    rng, ids = np.random.default_rng(1), kv.tokens(6)
+    given = {
+        name: rng.normal(size=(1, 2, 30, 8)).astype(np.float32)
+        for name in ("past_0_key", "past_0_value")
+    }
+    report = qwrap.quantize_kv_cache(
+        model, path, [{"input_ids": ids, **given}], dtype=dtype, keys="channel", progress=False
+    )
+    assert [c.present for c in report.caches] == [None, None]
+    expected = kv.decoder(model).session.run(None, {"input_ids": ids, **given})[0]
+    codes = {name: codes_of(values, report[name]) for name, values in given.items()}
+    found = kv.decoder(path).session.run(None, {"input_ids": ids, **codes})[0]
+    assert sqnr(expected, found) > least
+    with pytest.raises(qwrap.QwrapError, match="no batch wrote usable values"):
+        qwrap.quantize_kv_cache(model, path, [{"input_ids": ids}], progress=False)
+
+
+def codes_of(values: np.ndarray, cache: Any) -> np.ndarray:
+    """Codes as ``quantize_kv_cache`` describes them."""
+    scale, zero = (x.reshape(1, 2, 1, 8) for x in (cache.scale, cache.zero_point))
+    codes = np.clip(np.rint(values / scale) + zero, cache.spec.qmin, cache.spec.qmax)
+    if cache.spec.dtype.bits == 8:
+        return codes.astype(np.int8)
+    low, high = np.split(codes, 2, axis=-1)  # the second half in the upper halves of the bytes
+    return (low + 16 * high).astype(np.uint8)

@@ -196,7 +196,8 @@ class Eligibility:
 
     def is_real(self, value: ir.Value) -> bool:
         """Whether a value is known to be of a float type that can be quantized."""
-        return self.graph.type_of(value).dtype in self.reals
+        known = self.graph.type_of(value)
+        return known.kind == "tensor" and known.dtype in self.reals
 
     def weight_axis(self, node: ir.Node, *, stacked: bool = False) -> int | None:
         """Return the axis of a matrix operator's weight that may have a scale per index.

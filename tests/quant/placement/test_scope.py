@@ -103,3 +103,17 @@ def test_integers_and_shapes_are_not_quantized(small) -> None:
 def test_an_unknown_scope_is_refused() -> None:
     with pytest.raises(ConfigError, match="scope='some': choose one of"):
         qwrap.QConfig(scope="some")
+
+
+def test_sequences_are_no_tensors_to_quantize(small) -> None:
+    nodes = "a = MatMul(x, w) r = Relu(a) s = SequenceConstruct(r, a) e = SequenceAt(s, first) "
+    source = small.build(
+        nodes + "y = MatMul(e, v)",
+        {"w": (48, 32), "v": (32, 8), "first": np.array(0)},
+        "float[N,48] x",
+        "float[N,8] y",
+    )
+    model = qwrap.load(source)
+    plan = qwrap.prepare(model, qwrap.QConfig(scope="all"))
+    assert plan.tensors.keys() == {"x", "a", "r", "e", "y"}
+    qwrap.calibrate(model, small.batches(2, (4, 48)), progress=False)
