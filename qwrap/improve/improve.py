@@ -28,12 +28,6 @@ Step = Callable[[WrappedModel, Sequence[Inputs], int, bool], object]
 """Called with the model, the batches, the seed, and whether to show bars."""
 
 
-def _equalize(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
-    """Try both ways to equalize: the second one starts over, so that the better one stays."""
-    equalize(model, data, balance="noise", progress=bar)
-    equalize(model, data, balance="ranges", progress=bar)
-
-
 def _round_in_turn(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> None:
     """Round layer by layer behind rounded ones; where that has too little data, all at once."""
     if not round_weights(model, data, sequential=True, progress=bar):
@@ -41,7 +35,8 @@ def _round_in_turn(model: WrappedModel, data: Sequence[Inputs], bar: bool) -> No
 
 
 STEPS: Mapping[str, Step] = {
-    "equalize": lambda m, data, _, bar: _equalize(m, data, bar),
+    "equalize": lambda m, data, _, bar: equalize(m, data, progress=bar),
+    "equalize_ranges": lambda m, data, _, bar: equalize(m, data, balance="ranges", progress=bar),
     "choose_methods": lambda m, data, _seed, _bar: choose_methods(m, data),
     "sequential_mse": lambda m, data, _, bar: sequential_mse(m, data, progress=bar),
     "round_weights": lambda m, data, _, bar: round_weights(m, data, progress=bar),
@@ -63,6 +58,7 @@ EFFORTS: Mapping[Effort, Sequence[str]] = {
     ),
     "high": (
         "equalize",
+        "equalize_ranges",  # starts over, so that the better one stays
         "choose_methods",
         "sequential_mse",
         "round_in_turn",
@@ -72,7 +68,9 @@ EFFORTS: Mapping[Effort, Sequence[str]] = {
         "correct_biases",
     ),
 }
-OF_RANGES = ("equalize", "choose_methods")  # observe again, or choose again from what was observed
+OF_RANGES = ("equalize", "equalize_ranges", "choose_methods")  # they observe or choose anew
+LEARNED = ("brecq", "tune")  # the more data, the better
+ENOUGH = 128  # samples for all others
 SIDE_BY_SIDE = 16  # samples in a batch
 FEWEST = 8  # batches to divide between learning and deciding
 
@@ -131,22 +129,25 @@ def improve(
         left_out = {*left_out, "choose_methods"}
     if any(True for _ in live_layers(model)):  # their own statistics are there for that
         left_out = {*left_out, "restore_channels"}
-    joined = _side_by_side(model, data)
+    joined, few = _side_by_side(model, data)
     known = len(plan_of(model).outcomes)
     for name in EFFORTS[effort]:
         if name not in left_out:
-            STEPS[name](model, joined, seed, progress)
+            STEPS[name](model, joined if name in LEARNED else few, seed, progress)
     return plan_of(model).outcomes[known:]
 
 
-def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> Sequence[Inputs]:
-    """Return the same samples in batches of up to 16, as far as the model allows, yet in several.
+def _side_by_side(
+    model: WrappedModel, batches: Sequence[Inputs]
+) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """Return the samples in batches of up to 16, as far as the model allows, and a few of those.
 
-    Batches that are larger stay as they are.
+    There will be several batches in any case; those that are larger stay as they are.
     """
     outputs = [model.graph.key(value) for value in model.graph.outputs]
     samples = Samples(float_model(model), batches, outputs)
-    size = min(SIDE_BY_SIDE, len(samples.rows) // FEWEST)
-    if len(samples.rows) // max(size, 1) >= len(batches):
-        return batches
-    return [samples.batch(ids) for ids in samples.groups(range(len(samples.rows)), {}, size)]
+    total = len(samples.rows)
+    size = max(min(SIDE_BY_SIDE, total // FEWEST), 1)
+    if total // size < len(batches):
+        batches = [samples.batch(ids) for ids in samples.groups(range(total), {}, size)]
+    return batches, batches[:: max(total // ENOUGH, 1)]

@@ -29,7 +29,7 @@ def test_every_algorithm_is_in_the_summary_kept_or_undone(small) -> None:
     model, batches = calibrated(small, weight="int4")
     outcomes = improve(model, batches, progress=False)
     assert outcomes == model.plan.outcomes
-    assert len(outcomes) == len(EFFORTS["default"]) + 1  # two ways to equalize
+    assert len(outcomes) == len(EFFORTS["default"])
     summary = model.plan.summary()
     for outcome in outcomes:
         label = "kept:     " if outcome.kept else "undone:   "
