@@ -13,7 +13,6 @@ from qwrap.algorithms.gptq import round_weights
 from qwrap.algorithms.range_choice import choose_methods
 from qwrap.algorithms.sequential_mse import sequential_mse
 from qwrap.errors import ConfigError
-from qwrap.improve.tuning import tune
 from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.held_out import float_model
@@ -42,7 +41,6 @@ STEPS: Mapping[str, Step] = {
     "round_weights": lambda m, data, _, bar: round_weights(m, data, progress=bar),
     "round_in_turn": lambda m, data, _, bar: _round_in_turn(m, data, bar),
     "brecq": lambda m, data, seed, bar: brecq(m, data, drop=0.5, seed=seed, progress=bar),
-    "tune": lambda m, data, seed, bar: tune(m, data, seed=seed, progress=bar),
     "restore_channels": lambda m, data, _, bar: restore_channels(m, data, progress=bar),
     "correct_biases": lambda m, data, _seed, _bar: correct_biases(m, data),
 }
@@ -63,14 +61,13 @@ EFFORTS: Mapping[Effort, Sequence[str]] = {
         "sequential_mse",
         "round_in_turn",
         "brecq",
-        "tune",
         "restore_channels",
         "correct_biases",
     ),
 }
 OF_RANGES = ("equalize", "equalize_ranges", "choose_methods")  # they observe or choose anew
-LEARNED = ("brecq", "tune")  # the more data, the better
-ENOUGH = 128  # samples for all others
+MOST = {"brecq": 1024, "round_in_turn": 512}  # samples that are worth their time
+ENOUGH = 128  # for all others
 SIDE_BY_SIDE = 16  # samples in a batch
 FEWEST = 8  # batches to divide between learning and deciding
 
@@ -107,7 +104,7 @@ def improve(
             method and each weight the range that serve the outputs best, weights are rounded so
             that errors cancel (GPTQ), mean and variance of channels restored; or "high", minutes:
             weights are rounded layer after layer, then their rounding is learned block by block
-            (BRECQ with QDrop), and all of it is trained together at the end.
+            (BRECQ with QDrop).
         keep_ranges: leave ranges of activations as they are, because they come from elsewhere.
         seed: of everything that is drawn.
         progress: show bars on a terminal.
@@ -129,18 +126,17 @@ def improve(
         left_out = {*left_out, "choose_methods"}
     if any(True for _ in live_layers(model)):  # their own statistics are there for that
         left_out = {*left_out, "restore_channels"}
-    joined, few = _side_by_side(model, data)
+    total, joined = _side_by_side(model, data)
     known = len(plan_of(model).outcomes)
     for name in EFFORTS[effort]:
         if name not in left_out:
-            STEPS[name](model, joined if name in LEARNED else few, seed, progress)
+            stride = max(total // MOST.get(name, ENOUGH), 1)
+            STEPS[name](model, joined[::stride], seed, progress)
     return plan_of(model).outcomes[known:]
 
 
-def _side_by_side(
-    model: WrappedModel, batches: Sequence[Inputs]
-) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
-    """Return the samples in batches of up to 16, as far as the model allows, and a few of those.
+def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> tuple[int, Sequence[Inputs]]:
+    """Return how many samples there are, and batches of up to 16 of them, if the model allows that.
 
     There will be several batches in any case; those that are larger stay as they are.
     """
@@ -150,4 +146,4 @@ def _side_by_side(
     size = max(min(SIDE_BY_SIDE, total // FEWEST), 1)
     if total // size < len(batches):
         batches = [samples.batch(ids) for ids in samples.groups(range(total), {}, size)]
-    return batches, batches[:: max(total // ENOUGH, 1)]
+    return total, batches

@@ -20,12 +20,15 @@ Inputs = Mapping[str, Any]
 """Graph input -> tensor."""
 
 
-def split(model: WrappedModel, batches: Iterable[Any]) -> tuple[list[Inputs], list[Inputs]]:
-    """Return the batches to learn from, and those that decide: every other one; one does both.
+def split(
+    model: WrappedModel, batches: Iterable[Any], every: int = 2
+) -> tuple[list[Inputs], list[Inputs]]:
+    """Return the batches to learn from, and those that decide; a single one does both.
 
     Args:
         model: what they are for.
         batches: as for ``calibrate``; all are held in memory.
+        every: how many batches there are for each that decides; fewer than that count as so many.
 
     Raises:
         InputError: there are no batches, or one does not fit.
@@ -33,7 +36,9 @@ def split(model: WrappedModel, batches: Iterable[Any]) -> tuple[list[Inputs], li
     data: list[Inputs] = list(iterate(batches, model))
     if not data:
         raise InputError("there are no batches to learn from; give at least one")
-    return data[::2], data[1::2] or data
+    every = min(every, max(len(data), 2))
+    teaching = [batch for i, batch in enumerate(data) if i % every != every - 1]
+    return teaching, data[every - 1 :: every] or data
 
 
 def attempt(
