@@ -110,15 +110,23 @@ def quantize(
         kept = _calibrate(model, calibration, statistics, _ROOM[effort], progress=progress)
     if table is not None:
         rescale(model, table)
+    is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
     if kept:
-        given = table is not None
-        improve(model, kept, effort=effort, keep_ranges=given, seed=seed, progress=progress)
+        more = None if is_once or count_batches(calibration) == len(kept) else calibration
+        improve(
+            model,
+            kept,
+            effort=effort,
+            calibration=more,
+            keep_ranges=table is not None,
+            seed=seed,
+            progress=progress,
+        )
         if min_sqnr is not None and effort != "none":
             guard(model, kept, min_sqnr=min_sqnr, progress=progress)
     elif effort != "none":
         plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
     if finetune is not None and calibration is not None:
-        is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
         _finetune(model, kept if is_once else calibration, finetune, seed, progress=progress)
     export(model, target)
     return model

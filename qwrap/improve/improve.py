@@ -16,6 +16,7 @@ from qwrap.errors import ConfigError
 from qwrap.model.batches import iterate
 from qwrap.model.wrapped import WrappedModel
 from qwrap.quant.auto.held_out import float_model
+from qwrap.quant.calibrate import calibrate
 from qwrap.quant.live import live_layers
 from qwrap.quant.outcome import Outcome
 from qwrap.quant.prepare import config_of, plan_of
@@ -66,6 +67,7 @@ EFFORTS: Mapping[Effort, Sequence[str]] = {
     ),
 }
 OF_RANGES = ("equalize", "equalize_ranges", "choose_methods")  # they observe or choose anew
+AFTER_EQUALIZING = "choose_methods"
 MOST = {"brecq": 1024, "round_in_turn": 512}  # samples that are worth their time
 ENOUGH = 128  # for all others
 SIDE_BY_SIDE = 16  # samples in a batch
@@ -87,6 +89,7 @@ def improve(
     batches: Iterable[Any],
     *,
     effort: Effort = "default",
+    calibration: Iterable[Any] | None = None,
     keep_ranges: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -105,6 +108,8 @@ def improve(
             that errors cancel (GPTQ), mean and variance of channels restored; or "high", minutes:
             weights are rounded layer after layer, then their rounding is learned block by block
             (BRECQ with QDrop).
+        calibration: more data than ``batches``, to observe again what equalizing has changed; None
+            takes ``batches`` for that.
         keep_ranges: leave ranges of activations as they are, because they come from elsewhere.
         seed: of everything that is drawn.
         progress: show bars on a terminal.
@@ -128,11 +133,17 @@ def improve(
         left_out = {*left_out, "restore_channels"}
     total, joined = _side_by_side(model, data)
     known = len(plan_of(model).outcomes)
+
+    def outcomes() -> list[Outcome]:
+        return plan_of(model).outcomes[known:]
+
     for name in EFFORTS[effort]:
+        if name == AFTER_EQUALIZING and calibration is not None and any(outcomes()):
+            calibrate(model, calibration, progress=progress)
         if name not in left_out:
             stride = max(total // MOST.get(name, ENOUGH), 1)
             STEPS[name](model, joined[::stride], seed, progress)
-    return plan_of(model).outcomes[known:]
+    return outcomes()
 
 
 def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> tuple[int, Sequence[Inputs]]:

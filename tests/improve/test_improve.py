@@ -2,12 +2,14 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 import qwrap
 from qwrap.errors import ConfigError, InputError, NotCalibratedError
 from qwrap.improve.improve import EFFORTS, improve
+from qwrap.model.points import ValuePoint
 
 
 def calibrated(small, **settings):
@@ -16,6 +18,13 @@ def calibrated(small, **settings):
     qwrap.prepare(model, qwrap.QConfig(scope="kernels", **settings))
     qwrap.calibrate(model, batches, progress=False)
     return model, batches
+
+
+def uneven(shape):
+    """A weight whose output channels differ by up to a hundred."""
+    rng = np.random.default_rng(1)
+    scale = np.logspace(0, -2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    return (scale * rng.normal(0, 0.3, shape)).astype(np.float32)
 
 
 def error(model, source, batches) -> float:
@@ -85,6 +94,30 @@ def test_ranges_that_the_user_chose_are_left_alone(small, settings) -> None:
     found = improve(model, batches, keep_ranges=keep, progress=False)
     assert "range methods" not in {outcome.algorithm for outcome in found}
     assert model.plan.methods == {}
+
+
+def test_what_equalizing_changed_is_observed_in_all_of_the_data(small, tmp_path) -> None:
+    """The loud batch is not among those that stay in memory."""
+    nodes = "a = Conv<pads=[1,1,1,1]>(x, w1, b1) b = Relu(a) y = Conv<pads=[1,1,1,1]>(b, w2, b2)"
+    weights = {"w1": uneven((6, 3, 3, 3)), "b1": (6,), "w2": (4, 6, 3, 3), "b2": (4,)}
+    source = small.build(nodes, weights)
+    batches = [*small.batches(40, (4, 3, 8, 8)), *small.batches(1, (4, 3, 8, 8)) * 3]
+    batches[-1] = 8 * batches[-1]
+    seen = {}
+    for kind in (list, iter):
+        model = qwrap.quantize(
+            source,
+            tmp_path / "q.onnx",
+            calibration=kind(batches),
+            config=qwrap.QConfig(scope="kernels", per_channel=False, method="minmax"),
+            progress=False,
+        )
+        assert any(
+            o.algorithm == "cross-layer equalization" and o.kept for o in model.plan.outcomes
+        )
+        stub = model.tap(ValuePoint("x"))
+        seen[kind] = float(stub.reach()[1])
+    assert seen[list] > 4 * seen[iter]
 
 
 @pytest.mark.parametrize("effort", ["default", "high"])
