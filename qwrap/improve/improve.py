@@ -19,7 +19,7 @@ from qwrap.quant.auto.held_out import float_model
 from qwrap.quant.calibrate import calibrate
 from qwrap.quant.live import live_layers
 from qwrap.quant.outcome import Outcome
-from qwrap.quant.prepare import config_of, plan_of
+from qwrap.quant.prepare import config_of, plan_of, stubs
 from qwrap.quant.trial import Inputs
 from qwrap.reconstruct.samples import Samples
 
@@ -124,7 +124,7 @@ def improve(
     """
     check_effort(effort)
     data = list(iterate(batches, model))
-    if not EFFORTS[effort]:
+    if not EFFORTS[effort] or not any(True for _ in stubs(model)):
         return []
     left_out: Collection[str] = OF_RANGES if keep_ranges else ()
     if config_of(model).method != "mse":  # the user chose one

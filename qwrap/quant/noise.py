@@ -151,6 +151,8 @@ class Noise:
         for _ in range(iterations):
             optimizer.zero_grad()
             loss = cost(logs)
+            if not loss.requires_grad:  # nothing that is rounded can be scaled
+                return torch.ones_like(start)
             value = float(loss.detach())
             if value < (1 - GAIN) * best:
                 best, since, found = value, 0, logs.detach().clone()

@@ -374,3 +374,13 @@ def test_it_refuses_what_it_cannot_work_with(small: Any) -> None:
         equalize(model, small.batches(), iterations=0)
     with pytest.raises(InputError, match="no batches"):
         equalize(model, [])
+
+
+def test_a_model_of_which_nothing_is_quantized_is_left_alone(small: Any) -> None:
+    batches = small.batches(4)
+    source = small.convs()
+    model = calibrated(source, batches, qwrap.QConfig(scope="kernels", excluded=["Conv"]))
+    outcome = equalize(model, batches, progress=False)
+    assert not outcome
+    before = qwrap.load(source)
+    assert all(torch.equal(model.stored(k), before.stored(k)) for k in ("w1", "b1", "w2", "b2"))

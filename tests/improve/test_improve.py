@@ -87,6 +87,12 @@ def test_no_effort_changes_nothing(small) -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
+def test_a_model_that_stays_float_has_nothing_to_improve(small) -> None:
+    model, batches = calibrated(small, excluded=["Conv"])
+    assert improve(model, batches, progress=False) == []
+    assert "held-back error" not in model.plan.summary()
+
+
 @pytest.mark.parametrize("settings", [{"method": "percentile"}, {"keep_ranges": True}], ids=str)
 def test_ranges_that_the_user_chose_are_left_alone(small, settings) -> None:
     keep = settings.pop("keep_ranges", False)
