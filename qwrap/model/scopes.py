@@ -171,7 +171,7 @@ RESERVED = frozenset((
     *("_compile", "_file", "_run", "namespace", "path", "set_code", "source"),  # of Block
     *("taps", "substitutes"),
     *("attach", "attached", "before_loading", "config", "graph", "input_names", "layout"),
-    *("assign", "deployed", "kernels", "origin", "put_substitutes", "remade"),
+    *("assign", "become", "deployed", "kernels", "origin", "put_substitutes", "remade"),
     *("loaded_opset", "output_names", "plan", "replaced", "substitute", "quantization", "samples"),
     *("program", "programs", "rewrite", "running", "stored", "tap", "tensor_names", "watching"),
     *(
