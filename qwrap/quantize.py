@@ -105,29 +105,29 @@ def quantize(
         table = RangeTable.read(table)
     model = load(source).eval()
     prepare(model, config)
-    kept = []
+    kept = _Kept()
     if table is None or calibration is not None or statistics is not None:
         kept = _calibrate(model, calibration, statistics, _ROOM[effort], progress=progress)
     if table is not None:
         rescale(model, table)
     is_once = isinstance(calibration, Iterator) or hasattr(calibration, "get_next")
-    if kept:
-        more = None if is_once or count_batches(calibration) == len(kept) else calibration
+    if kept.batches:
         improve(
             model,
-            kept,
+            kept.batches,
             effort=effort,
-            calibration=more,
+            calibration=None if is_once or kept.is_all else calibration,
             keep_ranges=table is not None,
             seed=seed,
             progress=progress,
         )
         if min_sqnr is not None and effort != "none":
-            guard(model, kept, min_sqnr=min_sqnr, progress=progress)
+            guard(model, kept.batches, min_sqnr=min_sqnr, progress=progress)
     elif effort != "none":
         plan_of(model).changes.append("weights and biases as they were: no data to improve them by")
     if finetune is not None and calibration is not None:
-        _finetune(model, kept if is_once else calibration, finetune, seed, progress=progress)
+        data = kept.batches if is_once else calibration
+        _finetune(model, data, finetune, seed, progress=progress)
     export(model, target)
     return model
 
@@ -152,7 +152,7 @@ def _calibrate(
     room: _Room,
     *,
     progress: bool,
-) -> list[Any]:
+) -> _Kept:
     """Fix the scales of ``model``, in place; return the first batches, for what follows."""
     file = None if isinstance(statistics, Statistics) else statistics
     given = None if file is not None and not os.path.exists(file) else statistics
@@ -162,7 +162,7 @@ def _calibrate(
                 "give calibration data, statistics that exist, or a table: activations need ranges"
             )
         calibrate(model, (), statistics=given, progress=progress)
-        return []
+        return _Kept()
     kept = _Kept(is_divisible(model), room)
     done, count = _batches_of(given), count_batches(calibration)
     left = None if count is None else max(0, count - done)
@@ -177,7 +177,7 @@ def _calibrate(
 
     with calibrating(model, statistics=given, save=file):
         run_batches(model, rest(), progress=progress, total=left)
-    return kept.batches
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,16 +198,24 @@ _ROOM: dict[Effort, _Room] = {"none": _FEW, "default": _FEW, "high": _Room(1024,
 
 
 class _Kept:
-    """The first batches, as many as there is room for; the very first in any case."""
+    """The first batches, as many as there is room for; the very first in any case.
 
-    def __init__(self, divisible: bool, room: _Room) -> None:
+    Attributes:
+        batches: those that are kept.
+        is_all: whether there were no others.
+    """
+
+    def __init__(self, divisible: bool = False, room: _Room = _Room(0, 0)) -> None:
         self.batches: list[Any] = []
+        self.is_all = True
         self._divisible, self._room = divisible, room
         self._samples, self._bytes = 0, 0
 
     def take(self, inputs: Mapping[str, Any]) -> bool:
         """Keep a batch if there is room; return whether there was."""
-        if self._samples >= self._room.samples or self._bytes >= self._room.bytes:
+        full = self._samples >= self._room.samples or self._bytes >= self._room.bytes
+        if full and self.batches:
+            self.is_all = False
             return False
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         self._samples += len(tensors[0]) if self._divisible else 1

@@ -40,7 +40,8 @@ def test_it_equals_the_steps_by_hand(small, tmp_path: Path) -> None:
     model = qwrap.load(small.convs()).eval()
     qwrap.prepare(model, qwrap.QConfig(scope="kernels"))
     qwrap.calibrate(model, batches, progress=False)
-    qwrap.correct_biases(model, batches)
+    qwrap.improve(model, batches, progress=False)
+    qwrap.guard(model, batches, progress=False)
     qwrap.export(model, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
