@@ -49,6 +49,7 @@ class Simulation:
             if not tally.tensor.points:
                 by_name[tally.tensor.name].append(tally)
         self._model = _sharing_copy(model).eval()
+        program = replace(program, taps=self._own(program.taps))
         taps: Taps = dict(program.taps)
         for tally in tallies:
             if tally.tensor.points:
@@ -62,6 +63,14 @@ class Simulation:
             watchers = {name: partial(self._compare, found) for name, found in by_name.items()}
             program = replace(program, taps=taps, watchers={**program.watchers, **watchers})
         stack.enter_context(self._model.running(program))
+
+    def _own(self, taps: Mapping[Point, Callable[[Tensor], Tensor]]) -> Taps:
+        """Return the modules of the copy, which is in evaluation mode, for those of the model."""
+        own = dict(taps)
+        for point in self._model.attached:
+            if isinstance(own.get(point), nn.Module):
+                own[point] = self._model.tap(point)
+        return own
 
     def _converted(self, tally: TensorTally, program: Program, *, isolated: bool) -> Taps:
         """Return the taps of what is converted for some readers; compared at the first of these."""
@@ -88,8 +97,6 @@ class Simulation:
         With ``instead``, what goes on is onnxruntime's value of that tensor.
         """
         tap = program.taps.get(point)
-        if isinstance(tap, nn.Module) and point in self._model.attached:
-            tap = self._model.tap(point)  # that of the copy, which is in evaluation mode
 
         def compared(value: Tensor) -> Tensor:
             simulated = value if tap is None else tap(value)
