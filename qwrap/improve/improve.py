@@ -123,11 +123,12 @@ def improve(
         NotCalibratedError: the model is not calibrated.
     """
     check_effort(effort)
+    asked = config_of(model)
     data = list(iterate(batches, model))
     if not EFFORTS[effort] or not any(True for _ in stubs(model)):
         return []
     left_out: Collection[str] = OF_RANGES if keep_ranges else ()
-    if config_of(model).method != "mse":  # the user chose one
+    if asked.method != "mse":  # the user chose one
         left_out = {*left_out, "choose_methods"}
     if any(True for _ in live_layers(model)):  # their own statistics are there for that
         left_out = {*left_out, "restore_channels"}
