@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from qwrap.algorithms.batch_norm import restore_channels
@@ -127,11 +127,11 @@ def improve(
     data = list(iterate(batches, model))
     if not EFFORTS[effort] or not any(True for _ in stubs(model)):
         return []
-    left_out: Collection[str] = OF_RANGES if keep_ranges else ()
+    left_out: set[str] = set(OF_RANGES) if keep_ranges else set()
     if asked.method != "mse":  # the user chose one
-        left_out = {*left_out, "choose_methods"}
+        left_out.add("choose_methods")
     if any(True for _ in live_layers(model)):  # their own statistics are there for that
-        left_out = {*left_out, "restore_channels"}
+        left_out.add("restore_channels")
     total, joined = _side_by_side(model, data)
     known = len(plan_of(model).outcomes)
 
@@ -150,12 +150,10 @@ def improve(
 def _side_by_side(model: WrappedModel, batches: Sequence[Inputs]) -> tuple[int, Sequence[Inputs]]:
     """Return how many samples there are, and batches of up to 16 of them, if the model allows that.
 
-    There will be several batches in any case; those that are larger stay as they are.
+    Larger batches are divided, so that there are several: some learn, and others decide.
     """
     outputs = [model.graph.key(value) for value in model.graph.outputs]
     samples = Samples(float_model(model), batches, outputs)
     total = len(samples.rows)
     size = max(min(SIDE_BY_SIDE, total // FEWEST), 1)
-    if total // size < len(batches):
-        batches = [samples.batch(ids) for ids in samples.groups(range(total), {}, size)]
-    return total, batches
+    return total, [samples.batch(ids) for ids in samples.groups(range(total), {}, size)]

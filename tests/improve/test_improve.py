@@ -87,6 +87,20 @@ def test_no_effort_changes_nothing(small) -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
+def test_one_large_batch_is_divided_so_that_some_samples_decide(small) -> None:
+    """The same samples in one batch, or one by one, come to the same."""
+    batches = small.batches(1, (64, 3, 8, 8))
+    found = []
+    for data in (batches, [x[None] for x in batches[0]]):
+        model = qwrap.load(small.convs()).eval()
+        qwrap.prepare(model, qwrap.QConfig(scope="kernels", weight="int4"))
+        qwrap.calibrate(model, data, progress=False)
+        found.append(improve(model, data, progress=False))
+    for one, many in zip(*found, strict=True):
+        assert one.kept == many.kept
+        assert one.before == pytest.approx(many.before, rel=1e-3)  # sums in another order
+
+
 def test_a_model_that_stays_float_has_nothing_to_improve(small) -> None:
     model, batches = calibrated(small, excluded=["Conv"])
     assert improve(model, batches, progress=False) == []
